@@ -1,0 +1,88 @@
+"""The part of psq's error tree that the wire protocol raises; the whole tree is drawn in `psq.errors`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = [
+    "EXIT_CONFIG",
+    "EXIT_FENCED",
+    "EXIT_GAVE_UP",
+    "EXIT_REFUSED",
+    "EXIT_STATE",
+    "EXIT_USAGE",
+    "FencedError",
+    "GaveUpError",
+    "LocalError",
+    "PsqError",
+    "RefusedError",
+    "RemoteError",
+    "RemotePayloadError",
+    "RemotePlanError",
+    "RemoteProtocolError",
+    "RemoteWireError",
+    "UsageError",
+]
+
+EXIT_USAGE: Final = 64
+EXIT_STATE: Final = 65
+EXIT_GAVE_UP: Final = 75
+EXIT_FENCED: Final = 76
+EXIT_REFUSED: Final = 77
+EXIT_CONFIG: Final = 78
+
+
+class PsqError(Exception):
+    """Anything psq raises on purpose; `exit_code` is what a command ends with when it reaches the top."""
+
+    exit_code: int = 1
+
+
+class LocalError(PsqError):
+    """This program asked for something illegal."""
+
+
+class UsageError(LocalError):
+    """An API was called in a way its contract forbids."""
+
+    exit_code = EXIT_USAGE
+
+
+class RemoteError(PsqError):
+    """The peer sent or did something illegal, or nothing at all."""
+
+
+class RemoteWireError(RemoteError):
+    """Bytes that are no message: wrong magic, length, checksum, or over a limit."""
+
+
+class RemoteProtocolError(RemoteError):
+    """A well-formed message that is not allowed in the session's present state."""
+
+
+class RemotePlanError(RemoteError):
+    """The peer trains another model or recipe, or speaks another protocol version."""
+
+    exit_code = EXIT_CONFIG
+
+
+class RemotePayloadError(RemoteError):
+    """A payload whose length, codec or scales do not fit the plan."""
+
+
+class FencedError(RemoteError):
+    """A newer process took over this worker's rank."""
+
+    exit_code = EXIT_FENCED
+
+
+class RefusedError(RemoteError):
+    """The server turned this worker away."""
+
+    exit_code = EXIT_REFUSED
+
+
+class GaveUpError(RemoteError):
+    """Nobody answered for as long as this process was told to wait."""
+
+    exit_code = EXIT_GAVE_UP

@@ -1,0 +1,1 @@
+namespace psq_v3 {}
