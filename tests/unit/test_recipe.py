@@ -1,0 +1,130 @@
+"""psq.recipe: compositions that make sense round-trip as plain data; the others are refused with a reason."""
+
+import msgpack
+import pytest
+
+from psq.errors import ConfigError
+from psq.recipe import (
+    PRESETS,
+    AdamConfig,
+    Apply,
+    Direction,
+    Downlink,
+    OneMinusPower,
+    Power,
+    Recipe,
+    Uplink,
+    preset,
+    schedule_value,
+)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_the_wire_unchanged(name):
+    recipe = preset(name)
+    plain = msgpack.unpackb(msgpack.packb(recipe.to_plain()))
+    assert Recipe.from_plain(plain) == recipe
+
+
+def test_schedules_survive_the_wire():
+    adam = AdamConfig(beta=Power(0.9, 0.5), theta=OneMinusPower(0.01, 0.75))
+    recipe = preset("server-adam", adam)
+    assert Recipe.from_plain(msgpack.unpackb(msgpack.packb(recipe.to_plain()))).adam == adam
+
+
+def test_schedules_follow_their_formulas():
+    assert schedule_value(0.9, 7) == 0.9
+    assert schedule_value(Power(0.5, 0.5), 4) == 0.25
+    assert schedule_value(OneMinusPower(0.5, 1.0), 10) == 0.95
+
+
+def test_an_unknown_preset_lists_what_exists():
+    with pytest.raises(ConfigError, match="server-adam, qadam"):
+        preset("adamw")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 1.0},
+        {"beta": -0.1},
+        {"theta": 0.0},
+        {"theta": OneMinusPower(1.5, 0.5)},
+        {"eps": 0.0},
+        {"eps": float("nan")},
+        {"eps_placement": "nowhere"},
+        {"weight_decay": -1.0},
+        {"variance_correction": True, "amsgrad": True},
+        {"variance_correction": True, "bias_correction": False},
+        {"variance_correction": True, "beta": Power(0.9, 0.5)},
+    ],
+)
+def test_adam_settings_that_cannot_run_are_refused(settings):
+    with pytest.raises(ConfigError):
+        AdamConfig(**settings)
+
+
+def test_a_gradient_cannot_simply_be_added():
+    with pytest.raises(ConfigError, match="needs workers that send a update"):
+        Recipe("x", Direction(), Uplink("sign"), Apply("add"), Downlink("delta", "sign"))
+
+
+def test_an_update_cannot_feed_an_adam_step():
+    with pytest.raises(ConfigError, match="sends a update"):
+        Recipe(
+            "x",
+            Direction("adam", AdamConfig()),
+            Uplink("sign"),
+            Apply("adam", AdamConfig()),
+            Downlink("delta", "sign"),
+        )
+
+
+def test_weights_have_no_error_feedback():
+    with pytest.raises(ConfigError, match="no error feedback"):
+        Downlink("weights", "uniform:bits=8")
+
+
+def test_the_variance_correction_is_refused_on_the_server():
+    with pytest.raises(ConfigError, match="belongs to worker moments"):
+        Apply("adam", AdamConfig(variance_correction=True))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_adam_settings_change_on_the_side_where_the_moments_live(name):
+    assert preset(name).with_adam(eps=1e-3).adam.eps == 1e-3
+
+
+def test_an_unknown_adam_setting_is_named():
+    with pytest.raises(ConfigError, match="no Adam setting epsilon"):
+        preset("qadam").with_adam(epsilon=1e-3)
+
+
+def test_codecs_can_be_replaced_and_the_downlink_changes_its_kind():
+    recipe = preset("qadam").with_codecs(uplink="sign", downlink="delta:sign")
+    assert recipe.uplink == Uplink("sign")
+    assert recipe.downlink == Downlink("delta", "sign")
+    back = recipe.with_codecs(downlink="weights:uniform:bits=8")
+    assert back.downlink == Downlink("weights", "uniform:bits=8", error_feedback=False)
+    assert recipe.with_codecs(downlink="log:k=2").downlink == Downlink("delta", "log:k=2")
+
+
+def test_a_downlink_kind_without_a_codec_is_refused():
+    with pytest.raises(ConfigError, match="names no codec"):
+        preset("qadam").with_codecs(downlink="delta:")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": 3},
+        {"uplink": None},
+        {"uplink": {"codec": "sign", "error_feedback": 1}},
+        {"direction": {"kind": "lion", "adam": None}},
+        {"aggregate": "median"},
+        {"apply": {"kind": "adam", "adam": None}},
+    ],
+)
+def test_plain_data_that_is_no_recipe_is_refused(change):
+    with pytest.raises(ConfigError):
+        Recipe.from_plain(preset("server-adam").to_plain() | change)
