@@ -2,21 +2,22 @@
 
 PsqError
 ├── LocalError               this program asked for something illegal
-│   ├── ConfigError          an option, a TOML file or an environment variable is wrong        (exit 78)
-│   ├── UsageError           an API was called in a way its contract forbids                    (exit 64)
-│   └── StateError           a file or directory of ours cannot be used                         (exit 65)
+│   ├── ConfigError          an option, a TOML file or an environment variable is wrong     78
+│   ├── UsageError           an API was called in a way its contract forbids                64
+│   └── StateError           a file or directory of ours cannot be used                     65
 └── RemoteError              the peer sent or did something illegal, or nothing at all
-    ├── RemoteWireError      bytes that are no message: magic, length, crc, limits      (psq_proto)
-    ├── RemoteProtocolError  a message that is not allowed now                           (psq_proto)
-    ├── RemotePlanError      the peer trains another model or recipe, or speaks another version (exit 78)
+    ├── RemoteWireError      bytes that are no message: magic, length, crc, limits
+    ├── RemoteProtocolError  a message that is not allowed now
+    ├── RemotePlanError      the peer has another model, recipe or protocol version         78
     ├── RemotePayloadError   a payload whose length, codec or scales do not fit the plan
-    ├── FencedError          a newer process took over our rank                                 (exit 76)
-    ├── RefusedError         the server turned us away: unknown rank, key refused               (exit 77)
-    └── GaveUpError          nobody answered for as long as we were told to wait                (exit 75)
+    ├── FencedError          a newer process took over our rank                             76
+    ├── RefusedError         the server turned us away: unknown rank, key refused           77
+    └── GaveUpError          nobody answered for as long as we were told to wait            75
 
+The number is the exit code of a command that ends with it; 1 where none stands.
 A message says what was expected, what came, from whom, and what to do about it.
-The classes that the wire protocol itself raises live in `psq_proto.errors`, below every other layer; this module adds
-the rest and re-exports all of them, so callers import one module.
+The classes that the wire protocol itself raises live in `psq_proto.errors`, below every other
+layer; this module adds the rest and re-exports all of them, so callers import one module.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
 """How the flat vector of all weights is cut: tensors, segments, shards.
 
-    flat vector   [ conv1.weight | conv1.bias |        fc.weight                 | fc.bias ]   numel
-    tensors         0              1            2                                  3           one offset each
-    segments        0              1            2            | 3            | 4    5           a slice of ONE tensor
-    shards        [ 0                                        ][ 1           ][ 2            ]  runs of segments
+    flat vector  [ conv.weight | conv.bias |     fc.weight     | fc.bias ]
+    tensors        0             1           2                   3           an offset each
+    segments       0             1           2       | 3         4           a slice of ONE tensor
+    shards       [ 0                                 ][ 1                ]   runs of segments
 
-A tensor is never padded in memory and never copied together with another: a codec works segment by segment, so a
-scale is never shared between two tensors, and padding exists only inside payloads. A shard is the unit of everything
-else: one message each way, one entry in the server's bookkeeping. Shards are as large as the limits allow, so that
-there are few; no payload of a shard, in either direction, may exceed `MAX_PAYLOAD_BYTES`.
+A tensor is never padded in memory and never copied together with another: a codec works segment by
+segment, so a scale is never shared between two tensors, and padding exists only inside payloads. A
+shard is the unit of everything else: one message each way, one entry in the server's bookkeeping.
+Shards are as large as the limits allow, so that there are few; no payload of a shard, in either
+direction, may exceed `MAX_PAYLOAD_BYTES`.
 
-The cut is a pure function of names, shapes and payload sizes: every process computes the same one from the plan.
+The cut is a pure function of names, shapes and payload sizes: every process computes the same one
+from the plan.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ __all__ = [
 ]
 
 MAX_SHARD_NUMEL: Final = 1 << 20
-SPLIT_NUMEL: Final = 8192  # a tensor is split only at multiples of this, the largest block: full blocks stay full
+SPLIT_NUMEL: Final = (
+    8192  # a tensor is split only at multiples of this, the largest block: full blocks stay full
+)
 PART_NUMEL: Final = MAX_PAYLOAD_BYTES // 4  # dense f32 weights travel in parts of this many values
 
 PayloadSize = Callable[[int], int]
@@ -45,7 +49,7 @@ PayloadSize = Callable[[int], int]
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One parameter: its name, shape, and where it starts in the flat vector (counted in values)."""
+    """One parameter: its name, shape, and where it starts in the flat vector (in values)."""
 
     name: str
     shape: tuple[int, ...]
@@ -99,7 +103,8 @@ def cut(specs: Sequence[tuple[str, Sequence[int]]], sizes: Sequence[PayloadSize]
     """Cut a model into shards.
 
     Args:
-        specs: (name, shape) of each parameter, in the model's order; names are unique, shapes positive.
+        specs: (name, shape) of each parameter, in the model's order; names are unique, shapes
+        positive.
         sizes: payload bytes of a segment as a function of its numel, one per direction.
 
     Raises:
@@ -145,7 +150,7 @@ def _place(specs: Sequence[tuple[str, Sequence[int]]]) -> list[Tensor]:
             msg = f"two parameters are called {name!r}: names must be unique"
             raise ConfigError(msg)
         if tensor.numel <= 0:
-            msg = f"parameter {name!r} has shape {list(tensor.shape)}, which holds no values: remove or freeze it"
+            msg = f"parameter {name!r} of shape {list(tensor.shape)} holds no values: freeze it"
             raise ConfigError(msg)
         seen.add(name)
         tensors.append(tensor)
@@ -157,7 +162,7 @@ def _place(specs: Sequence[tuple[str, Sequence[int]]]) -> list[Tensor]:
 
 
 def _fit(wanted: int, filled: int, used: Sequence[int], sizes: Sequence[PayloadSize]) -> int:
-    """How many of `wanted` values still fit the open shard: all, a multiple of SPLIT_NUMEL, or 0."""
+    """How many of `wanted` values still fit the shard: all, or a multiple of SPLIT_NUMEL."""
 
     def fits(numel: int) -> bool:
         room = filled + numel <= MAX_SHARD_NUMEL

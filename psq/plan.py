@@ -1,8 +1,9 @@
 """The plan: everything the processes of one job must agree on, as bytes with a digest.
 
-A worker sends its plan when it joins. The first one defines the job; a later one with another digest is refused with
-a text that names the first thing in which they differ. The body is a msgpack map in a fixed order, so equal plans are
-equal bytes. It is remote input: `Plan.parse` accepts exactly what `Plan.body` makes and refuses everything else.
+A worker sends its plan when it joins. The first one defines the job; a later one with another
+digest is refused with a text that names the first thing in which they differ. The body is a
+msgpack map in a fixed order, so equal plans are equal bytes. It is remote input: `Plan.parse`
+accepts exactly what `Plan.body` makes and refuses everything else.
 """
 
 from __future__ import annotations
@@ -51,11 +52,14 @@ class Plan:
         get_codec(self.recipe.downlink.codec)
 
     @classmethod
-    def of(cls, specs: Sequence[tuple[str, Sequence[int]]], recipe: Recipe, world_size: int) -> Plan:
+    def of(
+        cls, specs: Sequence[tuple[str, Sequence[int]]], recipe: Recipe, world_size: int
+    ) -> Plan:
         """The plan of a model given as (name, shape) in order.
 
         Raises:
-            ConfigError: the recipe, the world size or the model cannot be run, or the plan is over its size limit.
+            ConfigError: the recipe, the world size or the model cannot be run, or the plan is over
+            its size limit.
         """
         tensors = tuple((name, tuple(int(n) for n in shape)) for name, shape in specs)
         plan = cls(tensors, recipe, world_size)
@@ -95,7 +99,8 @@ class Plan:
         """The plan a peer sent.
 
         Raises:
-            RemotePlanError: it is not a plan, is over a limit, or names a recipe or codec this side does not have.
+            RemotePlanError: it is not a plan, is over a limit, or names a recipe or codec this
+            side does not have.
         """
         try:
             plan = _from_plain(_unpack(body))
@@ -109,7 +114,7 @@ class Plan:
         return plan
 
     def difference(self, other: Plan) -> str:
-        """The first thing in which `other` departs from this plan, in words; empty when they are equal."""
+        """The first thing in which `other` departs from this plan, in words; empty if equal."""
         if self.world_size != other.world_size:
             return f"world_size: the job has {self.world_size}, it says {other.world_size}"
         mine, theirs = _leaves(self.recipe.to_plain()), _leaves(other.recipe.to_plain())
@@ -120,7 +125,9 @@ class Plan:
             if a != b:
                 return f"tensor {index}: the job has {_show(a)}, it says {_show(b)}"
         if len(self.tensors) != len(other.tensors):
-            extra = max(self.tensors, other.tensors, key=len)[min(len(self.tensors), len(other.tensors))]
+            extra = max(self.tensors, other.tensors, key=len)[
+                min(len(self.tensors), len(other.tensors))
+            ]
             return (
                 f"number of tensors: the job has {len(self.tensors)}, it says {len(other.tensors)} "
                 f"(first unmatched: {_show(extra)})"
@@ -149,7 +156,8 @@ def _from_plain(plain: Any) -> Plan:
         msg = "a plan is a map of format, world_size, recipe and tensors"
         raise ConfigError(msg)
     if plain["format"] != PLAN_FORMAT:
-        msg = f"plan format {plain['format']!r}, this side reads {PLAN_FORMAT}: run the same psq on both sides"
+        came = plain["format"]
+        msg = f"plan format {came!r}, this side reads {PLAN_FORMAT}: run the same psq everywhere"
         raise ConfigError(msg)
     if not isinstance(plain["recipe"], dict) or not isinstance(plain["tensors"], list):
         msg = "a plan's recipe is a map and its tensors are a list"
@@ -167,7 +175,9 @@ def _tensor(entry: Any) -> tuple[str, tuple[int, ...]]:
             type(n) is int and 0 < n <= MAX_NUMEL for n in shape
         ):
             return name, tuple(shape)
-    msg = f"a tensor is [name, shape] with up to {MAX_DIMENSIONS} positive sizes, got {entry!r:.200}"
+    msg = (
+        f"a tensor is [name, shape] with up to {MAX_DIMENSIONS} positive sizes, got {entry!r:.200}"
+    )
     raise ConfigError(msg)
 
 

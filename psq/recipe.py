@@ -1,14 +1,17 @@
 """An algorithm as a value: five parts, composed, never a class tree.
 
-    direction  (worker)  what a worker wants to say this step: its gradient, or an Adam update of its own
-    uplink               how that is said: a codec, with or without error feedback
+    direction  (worker)  what a worker wants to say this step: its gradient, or an Adam update of
+    its own uplink               how that is said: a codec, with or without error feedback
     aggregate  (server)  how the workers' messages become one
     apply      (server)  what the server does with it: add it to the weights, or take an Adam step
-    downlink             how the server answers: weights through a codec, or the change of the weights
+    downlink             how the server answers: weights through a codec, or the change of the
+    weights
 
-A recipe is plain data. It travels in the plan, so that every process of a job can compare it, and nothing in it is
-code: schedules are named families with numbers, not callables. The math lives in `psq.optim`, `psq.feedback` and
-`psq_server.reduce`; this module only says what is meant and refuses what makes no sense.
+A recipe is plain data. It travels in the plan, so that every process of a job can compare it, and
+nothing in it is
+code: schedules are named families with numbers, not callables. The math lives in `psq.optim`,
+`psq.feedback` and `psq_server.reduce`; this module only says what is meant and refuses what makes
+no sense.
 """
 
 from __future__ import annotations
@@ -89,7 +92,9 @@ def _check_unit(name: str, schedule: Schedule, *, allow_zero: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AdamConfig:
-    """Generic Adam: v = theta v + (1-theta) g^2, m = beta m + (1-beta) g, u = alpha m / (sqrt(v) + eps).
+    """Generic Adam.
+
+    v = theta v + (1 - theta) g^2,  m = beta m + (1 - beta) g,  u = alpha m / (sqrt(v) + eps).
 
     Args:
         beta: weight of the old first moment, in [0, 1); a number or a schedule.
@@ -97,12 +102,15 @@ class AdamConfig:
         eps: > 0.
         eps_placement: "outside" sqrt(v) + eps (torch), "inside" sqrt(v + eps) (the paper's form),
             "initial" v_0 = eps and no eps later.
-        bias_correction: divide m and v by one minus the product of their weights so far (torch does).
+        bias_correction: divide m and v by one minus the product of their weights so far (torch
+        does).
         amsgrad: use the largest v so far.
         weight_decay: >= 0.
         decoupled: AdamW's decay of the weights (True) or an L2 term in the gradient (False).
-        variance_correction: estimate the whole cluster's second moment from one worker's (only where the moments live
-            on a worker; see docs/design.md): the learning rate that suits plain Adam then suits W workers.
+        variance_correction: estimate the whole cluster's second moment from one worker's (only
+        where the moments live
+            on a worker; see docs/design.md): the learning rate that suits plain Adam then suits W
+            workers.
     """
 
     beta: Schedule = 0.9
@@ -123,7 +131,9 @@ class AdamConfig:
             msg = f"eps must be > 0, got {self.eps!r}"
             raise ConfigError(msg)
         if self.eps_placement not in get_args(EpsPlacement):
-            msg = f"eps_placement must be one of {get_args(EpsPlacement)}, got {self.eps_placement!r}"
+            msg = (
+                f"eps_placement must be one of {get_args(EpsPlacement)}, got {self.eps_placement!r}"
+            )
             raise ConfigError(msg)
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0.0):
             msg = f"weight_decay must be >= 0, got {self.weight_decay!r}"
@@ -146,7 +156,7 @@ class Direction:
     def __post_init__(self) -> None:
         """An Adam direction has settings, a gradient has none."""
         _check_choice("direction", self.kind, get_args(DirectionKind))
-        _check_pair("direction", self.kind == "adam", self.adam)
+        _check_pair("direction", self.adam, needed=self.kind == "adam")
 
     @property
     def meaning(self) -> Meaning:
@@ -156,7 +166,7 @@ class Direction:
 
 @dataclass(frozen=True, slots=True)
 class Uplink:
-    """How a worker says it: a codec spec (see `psq.codec`) and whether what was left out is said later."""
+    """How a worker says it: a codec spec, and whether what it left out is said later."""
 
     codec: str
     error_feedback: bool = True
@@ -164,7 +174,7 @@ class Uplink:
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """What the server does: "add" (x -= mean update) or "adam" (an Adam step on the mean gradient)."""
+    """What the server does: "add" the mean update, or step "adam" on the mean gradient."""
 
     kind: ApplyKind
     adam: AdamConfig | None = None
@@ -172,9 +182,9 @@ class Apply:
     def __post_init__(self) -> None:
         """An Adam step has settings, an addition has none; the correction is for worker moments."""
         _check_choice("apply", self.kind, get_args(ApplyKind))
-        _check_pair("apply", self.kind == "adam", self.adam)
+        _check_pair("apply", self.adam, needed=self.kind == "adam")
         if self.adam is not None and self.adam.variance_correction:
-            msg = "variance_correction belongs to worker moments: the server's v already sees the mean gradient"
+            msg = "variance_correction is for worker moments: the server's v sees the mean gradient"
             raise ConfigError(msg)
 
 
@@ -193,7 +203,7 @@ class Downlink:
         """Weights are sent whole each time: there is nothing to feed back."""
         _check_choice("downlink", self.kind, get_args(DownlinkKind))
         if self.kind == "weights" and self.error_feedback:
-            msg = "a weights downlink has no error feedback: the next message repeats the whole weights anyway"
+            msg = "a weights downlink has no error feedback: its next message repeats the weights"
             raise ConfigError(msg)
 
 
@@ -214,8 +224,8 @@ class Recipe:
         wanted = "update" if self.apply.kind == "add" else "gradient"
         if self.direction.meaning != wanted:
             msg = (
-                f"recipe {self.name!r}: apply={self.apply.kind} needs workers that send a {wanted}, "
-                f"direction={self.direction.kind} sends a {self.direction.meaning}"
+                f"recipe {self.name!r}: apply={self.apply.kind} needs workers that send {wanted}s, "
+                f"direction={self.direction.kind} sends {self.direction.meaning}s"
             )
             raise ConfigError(msg)
 
@@ -238,17 +248,20 @@ class Recipe:
     def with_codecs(self, *, uplink: str | None = None, downlink: str | None = None) -> Recipe:
         """The same recipe with other codecs.
 
-        `downlink` may begin with "weights:" or "delta:" to change its kind, as in "delta:sign" or "weights:uniform:bits=8".
+        `downlink` may begin with "weights:" or "delta:" to change its kind, as in "delta:sign" or
+        "weights:uniform:bits=8".
         """
         recipe = self
         if uplink is not None:
-            recipe = dataclasses.replace(recipe, uplink=dataclasses.replace(self.uplink, codec=uplink))
+            recipe = dataclasses.replace(
+                recipe, uplink=dataclasses.replace(self.uplink, codec=uplink)
+            )
         if downlink is not None:
             recipe = dataclasses.replace(recipe, downlink=_parse_downlink(downlink, self.downlink))
         return recipe
 
     def to_plain(self) -> dict[str, Any]:
-        """Maps, strings, numbers and booleans only, in a fixed order: what the plan's digest covers."""
+        """Plain data in a fixed order: what the plan's digest covers."""
         return {
             "name": self.name,
             "direction": {"kind": self.direction.kind, "adam": _adam_plain(self.direction.adam)},
@@ -344,7 +357,7 @@ PRESETS = {
 
 
 def preset(name: str, adam: AdamConfig | None = None) -> Recipe:
-    """A named recipe: "server-adam" (default of psq), "qadam", "qadam-1bit", "efficient-adam" or "fp32".
+    """One of PRESETS by name.
 
     Raises:
         ConfigError: no such recipe; the message lists what exists.
@@ -375,9 +388,11 @@ def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(msg)
 
 
-def _check_pair(what: str, needed: bool, adam: AdamConfig | None) -> None:  # noqa: FBT001 - a truth, not a switch
+def _check_pair(what: str, adam: AdamConfig | None, *, needed: bool) -> None:
     if needed != (adam is not None):
-        msg = f"{what}: Adam settings are {'needed' if needed else 'meaningless'} here, got {adam!r}"
+        msg = (
+            f"{what}: Adam settings are {'needed' if needed else 'meaningless'} here, got {adam!r}"
+        )
         raise ConfigError(msg)
 
 
@@ -423,13 +438,11 @@ def _schedule_plain(schedule: Schedule) -> float | list[Any]:
 
 
 def _schedule_from_plain(plain: Any) -> Schedule:
-    if isinstance(plain, list):
-        families = {"power": Power, "one-minus-power": OneMinusPower}
-        name, value, exponent = (*plain, None, None, None)[:3]
-        if name not in families or len(plain) != 3:  # noqa: PLR2004 - name, value, exponent
-            msg = f"not a schedule: {plain!r}"
-            raise ConfigError(msg)
-        return families[name](_number(value), _number(exponent))
+    match plain:
+        case ["power", value, exponent]:
+            return Power(_number(value), _number(exponent))
+        case ["one-minus-power", value, exponent]:
+            return OneMinusPower(_number(value), _number(exponent))
     return _number(plain)
 
 

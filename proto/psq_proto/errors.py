@@ -1,4 +1,4 @@
-"""The part of psq's error tree that the wire protocol raises; the whole tree is drawn in `psq.errors`."""
+"""The part of psq's error tree that the protocol raises; `psq.errors` draws the whole tree."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXIT_CONFIG: Final = 78
 
 
 class PsqError(Exception):
-    """Anything psq raises on purpose; `exit_code` is what a command ends with when it reaches the top."""
+    """Anything psq raises on purpose; `exit_code` is what a command then ends with."""
 
     exit_code: int = 1
 

@@ -1,4 +1,4 @@
-"""psq.layout: the cut covers every value once, keeps payloads within the limit, and is the same everywhere."""
+"""psq.layout: the cut covers every value once, keeps payloads small, is the same everywhere."""
 
 import math
 
@@ -19,15 +19,13 @@ def one_bit(numel):
     return 64 * math.ceil(numel / 512) + 4 * math.ceil(numel / 1024)
 
 
-SHAPES = st.lists(
-    st.lists(st.integers(1, 300), min_size=0, max_size=3), min_size=1, max_size=40
-)
+SHAPES = st.lists(st.lists(st.integers(1, 300), min_size=0, max_size=3), min_size=1, max_size=40)
 
 
 @given(SHAPES)
 def test_every_value_lies_in_exactly_one_segment_of_its_tensor(shapes):
     layout = cut([(f"p{i}", shape) for i, shape in enumerate(shapes)], (dense, one_bit))
-    position = {i: 0 for i in range(len(shapes))}
+    position = dict.fromkeys(range(len(shapes)), 0)
     for shard in layout.shards:
         filled = 0
         for segment in shard.segments:

@@ -1,4 +1,4 @@
-"""psq.plan: equal plans are equal bytes, different ones are told apart in words, hostile ones are refused."""
+"""psq.plan: equal plans are equal bytes, others are told apart in words or refused."""
 
 import msgpack
 import pytest

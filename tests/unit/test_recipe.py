@@ -1,4 +1,4 @@
-"""psq.recipe: compositions that make sense round-trip as plain data; the others are refused with a reason."""
+"""psq.recipe: what makes sense round-trips as plain data, the rest is refused with a reason."""
 
 import msgpack
 import pytest
@@ -65,12 +65,12 @@ def test_adam_settings_that_cannot_run_are_refused(settings):
 
 
 def test_a_gradient_cannot_simply_be_added():
-    with pytest.raises(ConfigError, match="needs workers that send a update"):
+    with pytest.raises(ConfigError, match="needs workers that send updates"):
         Recipe("x", Direction(), Uplink("sign"), Apply("add"), Downlink("delta", "sign"))
 
 
 def test_an_update_cannot_feed_an_adam_step():
-    with pytest.raises(ConfigError, match="sends a update"):
+    with pytest.raises(ConfigError, match="sends updates"):
         Recipe(
             "x",
             Direction("adam", AdamConfig()),
@@ -86,7 +86,7 @@ def test_weights_have_no_error_feedback():
 
 
 def test_the_variance_correction_is_refused_on_the_server():
-    with pytest.raises(ConfigError, match="belongs to worker moments"):
+    with pytest.raises(ConfigError, match="is for worker moments"):
         Apply("adam", AdamConfig(variance_correction=True))
 
 
