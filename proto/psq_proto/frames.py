@@ -1,0 +1,333 @@
+"""Frames: a 100-byte header and a body, the one unit that travels.
+
+Theory. The header is fixed, little endian and without padding, and both it and the body carry a CRC-32C, so a frame
+that decodes is the frame that was sealed. A sender writes the payload behind HEADER_BYTES free bytes and `seal`s it in
+place; a receiver gets a view of the bytes that came: no payload is copied on either side. Decoding checks in this
+order, and reads nothing that an earlier check has not covered: length, magic, major, header CRC, announced length,
+field rules, body CRC. A frame cut short, damaged or lying about its length raises RemoteWireError and nothing else.
+
+Never here: who may say what when (that is `session`), or what a payload means (that is the codec).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Final, NamedTuple, TypeAlias
+
+from crc32c import crc32c
+
+from psq_proto.errors import RemoteWireError, UsageError
+from psq_proto.messages import (
+    BODY_TYPES,
+    DATA_TYPES,
+    MAJOR,
+    MAX_CONTROL_BYTES,
+    MAX_PAYLOAD_BYTES,
+    NO_SHARD,
+    ControlBody,
+    Flags,
+    MessageType,
+    decode_body,
+    encode_body,
+)
+
+__all__ = [
+    "HEADER_BYTES",
+    "MAGIC",
+    "MAX_FRAME_BYTES",
+    "NO_RUN",
+    "Buffer",
+    "Frame",
+    "Header",
+    "decode_control",
+    "decode_frame",
+    "digest64",
+    "encode_control",
+    "encode_frame",
+    "pack_header",
+    "seal",
+]
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+"""Contiguous bytes; a received pyzmq Frame is given as its `.buffer`."""
+
+MAGIC: Final = b"PSQW"
+NO_RUN: Final = bytes(16)
+"""The run_id of a worker that belongs to no run yet."""
+
+_LAYOUT: Final = struct.Struct("<4sBBH16sIIIIQQQdQIIIII")
+_CRC: Final = struct.Struct("<I")
+HEADER_BYTES: Final = _LAYOUT.size
+MAX_FRAME_BYTES: Final = HEADER_BYTES + MAX_PAYLOAD_BYTES
+_CRC_OFFSET: Final = HEADER_BYTES - _CRC.size
+_ALL_FLAGS: Final = int(Flags.SKIP | Flags.DELTA | Flags.FULL)
+_RUN_ID_BYTES: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Every field of a frame's header, checked when made; 0 where a message has no use for a field.
+
+    `body_len` and `body_crc` are filled in by whoever seals a frame, and are true in a header that was decoded.
+    """
+
+    type: MessageType
+    codec: int = 0
+    run_id: bytes = NO_RUN
+    epoch: int = 0
+    incarnation: int = 0
+    rank: int = 0
+    flags: Flags = Flags.NONE
+    seq: int = 0
+    round: int = 0
+    version: int = 0
+    rate: float = 0.0
+    plan: int = 0
+    shard: int = 0
+    part: int = 0
+    body_len: int = 0
+    body_crc: int = 0
+    major: int = MAJOR
+
+    def __post_init__(self) -> None:
+        """Refuse fields out of range and fields that this message type has no use for."""
+        _pack(self, 0)
+        fault = _misuse(self)
+        if fault:
+            raise UsageError(fault)
+
+
+class Frame(NamedTuple):
+    """A decoded frame: its header and a view of its body (no copy; it lives as long as the buffer it came in)."""
+
+    header: Header
+    body: memoryview
+
+
+def _misuse(header: Header) -> str:
+    """What is wrong with the payload fields for this message type, in words; empty when nothing is."""
+    kind, flags = header.type, int(header.flags)
+    name = kind.name
+    if len(header.run_id) != _RUN_ID_BYTES:
+        return f"run_id must be {_RUN_ID_BYTES} bytes, got {len(header.run_id)}"
+    if flags & ~_ALL_FLAGS:
+        return f"{name} sets reserved flag bits 0x{flags & ~_ALL_FLAGS:x}"
+    if not 0.0 <= header.rate < math.inf or (header.rate and kind is not MessageType.PUSH):
+        return f"{name} has rate {header.rate}: PUSH has a finite one >= 0, every other message 0"
+    if kind is MessageType.PUSH:
+        return _misuse_of_push(header, flags)
+    if kind is MessageType.WEIGHTS:
+        return _misuse_of_weights(header, flags)
+    shard_allowed = kind is MessageType.INIT
+    if flags or header.codec:
+        return f"{name} has no codec and no flags, got codec {header.codec} flags {flags}"
+    if (header.shard or header.part) and not shard_allowed:
+        return f"{name} has no shard and no part, got shard {header.shard} part {header.part}"
+    if shard_allowed and header.shard == NO_SHARD:
+        return f"{name} must name a shard"
+    return ""
+
+
+def _misuse_of_push(header: Header, flags: int) -> str:
+    if flags & ~int(Flags.SKIP) or header.part:
+        return f"PUSH has no flag but SKIP and no part, got flags {flags} part {header.part}"
+    if flags:
+        if header.codec or header.shard != NO_SHARD:
+            return f"PUSH SKIP has codec 0 and shard {NO_SHARD}, got {header.codec} and {header.shard}"
+        return ""
+    if not header.codec or header.shard == NO_SHARD:
+        return f"PUSH must name a codec and a shard, got codec {header.codec} shard {header.shard}"
+    return ""
+
+
+def _misuse_of_weights(header: Header, flags: int) -> str:
+    if flags not in (Flags.DELTA, Flags.FULL):
+        return f"WEIGHTS must be either DELTA or FULL, got flags {flags}"
+    if not header.codec or header.shard == NO_SHARD:
+        return f"WEIGHTS must name a codec and a shard, got codec {header.codec} shard {header.shard}"
+    if header.part and flags == Flags.DELTA:
+        return f"WEIGHTS DELTA has no parts, got part {header.part}"
+    return ""
+
+
+def _misfit(header: Header, body_len: int) -> str:
+    """What is wrong with a body of this length for this header, in words; empty when nothing is."""
+    kind = header.type
+    limit = MAX_PAYLOAD_BYTES if kind in DATA_TYPES else MAX_CONTROL_BYTES
+    empty = kind is MessageType.PULL or bool(header.flags & Flags.SKIP)
+    if empty and body_len:
+        return f"{kind.name} has no body here, got {body_len} bytes"
+    if not empty and not 0 < body_len <= limit:
+        return f"{kind.name} must have a body of 1..{limit} bytes, got {body_len}"
+    if kind is MessageType.INIT and body_len % 4:
+        return f"INIT holds 4-byte floats, got {body_len} bytes"
+    return ""
+
+
+def _pack(header: Header, body_len: int, body_crc: int = 0) -> bytearray:
+    """The header's bytes with everything but the header CRC."""
+    packed = bytearray(HEADER_BYTES)
+    try:
+        _LAYOUT.pack_into(
+            packed,
+            0,
+            MAGIC,
+            header.major,
+            header.type,
+            header.codec,
+            header.run_id,
+            header.epoch,
+            header.incarnation,
+            header.rank,
+            header.flags,
+            header.seq,
+            header.round,
+            header.version,
+            header.rate,
+            header.plan,
+            header.shard,
+            header.part,
+            body_len,
+            body_crc,
+            0,
+        )
+    except (struct.error, TypeError, OverflowError) as error:
+        msg = f"a header field is out of range ({error}): {header!r:.600}"
+        raise UsageError(msg) from error
+    return packed
+
+
+def pack_header(header: Header) -> bytes:
+    """The 100 bytes of a header whose body_len and body_crc are already right, header CRC included.
+
+    Raises:
+        UsageError: a body of that length does not go with that header.
+    """
+    fault = _misfit(header, header.body_len)
+    if fault:
+        raise UsageError(fault)
+    packed = _pack(header, header.body_len, header.body_crc)
+    _CRC.pack_into(packed, _CRC_OFFSET, crc32c(memoryview(packed)[:_CRC_OFFSET]))
+    return bytes(packed)
+
+
+def seal(frame: bytearray | memoryview, header: Header) -> None:
+    """Write `header` with both CRCs in front of the body that `frame` already holds behind HEADER_BYTES.
+
+    Raises:
+        UsageError: the frame has no room for a header, or its body does not go with it.
+
+    Cost: one CRC pass over the body; nothing is copied.
+    """
+    view = memoryview(frame).cast("B")
+    if view.nbytes < HEADER_BYTES:
+        msg = f"a frame needs {HEADER_BYTES} bytes for its header, got {view.nbytes}"
+        raise UsageError(msg)
+    body = view[HEADER_BYTES:]
+    view[:HEADER_BYTES] = pack_header(replace(header, body_len=body.nbytes, body_crc=crc32c(body)))
+
+
+def encode_frame(header: Header, body: Buffer = b"") -> bytearray:
+    """A sealed frame with a copy of `body`; for a payload that should not be copied, use `seal`."""
+    frame = bytearray(HEADER_BYTES)
+    frame += body
+    seal(frame, header)
+    return frame
+
+
+def encode_control(header: Header, body: ControlBody) -> bytearray:
+    """A sealed control frame.
+
+    Raises:
+        UsageError: the header's type is not the body's.
+    """
+    expected = BODY_TYPES.get(header.type)
+    if expected is not type(body):
+        wanted = expected.__name__ if expected else "no control body"
+        msg = f"{header.type.name} takes {wanted}, got {type(body).__name__}"
+        raise UsageError(msg)
+    return encode_frame(header, encode_body(body))
+
+
+def decode_frame(buffer: Buffer, *, max_body: int = MAX_PAYLOAD_BYTES) -> Frame:
+    """The frame in `buffer`; its body is a view, not a copy.
+
+    Raises:
+        RemoteWireError: these bytes are not exactly one whole, undamaged frame within the limits.
+    """
+    view = memoryview(buffer).cast("B")
+    if not HEADER_BYTES <= view.nbytes <= HEADER_BYTES + max_body:
+        msg = f"a frame has {HEADER_BYTES}..{HEADER_BYTES + max_body} bytes, got {view.nbytes}"
+        raise RemoteWireError(msg)
+    header = _decode_header(view)
+    body = view[HEADER_BYTES:]
+    if header.body_len != body.nbytes:
+        msg = f"{header.type.name} announces a body of {header.body_len} bytes and has {body.nbytes}"
+        raise RemoteWireError(msg)
+    fault = _misfit(header, body.nbytes)
+    if fault:
+        raise RemoteWireError(fault)
+    if crc32c(body) != header.body_crc:
+        msg = f"{header.type.name} body of {body.nbytes} bytes is damaged (CRC)"
+        raise RemoteWireError(msg)
+    return Frame(header, body)
+
+
+def _decode_header(view: memoryview) -> Header:
+    magic, major, kind, codec, run_id, epoch, incarnation, rank, flags, *rest = _LAYOUT.unpack_from(view)
+    seq, round_, version, rate, plan, shard, part, body_len, body_crc, header_crc = rest
+    if magic != MAGIC:
+        msg = f"a frame starts with {MAGIC!r}, got {magic!r}: the peer is not psq, or this port is another service's"
+        raise RemoteWireError(msg)
+    if major != MAJOR:
+        msg = f"frame of protocol version {major}, this side speaks {MAJOR}: run the same psq on both sides"
+        raise RemoteWireError(msg)
+    if crc32c(view[:_CRC_OFFSET]) != header_crc:
+        msg = "a header is damaged (CRC)"
+        raise RemoteWireError(msg)
+    try:
+        known = MessageType(kind)
+    except ValueError:
+        msg = f"unknown message type {kind}"
+        raise RemoteWireError(msg) from None
+    try:
+        return Header(
+            type=known,
+            codec=codec,
+            run_id=run_id,
+            epoch=epoch,
+            incarnation=incarnation,
+            rank=rank,
+            flags=Flags(flags),
+            seq=seq,
+            round=round_,
+            version=version,
+            rate=rate,
+            plan=plan,
+            shard=shard,
+            part=part,
+            body_len=body_len,
+            body_crc=body_crc,
+        )
+    except UsageError as error:
+        raise RemoteWireError(str(error)) from error
+
+
+def decode_control(frame: Frame) -> ControlBody:
+    """The control body of a decoded frame.
+
+    Raises:
+        RemoteWireError: the message has no control body, or its body is not a valid one.
+    """
+    if frame.header.type not in BODY_TYPES:
+        msg = f"{frame.header.type.name} has no control body"
+        raise RemoteWireError(msg)
+    return decode_body(frame.header.type, frame.body)
+
+
+def digest64(body: Buffer) -> int:
+    """The 64-bit name of some bytes (BLAKE2b, 8 bytes, little endian): how a plan is named in every header."""
+    return int.from_bytes(blake2b(body, digest_size=8).digest(), "little")
