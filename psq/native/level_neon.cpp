@@ -1,1 +1,3 @@
-namespace psq_neon {}
+#define PSQ_LEVEL neon
+#define PSQ_VECTOR_BYTES 16
+#include "level.inl"

@@ -1,0 +1,5 @@
+// Optimizer kernels over vec.inl's 16-lane vectors.
+
+namespace {
+const PsqOptimKernels optim_kernels = {0};
+}

@@ -1,0 +1,184 @@
+// Rows of 16 lanes: F (float), I (int32), U (uint32), the same on every level.
+//
+// A row is one 64-byte register, two of 32 bytes or four of 16: a type wider than the register would travel through
+// the stack, so wider rows are pairs of pairs, and an operation on a pair is the operation on its halves.
+
+#define PSQ_INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+typedef float NativeF __attribute__((vector_size(PSQ_VECTOR_BYTES)));
+typedef int32_t NativeI __attribute__((vector_size(PSQ_VECTOR_BYTES)));
+typedef uint32_t NativeU __attribute__((vector_size(PSQ_VECTOR_BYTES)));
+typedef float LooseF __attribute__((vector_size(PSQ_VECTOR_BYTES), aligned(1), may_alias));
+typedef uint32_t LooseU __attribute__((vector_size(PSQ_VECTOR_BYTES), aligned(1), may_alias));
+
+template <class T>
+struct Pair {
+  T lo, hi;
+};
+
+#if PSQ_VECTOR_BYTES == 64
+typedef NativeF F;
+typedef NativeI I;
+typedef NativeU U;
+#elif PSQ_VECTOR_BYTES == 32
+typedef Pair<NativeF> F;
+typedef Pair<NativeI> I;
+typedef Pair<NativeU> U;
+#elif PSQ_VECTOR_BYTES == 16
+typedef Pair<Pair<NativeF>> F;
+typedef Pair<Pair<NativeI>> I;
+typedef Pair<Pair<NativeU>> U;
+#else
+#error "PSQ_VECTOR_BYTES must be 16, 32 or 64"
+#endif
+
+// a + b and the like: the compiler's own on a register, half by half on a pair.
+#define PSQ_PAIR_OPERATOR(op)                                \
+  template <class T>                                         \
+  PSQ_INLINE Pair<T> operator op(Pair<T> a, Pair<T> b) {     \
+    return {a.lo op b.lo, a.hi op b.hi};                     \
+  }
+PSQ_PAIR_OPERATOR(+)
+PSQ_PAIR_OPERATOR(-)
+PSQ_PAIR_OPERATOR(*)
+PSQ_PAIR_OPERATOR(/)
+PSQ_PAIR_OPERATOR(&)
+PSQ_PAIR_OPERATOR(|)
+PSQ_PAIR_OPERATOR(^)
+
+template <class T>
+PSQ_INLINE Pair<T> operator<<(Pair<T> a, int count) {
+  return {a.lo << count, a.hi << count};
+}
+template <class T>
+PSQ_INLINE Pair<T> operator>>(Pair<T> a, int count) {
+  return {a.lo >> count, a.hi >> count};
+}
+
+// Bits of one kind of row as another.
+PSQ_INLINE NativeI as_i(NativeF a) { return (NativeI)a; }
+PSQ_INLINE NativeI as_i(NativeU a) { return (NativeI)a; }
+PSQ_INLINE NativeU as_u(NativeF a) { return (NativeU)a; }
+PSQ_INLINE NativeU as_u(NativeI a) { return (NativeU)a; }
+PSQ_INLINE NativeF as_f(NativeU a) { return (NativeF)a; }
+PSQ_INLINE NativeF as_f(NativeI a) { return (NativeF)a; }
+// Values: int32 to float (exact below 2^24), float to int32 (towards zero).
+PSQ_INLINE NativeF to_f(NativeI a) { return __builtin_convertvector(a, NativeF); }
+PSQ_INLINE NativeI to_i(NativeF a) { return __builtin_convertvector(a, NativeI); }
+
+// Comparisons give lanes of all ones or all zeros.
+PSQ_INLINE NativeU less(NativeF a, NativeF b) { return (NativeU)(a < b); }
+PSQ_INLINE NativeU less(NativeI a, NativeI b) { return (NativeU)(a < b); }
+PSQ_INLINE NativeU less_equal(NativeF a, NativeF b) { return (NativeU)(a <= b); }
+PSQ_INLINE NativeF select(NativeU mask, NativeF a, NativeF b) { return mask ? a : b; }
+PSQ_INLINE NativeI maximum(NativeI a, NativeI b) { return a > b ? a : b; }
+PSQ_INLINE NativeI minimum(NativeI a, NativeI b) { return a < b ? a : b; }
+// Second operand where a comparison fails, that is, where either is NaN (as x86's maxps).
+PSQ_INLINE NativeF maximum(NativeF a, NativeF b) { return a > b ? a : b; }
+PSQ_INLINE NativeF minimum(NativeF a, NativeF b) { return a < b ? a : b; }
+
+#define PSQ_PAIR_UNARY(name)                          \
+  template <class T>                                  \
+  PSQ_INLINE auto name(Pair<T> a)->Pair<decltype(name(a.lo))> { \
+    return {name(a.lo), name(a.hi)};                  \
+  }
+#define PSQ_PAIR_BINARY(name)                                                 \
+  template <class T>                                                          \
+  PSQ_INLINE auto name(Pair<T> a, Pair<T> b)->Pair<decltype(name(a.lo, b.lo))> { \
+    return {name(a.lo, b.lo), name(a.hi, b.hi)};                              \
+  }
+// A row of the 16-byte levels is a pair of pairs: instantiate the inner one first.
+PSQ_PAIR_UNARY(as_i)
+PSQ_PAIR_UNARY(as_u)
+PSQ_PAIR_UNARY(as_f)
+PSQ_PAIR_UNARY(to_f)
+PSQ_PAIR_UNARY(to_i)
+PSQ_PAIR_BINARY(less)
+PSQ_PAIR_BINARY(less_equal)
+PSQ_PAIR_BINARY(maximum)
+PSQ_PAIR_BINARY(minimum)
+
+PSQ_INLINE NativeU select(NativeU mask, NativeU a, NativeU b) { return mask ? a : b; }
+template <class M, class T>
+PSQ_INLINE Pair<T> select(Pair<M> mask, Pair<T> a, Pair<T> b) {
+  return {select(mask.lo, a.lo, b.lo), select(mask.hi, a.hi, b.hi)};
+}
+
+// Sixteen lanes of one value (x - 0 keeps -0.0).
+PSQ_INLINE void fill(NativeF& row, float value) { row = value - NativeF{}; }
+PSQ_INLINE void fill(NativeI& row, int32_t value) { row = value - NativeI{}; }
+PSQ_INLINE void fill(NativeU& row, uint32_t value) { row = value - NativeU{}; }
+template <class T, class S>
+PSQ_INLINE void fill(Pair<T>& row, S value) {
+  fill(row.lo, value);
+  row.hi = row.lo;
+}
+PSQ_INLINE F splat(float value) {
+  F row;
+  fill(row, value);
+  return row;
+}
+PSQ_INLINE I splat(int32_t value) {
+  I row;
+  fill(row, value);
+  return row;
+}
+PSQ_INLINE U splat(uint32_t value) {
+  U row;
+  fill(row, value);
+  return row;
+}
+
+// Rows from and to any address.
+PSQ_INLINE void get(NativeF& row, const void* from) { row = *(const LooseF*)from; }
+PSQ_INLINE void get(NativeU& row, const void* from) { row = *(const LooseU*)from; }
+PSQ_INLINE void put(void* to, NativeF row) { *(LooseF*)to = row; }
+PSQ_INLINE void put(void* to, NativeU row) { *(LooseU*)to = row; }
+template <class T>
+PSQ_INLINE void get(Pair<T>& row, const void* from) {
+  get(row.lo, from);
+  get(row.hi, (const uint8_t*)from + sizeof(T));
+}
+template <class T>
+PSQ_INLINE void put(void* to, Pair<T> row) {
+  put(to, row.lo);
+  put((uint8_t*)to + sizeof(T), row.hi);
+}
+PSQ_INLINE F load(const float* from) {
+  F row;
+  get(row, from);
+  return row;
+}
+PSQ_INLINE U load_words(const uint8_t* from) {
+  U row;
+  get(row, from);
+  return row;
+}
+PSQ_INLINE void store(float* to, F row) { put(to, row); }
+PSQ_INLINE void store_words(uint8_t* to, U row) { put(to, row); }
+
+// |row|, and the bits of a value.
+PSQ_INLINE F absolute(F row) { return as_f(as_u(row) & splat(0x7fffffffu)); }
+PSQ_INLINE uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
+PSQ_INLINE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+PSQ_INLINE bool is_finite(float value) { return (bits_of(value) & 0x7f800000u) != 0x7f800000u; }
+
+// Lanes to one value by halving: lane i takes lane i + 8, then i + 4, i + 2, i + 1. This order is part of the formats.
+PSQ_INLINE float sum(F row) {
+  float lanes[16];
+  put(lanes, row);
+  for (int half = 8; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
+PSQ_INLINE int32_t maximum(I row) {
+  int32_t lanes[16];
+  put(lanes, as_u(row));
+  int32_t best = lanes[0];
+  for (int lane = 1; lane < 16; ++lane) best = lanes[lane] > best ? lanes[lane] : best;
+  return best;
+}
+
+}  // namespace
