@@ -32,8 +32,7 @@ from typing import Final, Self, TypeAlias
 import zmq
 
 from psq.errors import ConfigError, UsageError
-from psq_proto.frames import HEADER_BYTES
-from psq_proto.messages import MAX_PAYLOAD_BYTES
+from psq_proto.frames import MAX_FRAME_BYTES
 
 __all__ = [
     "DRAIN_LIMIT",
@@ -53,7 +52,6 @@ __all__ = [
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 MIN_LIBZMQ: Final = (4, 3, 5)
-MAX_FRAME_BYTES: Final = HEADER_BYTES + MAX_PAYLOAD_BYTES
 ZERO_COPY_BYTES: Final = 256 * 1024  # below this a copy is cheaper than the bookkeeping
 DRAIN_LIMIT: Final = 64  # messages taken in one go, before the loop looks at its clock again
 QUEUE_FRAMES: Final = 64  # SNDHWM and RCVHWM
