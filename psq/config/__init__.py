@@ -1,0 +1,37 @@
+"""Configuration: every setting of psq in one place, and where its value came from.
+
+`schema` lists the settings, `setting` says what a setting is, `sources` decides who wins, `options`
+makes commands of them. `options` imports click and is not imported here: `import psq.config` is
+light.
+"""
+
+from psq.config.schema import DEFAULT_PORT, TABLES, LaunchConfig, ServerConfig, WorkerConfig
+from psq.config.setting import Setting, settings_of
+from psq.config.sources import (
+    CONFIG_ENV,
+    Given,
+    Resolved,
+    known_variables,
+    resolve,
+    stray_variables,
+    use_given,
+    worker_config,
+)
+
+__all__ = [
+    "CONFIG_ENV",
+    "DEFAULT_PORT",
+    "TABLES",
+    "Given",
+    "LaunchConfig",
+    "Resolved",
+    "ServerConfig",
+    "Setting",
+    "WorkerConfig",
+    "known_variables",
+    "resolve",
+    "settings_of",
+    "stray_variables",
+    "use_given",
+    "worker_config",
+]

@@ -1,0 +1,187 @@
+"""Every setting of psq, its unit, range and default: the one place where they are written.
+
+A field's last word is its unit (`_s` seconds); the flag, the variable and the TOML key leave it
+out. Whatever a process may be told is here; `psq.config.sources` says who wins when it is told
+twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from psq.config.setting import check_fields, setting, switch
+from psq.errors import ConfigError
+
+__all__ = ["DEFAULT_PORT", "TABLES", "LaunchConfig", "ServerConfig", "WorkerConfig"]
+
+DEFAULT_PORT: Final = 5555
+DEFAULT_ENDPOINT: Final = f"tcp://127.0.0.1:{DEFAULT_PORT}"
+MAX_PORT: Final = 65_535
+MAX_WORLD_SIZE: Final = 4096
+MAX_LOCAL_WORKERS: Final = 256
+MAX_STEPS: Final = 1_000_000_000
+MAX_SEED: Final = 2**32 - 1
+MAX_WAIT_S: Final = 30 * 86_400.0
+LOOPBACK_HOSTS: Final = ("127.0.0.1", "localhost", "[::1]")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """What one `psq-server` process is told."""
+
+    bind: str = setting(
+        DEFAULT_ENDPOINT, "address workers connect to; port 0 takes a free one", metavar="URL"
+    )
+    world_size: int | None = setting(
+        None,
+        "accept only jobs of so many workers (default: the first worker says)",
+        low=1,
+        high=MAX_WORLD_SIZE,
+    )
+    recipe: str | None = setting(
+        None, "accept only jobs of this recipe (default: the first worker says)", metavar="NAME"
+    )
+    save: str | None = setting(None, "write the final weights here, as safetensors", metavar="FILE")
+    lease_s: float = setting(
+        10.0, "silence after which a worker counts as lost, s", key="lease", above=0, high=3600
+    )
+    give_up_after_s: float = setting(
+        900.0,
+        "end with code 75 when a wait lasts longer, s",
+        key="give_up_after",
+        above=0,
+        high=MAX_WAIT_S,
+    )
+    metrics_host: str = setting("127.0.0.1", "address of /metrics and /healthz", metavar="HOST")
+    metrics_port: int = setting(
+        0, "port of /metrics and /healthz; 0 takes a free one", low=0, high=MAX_PORT
+    )
+    insecure_plaintext: bool = switch(
+        "allow an address other than loopback although nothing is encrypted"
+    )
+    json: bool = switch("end with a summary as one JSON line on stdout")
+    debug: bool = switch("show a traceback with an error")
+
+    def __post_init__(self) -> None:
+        """Types, ranges, and the form of the address."""
+        check_fields(self)
+        _check_endpoint("bind", self.bind, allow_any_port=True)
+        if not self.insecure_plaintext and not _is_loopback(self.bind):
+            msg = (
+                f"bind: {self.bind} can be reached from other machines and nothing is encrypted: "
+                "bind a loopback address, or allow it with --insecure-plaintext on a network you "
+                "trust"
+            )
+            raise ConfigError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """What one worker is told: by `psq-worker`, or by a script that makes a `psq.torch.Worker`."""
+
+    connect: str = setting(
+        DEFAULT_ENDPOINT, "the server's address", metavar="URL", cluster=("MASTER_ADDR",)
+    )
+    rank: int = setting(
+        0,
+        "this worker's number, from 0",
+        low=0,
+        high=MAX_WORLD_SIZE - 1,
+        cluster=("RANK", "SLURM_PROCID"),
+    )
+    world_size: int = setting(
+        1,
+        "how many workers the job has",
+        low=1,
+        high=MAX_WORLD_SIZE,
+        cluster=("WORLD_SIZE", "SLURM_NTASKS"),
+    )
+    task: str = setting(
+        "fashion-mnist", "a built-in task, or MODULE:ATTRIBUTE of your own", metavar="TASK"
+    )
+    recipe: str = setting("server-adam", "the algorithm (see docs/design.md)", metavar="NAME")
+    uplink: str | None = setting(
+        None, 'codec of the pushes, as in "sign" (default: the recipe\'s)', metavar="CODEC"
+    )
+    downlink: str | None = setting(
+        None, 'codec of the answers, as in "delta:sign" (default: the recipe\'s)', metavar="CODEC"
+    )
+    lr: float = setting(1e-3, "learning rate", above=0, high=1e6)
+    steps: int | None = setting(None, "steps to train (default: the task's)", low=1, high=MAX_STEPS)
+    batch_size: int | None = setting(
+        None, "samples per worker and step (default: the task's)", low=1, high=1_000_000
+    )
+    seed: int = setting(0, "seed of initial weights, data order and codecs", low=0, high=MAX_SEED)
+    data: str | None = setting(None, "folder with the task's full data set", metavar="FOLDER")
+    give_up_after_s: float = setting(
+        900.0,
+        "end with code 75 when a wait lasts longer, s",
+        key="give_up_after",
+        above=0,
+        high=MAX_WAIT_S,
+    )
+    progress: Literal["none", "json"] = setting("none", "what to report on stdout while training")
+    progress_every_s: float = setting(
+        0.5, "least time between two progress reports, s", key="progress_every", low=0, high=3600
+    )
+    json: bool = switch("end with a summary as one JSON line on stdout")
+    debug: bool = switch("show a traceback with an error")
+
+    def __post_init__(self) -> None:
+        """Types, ranges, and what only makes sense together."""
+        check_fields(self)
+        _check_endpoint("connect", self.connect, allow_any_port=False)
+        if self.rank >= self.world_size:
+            msg = (
+                f"rank: expected 0 to {self.world_size - 1} in a job of world_size "
+                f"{self.world_size}, got {self.rank}"
+            )
+            raise ConfigError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchConfig:
+    """What `psq launch` and `psq demo` are told beside what they hand on to their processes."""
+
+    workers: int = setting(
+        2, "worker processes to start", short="-n", low=1, high=MAX_LOCAL_WORKERS
+    )
+    servers: int = setting(
+        1, "server processes to start; this version has one", short="-s", low=1, high=64
+    )
+    json: bool = switch("print the summary as JSON on stdout")
+    debug: bool = switch("show a traceback with an error")
+
+    def __post_init__(self) -> None:
+        """Types and ranges; several servers are refused by name."""
+        check_fields(self)
+        if self.servers != 1:
+            msg = (
+                f"servers: several servers are not available in this version, got {self.servers}: "
+                "leave -s out, one server holds the whole model"
+            )
+            raise ConfigError(msg)
+
+
+TABLES: Final[dict[str, type[Any]]] = {
+    "server": ServerConfig,
+    "worker": WorkerConfig,
+    "launch": LaunchConfig,
+}
+
+
+def _check_endpoint(name: str, endpoint: str, *, allow_any_port: bool) -> None:
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    low = 0 if allow_any_port else 1
+    good = endpoint.startswith("tcp://") and host and port.isascii() and port.isdigit()
+    if not good or not low <= int(port) <= MAX_PORT:
+        msg = (
+            f"{name}: expected tcp://HOST:PORT with a port of {low} to {MAX_PORT}, got {endpoint!r}"
+        )
+        raise ConfigError(msg)
+
+
+def _is_loopback(endpoint: str) -> bool:
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0]
+    return host in LOOPBACK_HOSTS or host.startswith("127.")
