@@ -5,7 +5,14 @@ makes commands of them. `options` imports click and is not imported here: `impor
 light.
 """
 
-from psq.config.schema import DEFAULT_PORT, TABLES, LaunchConfig, ServerConfig, WorkerConfig
+from psq.config.schema import (
+    DEFAULT_LR,
+    DEFAULT_PORT,
+    TABLES,
+    LaunchConfig,
+    ServerConfig,
+    WorkerConfig,
+)
 from psq.config.setting import Setting, settings_of
 from psq.config.sources import (
     CONFIG_ENV,
@@ -20,6 +27,7 @@ from psq.config.sources import (
 
 __all__ = [
     "CONFIG_ENV",
+    "DEFAULT_LR",
     "DEFAULT_PORT",
     "TABLES",
     "Given",

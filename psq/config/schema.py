@@ -13,9 +13,10 @@ from typing import Any, Final, Literal
 from psq.config.setting import check_fields, setting, switch
 from psq.errors import ConfigError
 
-__all__ = ["DEFAULT_PORT", "TABLES", "LaunchConfig", "ServerConfig", "WorkerConfig"]
+__all__ = ["DEFAULT_LR", "DEFAULT_PORT", "TABLES", "LaunchConfig", "ServerConfig", "WorkerConfig"]
 
 DEFAULT_PORT: Final = 5555
+DEFAULT_LR: Final = 1e-3  # where neither a person nor a task says one
 DEFAULT_ENDPOINT: Final = f"tcp://127.0.0.1:{DEFAULT_PORT}"
 MAX_PORT: Final = 65_535
 MAX_WORLD_SIZE: Final = 4096
@@ -107,10 +108,15 @@ class WorkerConfig:
     downlink: str | None = setting(
         None, 'codec of the answers, as in "delta:sign" (default: the recipe\'s)', metavar="CODEC"
     )
-    lr: float = setting(1e-3, "learning rate", above=0, high=1e6)
+    lr: float | None = setting(
+        None, f"learning rate (default: the task's, or {DEFAULT_LR:g})", above=0, high=1e6
+    )
     steps: int | None = setting(None, "steps to train (default: the task's)", low=1, high=MAX_STEPS)
     batch_size: int | None = setting(
         None, "samples per worker and step (default: the task's)", low=1, high=1_000_000
+    )
+    eval_every: int | None = setting(
+        None, "steps between two evaluations by rank 0 (default: the task's)", low=1, high=MAX_STEPS
     )
     seed: int = setting(0, "seed of initial weights, data order and codecs", low=0, high=MAX_SEED)
     data: str | None = setting(None, "folder with the task's full data set", metavar="FOLDER")
