@@ -20,7 +20,9 @@ __all__ = [
     "RemotePayloadError",
     "RemotePlanError",
     "RemoteProtocolError",
+    "RemoteVersionError",
     "RemoteWireError",
+    "StaleFrameError",
     "UsageError",
 ]
 
@@ -60,10 +62,25 @@ class RemoteProtocolError(RemoteError):
     """A well-formed message that is not allowed in the session's present state."""
 
 
+class StaleFrameError(RemoteProtocolError):
+    """A message of an earlier epoch, incarnation or connection: a worker drops it, a server answers STALE_EPOCH.
+
+    `incarnation` is the one the message claimed.
+    """
+
+    def __init__(self, message: str, incarnation: int = 0) -> None:
+        super().__init__(message)
+        self.incarnation = incarnation
+
+
 class RemotePlanError(RemoteError):
     """The peer trains another model or recipe, or speaks another protocol version."""
 
     exit_code = EXIT_CONFIG
+
+
+class RemoteVersionError(RemotePlanError):
+    """The peer speaks no protocol version that this side speaks."""
 
 
 class RemotePayloadError(RemoteError):
