@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from psq.config import WorkerConfig, known_variables, settings_of
+from psq.metrics import Metrics, Totals
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -197,6 +198,20 @@ def test_prometheus_scrapes_the_server_where_compose_puts_it():
     [job] = config["scrape_configs"]
     assert job["static_configs"] == [{"targets": ["server:9464"]}]
     assert "--metrics-port=9464" in SERVICES["server"]["command"]
+
+
+def test_dashboard_draws_only_metrics_that_exist():
+    totals = Totals(pushes={"applied": 1}, workers={"joined": 1})
+    shown = Metrics(
+        role="server", version="0", kernel="reference", read=lambda: totals
+    ).exposition()
+    known = set(re.findall(r"^(psq_\w+)", shown.decode(), re.MULTILINE))
+    dashboard = json.loads((DEPLOY / "grafana" / "psq-server.json").read_text())
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            names = set(re.findall(r"\bpsq_\w+", target["expr"]))
+            assert names, panel["title"]
+            assert names <= known, panel["title"]
 
 
 def test_hadolint_has_nothing_to_say():
