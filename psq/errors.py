@@ -8,7 +8,9 @@ PsqError
 └── RemoteError              the peer sent or did something illegal, or nothing at all
     ├── RemoteWireError      bytes that are no message: magic, length, crc, limits
     ├── RemoteProtocolError  a message that is not allowed now
+    │   └── StaleFrameError  one of an earlier epoch, incarnation or connection: drop it
     ├── RemotePlanError      the peer has another model, recipe or protocol version         78
+    │   └── RemoteVersionError    the version, in particular                                78
     ├── RemotePayloadError   a payload whose length, codec or scales do not fit the plan
     ├── FencedError          a newer process took over our rank                             76
     ├── RefusedError         the server turned us away: unknown rank, key refused           77
@@ -38,7 +40,9 @@ from psq_proto.errors import (
     RemotePayloadError,
     RemotePlanError,
     RemoteProtocolError,
+    RemoteVersionError,
     RemoteWireError,
+    StaleFrameError,
     UsageError,
 )
 
@@ -59,7 +63,9 @@ __all__ = [
     "RemotePayloadError",
     "RemotePlanError",
     "RemoteProtocolError",
+    "RemoteVersionError",
     "RemoteWireError",
+    "StaleFrameError",
     "StateError",
     "UsageError",
 ]

@@ -1,1 +1,1 @@
-"""psq's wire protocol: messages, frames and sessions, without I/O; `proto/README.md` specifies it."""
+"""psq's wire protocol: messages, frames, sessions, without I/O; `proto/README.md` specifies it."""

@@ -63,9 +63,9 @@ class RemoteProtocolError(RemoteError):
 
 
 class StaleFrameError(RemoteProtocolError):
-    """A message of an earlier epoch, incarnation or connection: a worker drops it, a server answers STALE_EPOCH.
+    """A message of an earlier epoch, incarnation or connection; `incarnation` is what it claimed.
 
-    `incarnation` is the one the message claimed.
+    A worker drops it; a server answers it with STALE_EPOCH.
     """
 
     def __init__(self, message: str, incarnation: int = 0) -> None:

@@ -1,10 +1,11 @@
 """Frames: a 100-byte header and a body, the one unit that travels.
 
-Theory. The header is fixed, little endian and without padding, and both it and the body carry a CRC-32C, so a frame
-that decodes is the frame that was sealed. A sender writes the payload behind HEADER_BYTES free bytes and `seal`s it in
-place; a receiver gets a view of the bytes that came: no payload is copied on either side. Decoding checks in this
-order, and reads nothing that an earlier check has not covered: length, magic, major, header CRC, announced length,
-field rules, body CRC. A frame cut short, damaged or lying about its length raises RemoteWireError and nothing else.
+Theory. The header is fixed, little endian and without padding, and both it and the body carry a
+CRC-32C, so a frame that decodes is the frame that was sealed. A sender writes the payload behind
+HEADER_BYTES free bytes and `seal`s it in place; a receiver gets a view of the bytes that came: no
+payload is copied on either side. Decoding checks in this order, and reads nothing that an earlier
+check has not covered: length, magic, major, header CRC, announced length, field rules, body CRC. A
+frame cut short, damaged or lying about its length raises RemoteWireError and nothing else.
 
 Never here: who may say what when (that is `session`), or what a payload means (that is the codec).
 """
@@ -71,7 +72,8 @@ _RUN_ID_BYTES: Final = 16
 class Header:
     """Every field of a frame's header, checked when made; 0 where a message has no use for a field.
 
-    `body_len` and `body_crc` are filled in by whoever seals a frame, and are true in a header that was decoded.
+    `body_len` and `body_crc` are filled in by whoever seals a frame, and are true in a header that
+    was decoded.
     """
 
     type: MessageType
@@ -101,33 +103,36 @@ class Header:
 
 
 class Frame(NamedTuple):
-    """A decoded frame: its header and a view of its body (no copy; it lives as long as the buffer it came in)."""
+    """A decoded frame: its header, and a view of its body in the buffer that it came in."""
 
     header: Header
     body: memoryview
 
 
 def _misuse(header: Header) -> str:
-    """What is wrong with the payload fields for this message type, in words; empty when nothing is."""
+    """What is wrong with a header for its message type, in words; empty when nothing is."""
     kind, flags = header.type, int(header.flags)
-    name = kind.name
-    if len(header.run_id) != _RUN_ID_BYTES:
-        return f"run_id must be {_RUN_ID_BYTES} bytes, got {len(header.run_id)}"
+    if header.major != MAJOR or len(header.run_id) != _RUN_ID_BYTES:
+        return f"a header has major {MAJOR} and a run_id of {_RUN_ID_BYTES} bytes, got {header!r}"
     if flags & ~_ALL_FLAGS:
-        return f"{name} sets reserved flag bits 0x{flags & ~_ALL_FLAGS:x}"
+        return f"{kind.name} sets reserved flag bits 0x{flags & ~_ALL_FLAGS:x}"
     if not 0.0 <= header.rate < math.inf or (header.rate and kind is not MessageType.PUSH):
-        return f"{name} has rate {header.rate}: PUSH has a finite one >= 0, every other message 0"
+        return f"{kind.name} has rate {header.rate}: PUSH has a finite one >= 0, all others 0"
     if kind is MessageType.PUSH:
         return _misuse_of_push(header, flags)
     if kind is MessageType.WEIGHTS:
         return _misuse_of_weights(header, flags)
-    shard_allowed = kind is MessageType.INIT
+    return _misuse_of_others(header, flags)
+
+
+def _misuse_of_others(header: Header, flags: int) -> str:
+    name = header.type.name
     if flags or header.codec:
         return f"{name} has no codec and no flags, got codec {header.codec} flags {flags}"
-    if (header.shard or header.part) and not shard_allowed:
+    if header.type is MessageType.INIT:
+        return f"INIT must name a shard, got {NO_SHARD}" if header.shard == NO_SHARD else ""
+    if header.shard or header.part:
         return f"{name} has no shard and no part, got shard {header.shard} part {header.part}"
-    if shard_allowed and header.shard == NO_SHARD:
-        return f"{name} must name a shard"
     return ""
 
 
@@ -136,7 +141,9 @@ def _misuse_of_push(header: Header, flags: int) -> str:
         return f"PUSH has no flag but SKIP and no part, got flags {flags} part {header.part}"
     if flags:
         if header.codec or header.shard != NO_SHARD:
-            return f"PUSH SKIP has codec 0 and shard {NO_SHARD}, got {header.codec} and {header.shard}"
+            return (
+                f"PUSH SKIP has codec 0 and shard {NO_SHARD}, got {header.codec} and {header.shard}"
+            )
         return ""
     if not header.codec or header.shard == NO_SHARD:
         return f"PUSH must name a codec and a shard, got codec {header.codec} shard {header.shard}"
@@ -147,7 +154,9 @@ def _misuse_of_weights(header: Header, flags: int) -> str:
     if flags not in (Flags.DELTA, Flags.FULL):
         return f"WEIGHTS must be either DELTA or FULL, got flags {flags}"
     if not header.codec or header.shard == NO_SHARD:
-        return f"WEIGHTS must name a codec and a shard, got codec {header.codec} shard {header.shard}"
+        return (
+            f"WEIGHTS must name a codec and a shard, got codec {header.codec} shard {header.shard}"
+        )
     if header.part and flags == Flags.DELTA:
         return f"WEIGHTS DELTA has no parts, got part {header.part}"
     return ""
@@ -215,7 +224,7 @@ def pack_header(header: Header) -> bytes:
 
 
 def seal(frame: bytearray | memoryview, header: Header) -> None:
-    """Write `header` with both CRCs in front of the body that `frame` already holds behind HEADER_BYTES.
+    """Write `header` with both CRCs in front of the body that `frame` holds behind HEADER_BYTES.
 
     Raises:
         UsageError: the frame has no room for a header, or its body does not go with it.
@@ -265,7 +274,9 @@ def decode_frame(buffer: Buffer, *, max_body: int = MAX_PAYLOAD_BYTES) -> Frame:
     header = _decode_header(view)
     body = view[HEADER_BYTES:]
     if header.body_len != body.nbytes:
-        msg = f"{header.type.name} announces a body of {header.body_len} bytes and has {body.nbytes}"
+        msg = (
+            f"{header.type.name} announces a body of {header.body_len} bytes and has {body.nbytes}"
+        )
         raise RemoteWireError(msg)
     fault = _misfit(header, body.nbytes)
     if fault:
@@ -277,13 +288,15 @@ def decode_frame(buffer: Buffer, *, max_body: int = MAX_PAYLOAD_BYTES) -> Frame:
 
 
 def _decode_header(view: memoryview) -> Header:
-    magic, major, kind, codec, run_id, epoch, incarnation, rank, flags, *rest = _LAYOUT.unpack_from(view)
+    magic, major, kind, codec, run_id, epoch, incarnation, rank, flags, *rest = _LAYOUT.unpack_from(
+        view
+    )
     seq, round_, version, rate, plan, shard, part, body_len, body_crc, header_crc = rest
     if magic != MAGIC:
-        msg = f"a frame starts with {MAGIC!r}, got {magic!r}: the peer is not psq, or this port is another service's"
+        msg = f"a frame starts with {MAGIC!r}, got {magic!r}: the peer does not speak psq"
         raise RemoteWireError(msg)
     if major != MAJOR:
-        msg = f"frame of protocol version {major}, this side speaks {MAJOR}: run the same psq on both sides"
+        msg = f"frame of protocol version {major}, this side speaks {MAJOR}: run the same psq"
         raise RemoteWireError(msg)
     if crc32c(view[:_CRC_OFFSET]) != header_crc:
         msg = "a header is damaged (CRC)"
@@ -329,5 +342,5 @@ def decode_control(frame: Frame) -> ControlBody:
 
 
 def digest64(body: Buffer) -> int:
-    """The 64-bit name of some bytes (BLAKE2b, 8 bytes, little endian): how a plan is named in every header."""
+    """The 64-bit name of some bytes (BLAKE2b, 8 bytes, little endian), as headers name plans."""
     return int.from_bytes(blake2b(body, digest_size=8).digest(), "little")

@@ -1,11 +1,13 @@
 """msgpack with every limit checked before anything is built.
 
-Theory. msgpack is small on the wire and large in memory: five bytes may announce an array of 65,536 items, and an
-unpacker that believes them allocates half a megabyte, once per level of nesting. So the bytes are walked first without
-building a thing: every tag, length and count is compared with the limits and with the bytes that are really there. What
-passes holds at most `items` values inside `total_bytes` bytes, whatever it claims, and only then is it unpacked.
+Theory. msgpack is small on the wire and large in memory: five bytes may announce an array of 65,536
+items, and an unpacker that believes them allocates half a megabyte, once per level of nesting. So
+the bytes are walked first without building a thing: every tag, length and count is compared with
+the limits and with the bytes that are really there. What passes holds at most `items` values inside
+`total_bytes` bytes, whatever it claims, and only then is it unpacked.
 
-Never: extension types (timestamps too), bytes after the value, keys that are no strings, a key given twice.
+Never: extension types (timestamps too), bytes after the value, keys that are no strings, a key
+given twice.
 """
 
 from __future__ import annotations
@@ -34,12 +36,14 @@ class PackLimits:
 
 
 def pack(value: object) -> bytes:
-    """The msgpack bytes of a value made of None, bool, int, float, str, bytes, lists, tuples and maps."""
+    """The msgpack bytes of a value made of None, bool, numbers, str, bytes, lists and maps."""
     packed: bytes = msgpack.packb(value)
     return packed
 
 
-def unpack(body: bytes | bytearray | memoryview, limits: PackLimits, *, use_list: bool = False) -> Any:
+def unpack(
+    body: bytes | bytearray | memoryview, limits: PackLimits, *, use_list: bool = False
+) -> Any:
     """The one value in `body`; arrays come as tuples unless `use_list`.
 
     Raises:
@@ -59,8 +63,9 @@ def unpack(body: bytes | bytearray | memoryview, limits: PackLimits, *, use_list
         raise RemoteWireError(msg) from error
 
 
-# What a tag byte starts: a kind, the bytes of its length field, and the length or count held in the tag itself.
+# What a tag byte starts: a kind, the bytes of its length field, and the length or count in the tag.
 _SCALAR, _STR, _BIN, _ARRAY, _MAP, _FORBIDDEN = range(6)
+_KINDS: Final = ("scalar", "string", "bytes", "array", "map")
 _Tag = tuple[int, int, int]
 
 
@@ -90,7 +95,9 @@ _TAGS: Final = _tag_table()
 
 
 def _walk(view: memoryview, limits: PackLimits) -> None:
-    """Raise unless `view` is one complete value within `limits`; keeps one counter per open level."""
+    """Raise unless `view` is one complete value within `limits`; keeps a counter per open level."""
+    # A scalar's length comes from its tag, 8 at most; the other kinds have limits of their own.
+    bounds = (8, limits.str_bytes, limits.bin_bytes, limits.array_items, limits.map_items)
     open_levels = [1]
     offset = items = 0
     while open_levels:
@@ -102,7 +109,7 @@ def _walk(view: memoryview, limits: PackLimits) -> None:
         if items > limits.items:
             msg = f"msgpack body holds over {limits.items} items"
             raise RemoteWireError(msg)
-        offset, children = _step(view, offset, limits)
+        offset, children = _step(view, offset, bounds)
         if children:
             if len(open_levels) > limits.depth:
                 msg = f"msgpack body is nested deeper than {limits.depth}"
@@ -113,37 +120,30 @@ def _walk(view: memoryview, limits: PackLimits) -> None:
         raise RemoteWireError(msg)
 
 
-def _step(view: memoryview, offset: int, limits: PackLimits) -> tuple[int, int]:
-    """Check the value that starts at `offset`; give where it ends and how many values it contains after that."""
+def _step(view: memoryview, offset: int, bounds: tuple[int, ...]) -> tuple[int, int]:
+    """Check the value at `offset`; give the offset after it and how many values follow inside it.
+
+    Of an array or a map only the head is checked and passed.
+    """
     if offset >= view.nbytes:
-        msg = f"msgpack body of {view.nbytes} bytes ends inside a value"
+        msg = f"msgpack body of {view.nbytes} bytes ends where a value should start"
         raise RemoteWireError(msg)
     kind, field, length = _TAGS[view[offset]]
-    start = offset + 1
     if kind == _FORBIDDEN:
         msg = f"msgpack tag 0x{view[offset]:02x} at byte {offset} is not allowed here"
         raise RemoteWireError(msg)
+    start = offset + 1 + field
     if field:
-        length = int.from_bytes(view[start : start + field], "big")
-        start += field
-    if kind == _SCALAR:
-        end, children = start + length, 0
-    elif kind in (_STR, _BIN):
-        _bound("string" if kind == _STR else "bytes", length, limits.str_bytes if kind == _STR else limits.bin_bytes)
-        end, children = start + length, 0
-    else:
-        _bound("array" if kind == _ARRAY else "map", length, limits.array_items if kind == _ARRAY else limits.map_items)
-        end, children = start, length if kind == _ARRAY else 2 * length
+        length = int.from_bytes(view[offset + 1 : start], "big")
+    if length > bounds[kind]:
+        msg = f"msgpack {_KINDS[kind]} of length {length}, the limit is {bounds[kind]}"
+        raise RemoteWireError(msg)
+    children = length * (kind - _BIN) if kind > _BIN else 0  # an array holds 1 per count, a map 2
+    end = start if kind > _BIN else start + length
     if end + children > view.nbytes:
-        msg = f"msgpack body of {view.nbytes} bytes is cut short: byte {offset} announces {length} more"
+        msg = f"msgpack body of {view.nbytes} bytes ends inside the value at byte {offset}"
         raise RemoteWireError(msg)
     return end, children
-
-
-def _bound(what: str, length: int, limit: int) -> None:
-    if length > limit:
-        msg = f"msgpack {what} of length {length}, the limit is {limit}"
-        raise RemoteWireError(msg)
 
 
 def _map_of(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:

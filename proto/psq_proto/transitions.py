@@ -1,13 +1,14 @@
 """The automaton of one conversation, as a table that serves both ends.
 
-A state is how far an end has seen the conversation come; a message, sent or received, moves it on. A type names its
-sender (workers' types are below 64), so the table need not say which end says what.
+A state is how far an end has seen the conversation come; a message, sent or received, moves it on.
+A type names its sender (workers' types are below 64), so the table need not say which end says
+what.
 
     IDLE -HELLO-> GREETED -COOKIE-> COOKIED -PLAN-> PLANNED -JOIN-> JOINING -WELCOME-> JOINED
     JOINED -INIT PUSH PULL HEARTBEAT VERDICT WEIGHTS STATUS-> JOINED -LEAVE-> LEAVING -BYE-> CLOSED
 
-HELLO starts over from every open state: that is how a worker joins again. FENCED is the end of a worker's claim to its
-rank, CLOSED the end of the conversation; neither is left again.
+HELLO starts over from every open state: that is how a worker joins again. FENCED is the end of a
+worker's claim to its rank, CLOSED the end of the conversation; neither is left again.
 """
 
 from __future__ import annotations
@@ -55,10 +56,8 @@ def _table() -> _Table:
             **dict.fromkeys((m.VERDICT, m.WEIGHTS, m.STATUS), s.JOINED),
             m.LEAVE: s.LEAVING,
         },
-        # A worker that left still hears the end of its last round, and still proves it is alive until BYE.
-        s.LEAVING: dict.fromkeys(
-            (m.HEARTBEAT, m.LEAVE, m.VERDICT, m.WEIGHTS, m.STATUS), s.LEAVING
-        ),
+        # A worker that left still hears the end of its last round, and proves it lives until BYE.
+        s.LEAVING: dict.fromkeys((m.HEARTBEAT, m.LEAVE, m.VERDICT, m.WEIGHTS, m.STATUS), s.LEAVING),
     }
     table = join | work
     for state, row in table.items():
@@ -69,8 +68,8 @@ def _table() -> _Table:
 
 
 TRANSITIONS: Final = _table()
-"""TRANSITIONS[state][type sent or received] -> next state; a type that is not there is illegal in that state.
+"""TRANSITIONS[state][type sent or received] -> next state; a type that is not there is illegal.
 
-Two moves depend on more than the type: a fatal ERROR leads to CLOSED, and the worker that receives STALE_EPOCH goes
-back to IDLE (the server that sends it stays where it is).
+Two moves depend on more than the type: a fatal ERROR leads to CLOSED, and the worker that receives
+STALE_EPOCH goes back to IDLE (the server that sends it stays where it is).
 """

@@ -1,0 +1,244 @@
+"""Control bodies: the frozen dataclasses that travel as msgpack maps with exactly their fields.
+
+Each is checked when it is made, so whoever holds one need not check it again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from psq_proto import checks
+from psq_proto.errors import UsageError
+from psq_proto.limits import MAJOR, NONE, U32_MAX, U64_MAX
+
+__all__ = [
+    "Bye",
+    "ControlBody",
+    "Cookie",
+    "Error",
+    "Fenced",
+    "Heartbeat",
+    "Hello",
+    "Join",
+    "Leave",
+    "StaleEpoch",
+    "Status",
+    "Verdict",
+    "Welcome",
+]
+
+_MAX_MAJOR = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """A worker opens its conversation, or opens it again; the answering COOKIE repeats `nonce`."""
+
+    nonce: int
+    majors: tuple[int, ...] = (MAJOR,)
+    software: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry."""
+        checks.whole("nonce", self.nonce, 0, U64_MAX)
+        if not checks.items("majors", self.majors):
+            msg = "majors must name at least one protocol version"
+            raise UsageError(msg)
+        for major in self.majors:
+            checks.whole("majors", major, 1, _MAX_MAJOR)
+        checks.text("software", self.software)
+
+
+@dataclass(frozen=True, slots=True)
+class Cookie:
+    """The answer to HELLO; its header hands out an incarnation, which binds nobody before JOIN."""
+
+    nonce: int
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry."""
+        checks.whole("nonce", self.nonce, 0, U64_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """A worker takes up the incarnation of its COOKIE, from which moment it alone is that rank.
+
+    `lineage` names its residual's history, `last_resolved` the last seq it has a verdict for,
+    `pending` the seq it has sent without one (NONE where there is none).
+    """
+
+    lineage: int
+    last_resolved: int = NONE
+    pending: int = NONE
+    host: str = ""
+    pid: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry."""
+        checks.whole("lineage", self.lineage, 0, U64_MAX)
+        checks.whole("last_resolved", self.last_resolved, NONE, U64_MAX)
+        checks.whole("pending", self.pending, NONE, U64_MAX)
+        checks.text("host", self.host)
+        checks.whole("pid", self.pid, 0, U64_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The join is done; "reset" says that the worker's residual no longer goes with the weights."""
+
+    mode: Literal["continue", "reset"]
+    last_applied: int
+    lease_s: float
+    init_wanted: bool
+    world_size: int
+    has_weights: bool
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry."""
+        checks.choice("mode", self.mode, ("continue", "reset"))
+        checks.whole("last_applied", self.last_applied, NONE, U64_MAX)
+        object.__setattr__(self, "lease_s", checks.seconds("lease_s", self.lease_s))
+        checks.flag("init_wanted", self.init_wanted)
+        checks.whole("world_size", self.world_size, 1, U32_MAX)
+        checks.flag("has_weights", self.has_weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of the contribution `seq` of the header; `server_s` is what its round took."""
+
+    outcome: Literal["applied", "rejected"]
+    reason: str = ""
+    server_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry."""
+        checks.choice("outcome", self.outcome, ("applied", "rejected"))
+        checks.text("reason", self.reason)
+        object.__setattr__(self, "server_s", checks.seconds("server_s", self.server_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """A worker lives: the version it has (NONE before its first), how far its own loop came."""
+
+    have_version: int = NONE
+    progress: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry."""
+        checks.whole("have_version", self.have_version, NONE, U64_MAX)
+        checks.whole("progress", self.progress, 0, U64_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The answer to HEARTBEAT: the open round, the shards this worker owes it, who is waited for.
+
+    `waiting` holds (rank, seconds since it was heard). Both lists hold at most MAX_LIST_ITEMS.
+    """
+
+    round: int
+    version: int
+    missing: tuple[int, ...] = ()
+    waiting: tuple[tuple[int, float], ...] = ()
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry."""
+        checks.whole("round", self.round, 0, U64_MAX)
+        checks.whole("version", self.version, 0, U64_MAX)
+        for shard in checks.items("missing", self.missing):
+            checks.whole("missing", shard, 0, U32_MAX - 1)
+        for entry in checks.items("waiting", self.waiting):
+            if not isinstance(entry, tuple) or len(entry) != 2:  # noqa: PLR2004 - a pair
+                msg = f"waiting must hold (rank, silent_s) pairs, got {entry!r:.80}"
+                raise UsageError(msg)
+            checks.whole("waiting rank", entry[0], 0, U32_MAX)
+        pairs = tuple(
+            (rank, checks.seconds("silent_s", silent_s)) for rank, silent_s in self.waiting
+        )
+        object.__setattr__(self, "waiting", pairs)
+        checks.text("text", self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """A worker ends its part of the job."""
+
+    reason: Literal["done", "error", "interrupted"]
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry."""
+        checks.choice("reason", self.reason, ("done", "error", "interrupted"))
+        checks.text("text", self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """The server refuses something; after a fatal one it says no more on this connection."""
+
+    code: str
+    text: str = ""
+    fatal: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry."""
+        checks.text("code", self.code)
+        checks.text("text", self.text)
+        checks.flag("fatal", self.fatal)
+        object.__setattr__(self, "code", str(self.code))
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """The server ends the conversation: "done" when the job is, else a word for why."""
+
+    reason: str
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry."""
+        checks.text("reason", self.reason)
+        checks.text("text", self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """A newer process holds this rank: the receiver exits and does not join again by itself."""
+
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry."""
+        checks.text("text", self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class StaleEpoch:
+    """This connection has not joined the server's present epoch: join again, same lineage."""
+
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry."""
+        checks.text("text", self.text)
+
+
+ControlBody: TypeAlias = (
+    Hello
+    | Join
+    | Heartbeat
+    | Leave
+    | Cookie
+    | Welcome
+    | Verdict
+    | Fenced
+    | StaleEpoch
+    | Status
+    | Error
+    | Bye
+)
