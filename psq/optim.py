@@ -1,15 +1,17 @@
-"""Generic Adam on a flat float32 vector: the settings of `AdamConfig` turned into the numbers of each step.
+"""Generic Adam on a flat float32 vector: what an `AdamConfig` means, step by step.
 
-    state   m, v (and vmax for AMSGrad, s for the variance correction), one float32 each per value; a step counter
-    step    advance(lr), then write(...) over any cut of the vector; or direction(...) for both at once
+    state   m, v (vmax for AMSGrad, s for the variance correction): one float32 each per value;
+            and a step counter
+    step    advance(lr), then write(...) over any cut of the vector; direction(...) does both
 
-The result is a direction u, the thing subtracted from the weights; nothing here touches the weights themselves. The
-arithmetic is `psq.kernels.adam_update` (definition: psq/kernels/reference_optim.py).
+The result is a direction u, the thing subtracted from the weights; nothing here touches the weights
+themselves. The arithmetic is `psq.kernels.adam_update`, defined in psq/kernels/reference_optim.py.
 
-With torch's settings u equals what torch.optim.Adam, AdamW and amsgrad=True subtract, within the bounds that
-tests/unit/test_optim.py states: torch rounds differently in two places (FMA, its vectorised square root). The decoupled
-decay multiplies x by 1 - f32(1 - lr wd), the factor torch really applies. Paper form (after 2004.14180, Generic Adam):
-bias_correction off, eps_placement "inside", schedules for beta and theta.
+With torch's settings u equals what torch.optim.Adam, AdamW and amsgrad=True subtract, within the
+bounds that tests/unit/test_optim.py states: torch rounds differently in two places (FMA, its square
+root). The decoupled decay multiplies x by 1 - f32(1 - lr wd), the factor torch really applies.
+Paper form (after 2004.14180, Generic Adam): bias_correction off, eps_placement "inside", schedules
+for beta and theta.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from psq.recipe import AdamConfig, schedule_value
 
 __all__ = ["CORRECTION_START", "Adam", "per_shard", "state_names"]
 
-CORRECTION_START: Final = 5  # the variance correction's first step: before it m holds too few gradients to tell
+# The variance correction's first step: before it m holds too few gradients to tell noise from mean.
+CORRECTION_START: Final = 5
 
 
 def state_names(config: AdamConfig, workers: int = 1) -> tuple[str, ...]:
@@ -44,9 +47,10 @@ class Adam:
     Args:
         config: the settings.
         numel: how many values.
-        workers: W of the variance correction: the batch is W times this worker's share. At 1 there is nothing to
-            correct, and the state s does not exist.
-        state: the vectors to work on, f32[numel] by name, taken as they are; made and initialised here when None.
+        workers: W of the variance correction: the batch is W times this worker's share. At 1 there
+            is nothing to correct, and the state s does not exist.
+        state: the vectors to work on, f32[numel] by name, taken as they are; made and initialised
+            here when None.
 
     Raises:
         ConfigError: the variance correction cannot run with these settings.
@@ -61,7 +65,7 @@ class Adam:
         state: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> None:
         if config.variance_correction and schedule_value(config.beta, 1) == 0.0:
-            msg = "variance_correction needs beta > 0: without momentum the noise cannot be told from the gradient"
+            msg = "variance_correction needs beta > 0: without momentum noise looks like gradient"
             raise ConfigError(msg)
         self.config = config
         self.numel = numel
@@ -111,7 +115,9 @@ class Adam:
         start: int = 0,
         x: NDArray[np.float32] | None = None,
     ) -> None:
-        """Write the direction of values [start, start + n) in the step that `advance` began; each value once.
+        """Write the direction of values [start, start + n) in the step that `advance` began.
+
+        Each value is to be written exactly once in a step.
 
         Args:
             g: gradient, f32[n].
@@ -133,7 +139,8 @@ class Adam:
         m, v = self._state["m"][start:stop], self._state["v"][start:stop]
         if "s" in self._state:
             s = self._state["s"][start:stop]
-            kernels.adam_update_corrected(g, m, v, s, out, self._coefficients, self._correction, x=x)
+            now = (self._coefficients, self._correction)
+            kernels.adam_update_corrected(g, m, v, s, out, *now, x=x)
             return
         vmax = self._state["vmax"][start:stop] if "vmax" in self._state else None
         kernels.adam_update(g, m, v, out, self._coefficients, vmax=vmax, x=x)
@@ -209,7 +216,8 @@ def per_shard(
     """One Adam per shard over common state vectors.
 
     Returns:
-        The Adams in shard order, and the vectors, f32[layout.numel] by name, of which each holds its shard's views.
+        The Adams in shard order, and the vectors, f32[layout.numel] by name: each Adam works on
+        its shard's views of them.
     """
     state = _fresh_state(config, layout.numel, workers)
     adams = []

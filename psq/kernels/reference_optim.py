@@ -1,20 +1,24 @@
 """Adam's arithmetic in NumPy: the definition that every native level equals bit for bit.
 
-    m  <- beta m + (1 - beta) g                     written as a lerp, from m or from g, as torch does
-    v  <- theta v + (1 - theta) g^2
-    u   = step_size m / (sqrt(v + eps_inside) / root + eps_outside)
-    root = sqrt(1 - product of theta), step_size = lr / (1 - product of beta); both plain without bias correction
+    m <- beta m + (1 - beta) g                written as a lerp, from m or from g, as torch does
+    v <- theta v + (1 - theta) g^2
+    u  = step_size m / (sqrt(v + eps_inside) / root + eps_outside)
 
-Everything is float32, each operation rounded by itself (no FMA), in the order the lines below are written. The order is
-that of torch.optim.Adam; what remains between the two is torch's own: FMA in its lerp, addcmul and add, and a
-vectorised square root of under 1 ulp. One departure: where the denominator is 0 (a value that never had a gradient, and
-an eps that is not in the denominator) u is 0, not 0/0.
+    with bias correction   step_size = lr / (1 - product of beta), root = sqrt(1 - product of theta)
+    without                step_size = lr, root = 1
 
-Variance correction (docs/design.md): a worker's v holds the noise of its own share of the batch, a W-fold larger
-variance than the mean gradient's. With g = mu + noise, and r the variance of the bias-corrected m per unit of noise
-variance, E[mhat^2] = mu^2 + r sigma^2 and E[vhat] = mu^2 + sigma^2, so (mhat^2 - r vhat) / (1 - r) estimates mu^2. Its
-running mean s, bias-corrected and clamped to [0, vhat], gives what the cluster's v would be:
-vhat / W + (1 - 1/W) mu^2, that is mu^2 + sigma^2 / W.
+Everything is float32, each operation rounded by itself (no FMA), in the order the lines below are
+written. The order is that of torch.optim.Adam; what remains between the two is torch's own: FMA in
+its lerp, addcmul and add, and a vectorised square root that is not exactly rounded. One departure:
+where the denominator is 0 (a value that never had a gradient, with an eps that is not in the
+denominator) u is 0, not 0/0.
+
+Variance correction (theory: docs/design.md): a worker's v holds the noise of its own share of the
+batch, W times the variance of the mean gradient's. With g = mu + noise, and r the variance of the
+bias-corrected m per unit of noise variance, E[mhat^2] = mu^2 + r sigma^2 and E[vhat] = mu^2 +
+sigma^2, so (mhat^2 - r vhat) / (1 - r) estimates mu^2. Its running mean s, bias-corrected and
+clamped to [0, vhat], gives what the v of the mean gradient would be: vhat / W + (1 - 1/W) mu^2,
+which is mu^2 + sigma^2 / W.
 """
 
 from __future__ import annotations
@@ -30,9 +34,9 @@ Floats: TypeAlias = NDArray[np.float32]
 
 
 class AdamCoefficients(NamedTuple):
-    """The numbers of one Adam step, each exactly a float32 (the fields' order is the native call's)."""
+    """The numbers of one Adam step, each exactly a float32; in the order of the native struct."""
 
-    m_weight: float  # 1 - beta below 0.5: m + m_weight (g - m). Else -beta: g + m_weight (g - m)
+    m_weight: float  # 1 - beta if below 0.5: m + m_weight (g - m); else -beta: g + m_weight (g - m)
     theta: float
     theta_rest: float  # 1 - theta
     step_size: float
@@ -44,19 +48,19 @@ class AdamCoefficients(NamedTuple):
 
 
 class CorrectionCoefficients(NamedTuple):
-    """What the variance correction needs beside them, each exactly a float32."""
+    """What the variance correction needs beside them; in the order of the native struct."""
 
     m_scale: float  # 1 / (1 - product of beta): mhat = m_scale m
     v_scale: float  # 1 / (1 - product of theta): vhat = v_scale v
     noise_ratio: float  # r
     signal_scale: float  # 1 / (1 - r)
-    update_s: float  # 1: s takes this step's estimate; 0: too early, mu^2 = vhat, which is no correction
+    update_s: float  # 1: s takes this step's estimate; 0: too early, mu^2 = vhat corrects nothing
     s_scale: float  # 1 / (1 - product of theta over the steps that updated s)
     own_share: float  # 1 / W
     mean_share: float  # 1 - 1/W
 
 
-def adam_update(
+def adam_update(  # noqa: PLR0913 - the letters of the equations
     g: Floats,
     m: Floats,
     v: Floats,
@@ -89,7 +93,7 @@ def adam_update(
         _quotient(m, denominator, out, c, x)
 
 
-def adam_update_corrected(
+def adam_update_corrected(  # noqa: PLR0913, PLR0917 - the letters of the equations
     g: Floats,
     m: Floats,
     v: Floats,
@@ -100,13 +104,17 @@ def adam_update_corrected(
     *,
     x: Floats | None = None,
 ) -> None:
-    """The same with the cluster's second moment estimated from this worker's (`root` is not used).
+    """The same with the mean gradient's v estimated from this worker's.
 
     Args:
+        g: gradient, f32[n].
+        m: first moment, f32[n], updated.
+        v: second moment, f32[n], updated.
         s: running estimate of the squared mean gradient, f32[n], updated once `update_s` is 1.
+        out: u, f32[n], written; may be g itself.
+        coefficients: this step's numbers; `root` is not used.
         correction: this step's numbers of the correction.
-
-    The other arguments are those of `adam_update`.
+        x: weights, f32[n]; needed where l2 or decay is not 0.
     """
     c, k = coefficients, correction
     with np.errstate(over="ignore", invalid="ignore"):
@@ -136,7 +144,9 @@ def _moments(g: Floats, m: Floats, v: Floats, c: AdamCoefficients) -> None:
     v[:] = v * c.theta + (c.theta_rest * g) * g
 
 
-def _quotient(m: Floats, denominator: Floats, out: Floats, c: AdamCoefficients, x: Floats | None) -> None:
+def _quotient(
+    m: Floats, denominator: Floats, out: Floats, c: AdamCoefficients, x: Floats | None
+) -> None:
     denominator[denominator <= 0.0] = np.inf
     np.divide(c.step_size * m, denominator, out=out)
     if x is not None and c.decay != 0.0:

@@ -1,0 +1,178 @@
+"""The worker's side of a push: direction + residual -> payload, shard by shard.
+
+    gradient recipes   c = g + e          straight from the tensors' own memory, no copy
+    Adam recipes       c = u + e          u from this worker's moments, in one shard of scratch
+    both               d = C(c);  e <- c - d;  push d         (no e without error feedback)
+
+The residual e is what the codec could not say this time, and is said later: the sum of all decoded
+pushes plus e is the sum of all directions, up to float32 addition. A push that the server did not
+apply is sent again byte for byte, or folded back with `restore`; d is never lost.
+
+Order in a step: `finite` over every shard's gradients first and, only if all are, `compress` for
+each shard once. Nothing is touched by a gradient with NaN or Inf, so a skipped step leaves e, m and
+v as they were.
+
+Weight decay acts where the direction is formed: here for Adam on the worker, else on the server.
+For gradient recipes the learning rate is outside the message and the residual is in units of the
+gradient: a change of the rate re-weights what the residual still holds (no rescaling is done).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psq import kernels
+from psq.codec import get_codec
+from psq.codec.shard import ShardCodec
+from psq.optim import per_shard
+from psq.plan import Plan
+
+__all__ = ["SERVER_RANK", "Compressor", "stream_seed"]
+
+Floats: TypeAlias = NDArray[np.float32]
+Segments: TypeAlias = Sequence[Floats]
+
+SERVER_RANK: Final = 0xFFFFFFFF  # the server's place in `stream_seed`: no worker has it
+_MASK: Final = 0xFFFFFFFFFFFFFFFF
+
+
+def stream_seed(job_seed: int, rank: int, step: int, shard: int) -> int:
+    """The 32-bit seed of a stochastic codec's random stream for one payload.
+
+    The four numbers are absorbed one after another by splitmix64's finalizer; the upper half of
+    the last state is the seed. A restarted worker that repeats a step makes the same payload.
+    """
+    state = 0
+    for word in (job_seed, rank, step, shard):
+        state = ((state ^ word) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 32
+
+
+class Compressor:
+    """One worker's moments and residual, and what turns gradients into payloads.
+
+    Memory in bytes: 4 numel (1 for the residual with error feedback; 2 or 3 for Adam's state), and
+    4 times the largest shard of scratch for Adam.
+
+    Args:
+        plan: the job.
+        rank: this worker's.
+        seed: the job's; only stochastic codecs use it.
+
+    Raises:
+        ConfigError: the recipe's Adam settings cannot run.
+    """
+
+    def __init__(self, plan: Plan, rank: int, *, seed: int = 0) -> None:
+        recipe, layout = plan.recipe, plan.layout
+        codec = get_codec(recipe.uplink.codec)
+        self._rank = rank
+        self._seed = seed
+        self._shards = layout.shards
+        self._codecs = [ShardCodec(codec, shard) for shard in layout.shards]
+        self._steps = [0] * len(layout.shards)
+        self._state: dict[str, Floats] = {}
+        self._residual = None
+        if recipe.uplink.error_feedback:
+            self._residual = self._state["residual"] = np.zeros(layout.numel, np.float32)
+        self._adams = None
+        if recipe.direction.adam is not None:
+            self._adams, moments = per_shard(recipe.direction.adam, layout, plan.world_size)
+            self._state |= moments
+            largest = max(shard.numel for shard in layout.shards)
+            self._scratch = np.empty(largest, np.float32)
+
+    def nbytes(self, shard: int) -> int:
+        """Exact payload bytes of a shard."""
+        return self._codecs[shard].nbytes
+
+    @staticmethod
+    def finite(gradients: Segments) -> bool:
+        """Whether no value of these f32 arrays is NaN or Inf. Cost: one read."""
+        return all(kernels.all_finite(values) for values in gradients)
+
+    def compress(
+        self,
+        shard: int,
+        gradients: Segments,
+        lr: float,
+        payload: NDArray[np.uint8],
+        *,
+        weights: Segments | None = None,
+    ) -> None:
+        """Write one shard's push; moments and residual take this step.
+
+        Args:
+            shard: its index.
+            gradients: f32[segment.numel] per segment of the shard, finite.
+            lr: learning rate of this step (it is inside an Adam direction, beside a gradient).
+            payload: u8[nbytes(shard)], written.
+            weights: the current weights like the gradients; needed for weight decay on the worker.
+
+        Raises:
+            UsageError: the learning rate is illegal, or weight decay has no weights.
+
+        Cost: one pass over gradient and residual; Adam recipes one more over m and v.
+        """
+        seed = stream_seed(self._seed, self._rank, self._steps[shard], shard)
+        codec, residual = self._codecs[shard], self._residual_of(shard)
+        if self._adams is None:
+            codec.encode_segments(gradients, residual, payload, seed=seed)
+        else:
+            direction = self._direction(shard, gradients, lr, weights)
+            if residual is None:
+                codec.encode(direction, payload, seed=seed)
+            else:
+                codec.encode_ef(direction, residual, payload, seed=seed)
+        self._steps[shard] += 1
+
+    def restore(self, shard: int, payload: NDArray[np.uint8]) -> None:
+        """Fold a payload that was not applied back: residual += what it says.
+
+        Without error feedback there is nowhere to keep it and nothing happens: the step is lost,
+        as a lost message is in any scheme without a residual.
+        """
+        residual = self._residual_of(shard)
+        if residual is not None:
+            self._codecs[shard].decode_add(payload, residual)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken by the first shard; between steps all shards have the same number."""
+        return self._steps[0]
+
+    def state_arrays(self) -> dict[str, Floats]:
+        """Residual and moments, f32[numel] by name, not copied: with `steps` the whole state."""
+        return dict(self._state)
+
+    def resume(self, steps: int) -> None:
+        """Take the step counter of a saved state, whose arrays were copied into `state_arrays`."""
+        self._steps = [steps] * len(self._shards)
+        for adam in self._adams or ():
+            adam.resume(steps)
+
+    def _residual_of(self, shard: int) -> Floats | None:
+        if self._residual is None:
+            return None
+        cut = self._shards[shard]
+        return self._residual[cut.offset : cut.offset + cut.numel]
+
+    def _direction(
+        self, shard: int, gradients: Segments, lr: float, weights: Segments | None
+    ) -> Floats:
+        assert self._adams is not None  # noqa: S101 - the caller looked
+        adam, cut = self._adams[shard], self._shards[shard]
+        direction = self._scratch[: cut.numel]
+        adam.advance(lr)
+        for index, segment in enumerate(cut.segments):
+            out = direction[segment.offset : segment.offset + segment.numel]
+            x = None if weights is None else weights[index]
+            adam.write(gradients[index], out, start=segment.offset, x=x)
+        return direction
