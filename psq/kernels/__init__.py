@@ -1,0 +1,190 @@
+"""The kernels of this process: native code of the best level this CPU runs, or the NumPy reference.
+
+Every level gives the same bits (`reference.py`, `reference_optim.py` define them), so a cluster may
+mix machines. The level is chosen at import: the best there is, or the one that PSQ_KERNEL names,
+which fails at once where it does not exist. Nothing else in psq touches the native module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Final, Protocol, TypeAlias
+
+from psq.errors import ConfigError
+from psq.kernels import reference
+from psq.kernels.formats import BLOCKS, GROUP, WHOLE, Family, Format
+from psq.kernels.reference import Buffer, Floats
+from psq.kernels.reference_optim import (
+    AdamCoefficients,
+    CorrectionCoefficients,
+    adam_update,
+    adam_update_corrected,
+)
+
+try:
+    from psq.kernels import _native
+except ImportError:  # installed without a compiler: pure Python, the same bits, slower
+    _native = None  # type: ignore[assignment]
+
+__all__ = [
+    "BLOCKS",
+    "GROUP",
+    "WHOLE",
+    "AdamCoefficients",
+    "Buffer",
+    "CorrectionCoefficients",
+    "Family",
+    "Floats",
+    "Format",
+    "Kernels",
+    "active",
+    "all_finite",
+    "available",
+    "get",
+    "level",
+    "use",
+]
+
+ENVIRONMENT: Final = "PSQ_KERNEL"
+REFERENCE: Final = "reference"
+
+
+class Kernels(Protocol):
+    """What every level offers. Documented, and defined, in `reference` and `reference_optim`."""
+
+    @property
+    def name(self) -> str:
+        """reference, v2, v3, v4 or neon."""
+
+    def encode(  # noqa: D102, PLR0913, PLR0917
+        self,
+        family: int,
+        bits: int,
+        parameter: int,
+        block: int,
+        values: Floats,
+        residual: Floats | None,
+        payload: Buffer,
+        start: int,
+    ) -> None: ...
+
+    def decode(  # noqa: D102, PLR0913, PLR0917
+        self,
+        family: int,
+        bits: int,
+        parameter: int,
+        block: int,
+        payload: Buffer,
+        out: Floats,
+        add: bool,  # noqa: FBT001
+    ) -> None: ...
+
+    def payload_finite(  # noqa: D102, PLR0913, PLR0917
+        self, family: int, bits: int, parameter: int, block: int, payload: Buffer, numel: int
+    ) -> bool: ...
+
+    def all_finite(self, values: Floats) -> bool: ...  # noqa: D102
+
+    def adam_update(  # noqa: D102, PLR0913
+        self,
+        g: Floats,
+        m: Floats,
+        v: Floats,
+        out: Floats,
+        coefficients: AdamCoefficients,
+        *,
+        vmax: Floats | None = None,
+        x: Floats | None = None,
+    ) -> None: ...
+
+    def adam_update_corrected(  # noqa: D102, PLR0913, PLR0917
+        self,
+        g: Floats,
+        m: Floats,
+        v: Floats,
+        s: Floats,
+        out: Floats,
+        coefficients: AdamCoefficients,
+        correction: CorrectionCoefficients,
+        *,
+        x: Floats | None = None,
+    ) -> None: ...
+
+
+class _Reference:
+    """The NumPy definitions behind the face of a native level."""
+
+    name = REFERENCE
+    encode = staticmethod(reference.encode)
+    decode = staticmethod(reference.decode)
+    payload_finite = staticmethod(reference.payload_finite)
+    all_finite = staticmethod(reference.all_finite)
+    adam_update = staticmethod(adam_update)
+    adam_update_corrected = staticmethod(adam_update_corrected)
+
+
+_active: Kernels | None = None
+
+
+def available() -> tuple[str, ...]:
+    """Names of the levels this process can run, best first; the last is always "reference"."""
+    return (*(_native.levels() if _native is not None else ()), REFERENCE)
+
+
+def get(name: str) -> Kernels:
+    """Return the kernels of one level.
+
+    Raises:
+        ConfigError: this CPU or this installation does not have it.
+    """
+    if name == REFERENCE:
+        return _Reference()
+    if name not in available():
+        here = ", ".join(available())
+        why = "" if _native is not None else " (installed without native code)"
+        msg = f"kernel level {name!r} cannot run here{why}: choose one of {here}, or none at all"
+        raise ConfigError(msg)
+    return _native.Level(name)
+
+
+def active() -> Kernels:
+    """Return the kernels this process uses: PSQ_KERNEL's, else the best; chosen at the first call.
+
+    Raises:
+        ConfigError: PSQ_KERNEL names a level that cannot run here.
+    """
+    global _active  # noqa: PLW0603 - one choice per process
+    if _active is None:
+        _active = get(os.environ.get(ENVIRONMENT) or available()[0])
+    return _active
+
+
+def level() -> str:
+    """Name the level this process uses.
+
+    Raises:
+        ConfigError: PSQ_KERNEL names a level that cannot run here.
+    """
+    return active().name
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[Kernels]:
+    """Let the whole process use one level inside a `with`: for tests and benchmarks.
+
+    Raises:
+        ConfigError: this CPU or this installation does not have it.
+    """
+    global _active  # noqa: PLW0603
+    before, _active = _active, get(name)
+    try:
+        yield _active
+    finally:
+        _active = before
+
+
+def all_finite(values: Floats) -> bool:
+    """Whether no value is NaN or Inf. values: f32[n]. Cost: one pass over memory."""
+    return active().all_finite(values)

@@ -1,4 +1,107 @@
 // The Python face of the codec kernels.
+#include <optional>
+
 #include "bind.h"
 
-void bind_codec(nb::class_<Level>&) {}
+namespace {
+
+constexpr size_t kGroup = 512;
+
+bool is_known(const PsqFormat& f) {
+  const bool block = f.block == 0 || (f.block >= 256 && f.block <= 8192 && (f.block & (f.block - 1)) == 0);
+  switch (f.family) {
+    case PSQ_SIGN:
+      return block && f.bits == 1 && (f.parameter == 1 || f.parameter == 2);
+    case PSQ_LOG:
+      return block && f.bits >= 2 && f.bits <= 4 && f.parameter >= 0 && f.parameter <= (1 << (f.bits - 1)) - 2;
+    case PSQ_UNIFORM:
+    case PSQ_STOCHASTIC:
+      return block && f.parameter == 0 && (f.bits == 2 || f.bits == 3 || f.bits == 4 || f.bits == 8);
+    case PSQ_LLOYD_MAX:
+      return block && f.parameter == 0 && f.bits >= 1 && f.bits <= 4;
+    case PSQ_BF16:
+      return f.bits == 16 && f.parameter == 0 && f.block == 0;
+    case PSQ_FP32:
+      return f.bits == 32 && f.parameter == 0 && f.block == 0;
+    default:
+      return false;
+  }
+}
+
+PsqFormat format_of(int32_t family, int32_t bits, int32_t parameter, uint32_t block) {
+  const PsqFormat format = {family, bits, parameter, block};
+  if (!is_known(format)) {
+    PyErr_Format(PyExc_ValueError, "no format of family %d with bits %d, parameter %d, block %u", family, bits,
+                 parameter, block);
+    throw nb::python_error();
+  }
+  return format;
+}
+
+size_t payload_bytes(const PsqFormat& format, size_t numel) {
+  if (format.family == PSQ_FP32) return 4 * numel;
+  const size_t words = (numel + kGroup - 1) / kGroup * (kGroup / 8) * size_t(format.bits);
+  if (format.family == PSQ_BF16) return words;
+  const size_t block = format.block == 0 ? (numel > 0 ? numel : 1) : format.block;
+  return 4 * ((numel + block - 1) / block) + words;
+}
+
+constexpr const char* kPayloadWhy = "the format's exact size for this many values";
+
+void encode(const Level& level, int32_t family, int32_t bits, int32_t parameter, uint32_t block, nb::handle values,
+            nb::handle residual, nb::handle payload, uint32_t start) {
+  const PsqFormat format = format_of(family, bits, parameter, block);
+  const View x(values, "values", View::kF32, View::kRead);
+  const View out(payload, "payload", View::kU8, View::kWrite);
+  std::optional<View> e;
+  if (!residual.is_none()) {
+    e.emplace(residual, "residual", View::kF32, View::kWrite);
+    e->need(x.numel(), "one for each of values");
+  }
+  out.need(payload_bytes(format, x.numel()), kPayloadWhy);
+  const PsqEncode call = {x.f32(), e ? e->f32() : nullptr, out.u8(), x.numel(), format, start};
+  nb::gil_scoped_release released;
+  level.kernels->codec.encode(call);
+}
+
+void decode(const Level& level, int32_t family, int32_t bits, int32_t parameter, uint32_t block, nb::handle payload,
+            nb::handle out, bool add) {
+  const PsqFormat format = format_of(family, bits, parameter, block);
+  const View from(payload, "payload", View::kU8, View::kRead);
+  const View to(out, "out", View::kF32, View::kWrite);
+  from.need(payload_bytes(format, to.numel()), kPayloadWhy);
+  const PsqDecode call = {from.u8(), to.f32(), to.numel(), format, add};
+  nb::gil_scoped_release released;
+  level.kernels->codec.decode(call);
+}
+
+bool all_finite(const Level& level, nb::handle values) {
+  const View x(values, "values", View::kF32, View::kRead);
+  nb::gil_scoped_release released;
+  return level.kernels->codec.all_finite_f32(x.u8(), x.numel());
+}
+
+bool payload_finite(const Level& level, int32_t family, int32_t bits, int32_t parameter, uint32_t block,
+                    nb::handle payload, size_t numel) {
+  const PsqFormat format = format_of(family, bits, parameter, block);
+  const View from(payload, "payload", View::kU8, View::kRead);
+  const size_t bytes = payload_bytes(format, numel);
+  from.need(bytes, kPayloadWhy);
+  const size_t words = (numel + kGroup - 1) / kGroup * (kGroup / 8) * size_t(format.bits);
+  nb::gil_scoped_release released;
+  if (format.family == PSQ_BF16) return level.kernels->codec.all_finite_bf16(from.u8(), bytes / 2);
+  const size_t floats = format.family == PSQ_FP32 ? numel : (bytes - words) / 4;
+  return level.kernels->codec.all_finite_f32(from.u8(), floats);
+}
+
+}  // namespace
+
+void bind_codec(nb::class_<Level>& level) {
+  level.def("encode", &encode, nb::arg("family"), nb::arg("bits"), nb::arg("parameter"), nb::arg("block"),
+            nb::arg("values"), nb::arg("residual").none(), nb::arg("payload"), nb::arg("start"));
+  level.def("decode", &decode, nb::arg("family"), nb::arg("bits"), nb::arg("parameter"), nb::arg("block"),
+            nb::arg("payload"), nb::arg("out"), nb::arg("add"));
+  level.def("all_finite", &all_finite, nb::arg("values"));
+  level.def("payload_finite", &payload_finite, nb::arg("family"), nb::arg("bits"), nb::arg("parameter"),
+            nb::arg("block"), nb::arg("payload"), nb::arg("numel"));
+}

@@ -1,0 +1,59 @@
+"""The native levels. What each method does is defined in `reference` and `reference_optim`."""
+
+from psq.kernels.reference import Buffer, Floats
+from psq.kernels.reference_optim import AdamCoefficients, CorrectionCoefficients
+
+def levels() -> tuple[str, ...]: ...
+
+class Level:
+    def __init__(self, name: str) -> None: ...
+    @property
+    def name(self) -> str: ...
+    def encode(
+        self,
+        family: int,
+        bits: int,
+        parameter: int,
+        block: int,
+        values: Floats,
+        residual: Floats | None,
+        payload: Buffer,
+        start: int,
+    ) -> None: ...
+    def decode(
+        self,
+        family: int,
+        bits: int,
+        parameter: int,
+        block: int,
+        payload: Buffer,
+        out: Floats,
+        add: bool,
+    ) -> None: ...
+    def payload_finite(
+        self, family: int, bits: int, parameter: int, block: int, payload: Buffer, numel: int
+    ) -> bool: ...
+    def all_finite(self, values: Floats) -> bool: ...
+    def adam_update(
+        self,
+        g: Floats,
+        m: Floats,
+        v: Floats,
+        out: Floats,
+        coefficients: AdamCoefficients,
+        *,
+        vmax: Floats | None = None,
+        x: Floats | None = None,
+    ) -> None: ...
+    def adam_update_corrected(
+        self,
+        g: Floats,
+        m: Floats,
+        v: Floats,
+        s: Floats,
+        out: Floats,
+        coefficients: AdamCoefficients,
+        correction: CorrectionCoefficients,
+        *,
+        x: Floats | None = None,
+    ) -> None: ...
