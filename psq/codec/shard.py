@@ -1,0 +1,185 @@
+"""A codec over one shard: the payloads of its segments, one after another.
+
+A segment is a slice of one tensor, so no scale is shared between tensors. Values may lie in one
+flat array, or in one array per segment: a worker's gradients are never copied together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
+
+from psq.codec.base import Codec
+from psq.errors import RemotePayloadError, UsageError
+from psq.kernels import Buffer, Floats
+from psq.layout import Shard
+
+__all__ = ["ShardCodec"]
+
+_SEED_STRIDE: Final = 0xD1B54A32D192ED03  # odd: the segments' seeds differ
+
+
+class _Range(NamedTuple):
+    values: slice  # of the shard's flat vector
+    payload: slice  # bytes
+    numel: int
+
+
+class ShardCodec:
+    """Encodes and decodes one shard.
+
+    Attributes:
+        codec: what each segment goes through.
+        shard: the run of segments.
+        nbytes: exact bytes of the shard's payload.
+    """
+
+    def __init__(self, codec: Codec, shard: Shard) -> None:
+        self.codec: Final = codec
+        self.shard: Final = shard
+        self._ranges: Final = tuple(_ranges(codec, shard))
+        self.nbytes: Final = self._ranges[-1].payload.stop if self._ranges else 0
+
+    def encode(self, values: Floats, payload: Buffer, *, seed: int = 0) -> None:
+        """Quantize values, f32[shard.numel], into payload, u8[nbytes].
+
+        Raises:
+            UsageError: values or payload have another length than the shard.
+            TypeError: values or payload have another type or layout.
+        """
+        self._check_flat(values)
+        self.encode_segments(self._split(values), None, payload, seed=seed)
+
+    def encode_ef(
+        self, values: Floats, residual: Floats, payload: Buffer, *, seed: int = 0
+    ) -> None:
+        """Quantize values + residual, both f32[shard.numel]; the rest stays in the residual.
+
+        Raises:
+            UsageError: an argument has another length than the shard.
+            TypeError: an argument has another type or layout.
+        """
+        self._check_flat(values)
+        self.encode_segments(self._split(values), residual, payload, seed=seed)
+
+    def encode_segments(
+        self,
+        values: Sequence[Floats],
+        residual: Floats | None,
+        payload: Buffer,
+        *,
+        seed: int = 0,
+    ) -> None:
+        """Quantize one array per segment, plus the residual if there is one.
+
+        Args:
+            values: f32[segment.numel] for each segment, in order.
+            residual: f32[shard.numel], flat, updated in place; or None.
+            payload: u8[nbytes], written.
+            seed: of stochastic codecs; each segment draws from a stream of its own.
+
+        Raises:
+            UsageError: an argument has another length than the shard or its segment.
+            TypeError: an argument has another type or layout.
+        """
+        self._check_segments(values)
+        if residual is not None:
+            self._check_flat(residual)
+        out = self._bytes(payload)
+        encode, encode_ef = self.codec.encode, self.codec.encode_ef
+        for at, part in zip(self._ranges, values, strict=True):
+            if residual is None:
+                encode(part, out[at.payload], seed=seed)
+            else:
+                encode_ef(part, residual[at.values], out[at.payload], seed=seed)
+            seed += _SEED_STRIDE
+
+    def decode(self, payload: Buffer, out: Floats) -> None:
+        """Write the payload's values to out, f32[shard.numel].
+
+        Raises:
+            UsageError: an argument has another length than the shard.
+            TypeError: an argument has another type or layout.
+        """
+        self._check_flat(out)
+        self.decode_segments(payload, self._split(out))
+
+    def decode_add(self, payload: Buffer, out: Floats) -> None:
+        """Add the payload's values to out; otherwise as `decode`."""
+        self._check_flat(out)
+        self.decode_add_segments(payload, self._split(out))
+
+    def decode_segments(self, payload: Buffer, out: Sequence[Floats]) -> None:
+        """Write the payload's values to one array per segment, f32[segment.numel] each.
+
+        Raises:
+            UsageError: an argument has another length than the shard or its segment.
+            TypeError: an argument has another type or layout.
+        """
+        self._check_segments(out)
+        received = self._bytes(payload)
+        for at, part in zip(self._ranges, out, strict=True):
+            self.codec.decode(received[at.payload], part)
+
+    def decode_add_segments(self, payload: Buffer, out: Sequence[Floats]) -> None:
+        """Add the payload's values to one array per segment; otherwise as `decode_segments`."""
+        self._check_segments(out)
+        received = self._bytes(payload)
+        for at, part in zip(self._ranges, out, strict=True):
+            self.codec.decode_add(received[at.payload], part)
+
+    def check(self, payload: Buffer) -> None:
+        """Refuse a payload that is not one of this shard's, or not finite.
+
+        Raises:
+            RemotePayloadError: wrong length, or a scale (bf16, fp32: a value) that is NaN or Inf.
+        """
+        received = memoryview(payload)
+        if received.nbytes != self.nbytes:
+            msg = (
+                f"payload of shard {self.shard.index} ({self.shard.numel} values in "
+                f"{self.codec.spec!r}) must have {self.nbytes} bytes, got {received.nbytes}: "
+                "both sides must run the same model and recipe"
+            )
+            raise RemotePayloadError(msg)
+        for at, segment in zip(self._ranges, self.shard.segments, strict=True):
+            try:
+                self.codec.check(received[at.payload], at.numel)
+            except RemotePayloadError as error:
+                msg = f"shard {self.shard.index}, tensor {segment.tensor}: {error}"
+                raise RemotePayloadError(msg) from error
+
+    def _split(self, flat: Floats) -> list[Floats]:
+        return [flat[at.values] for at in self._ranges]
+
+    def _bytes(self, payload: Buffer) -> memoryview:
+        view = memoryview(payload)
+        if view.nbytes != self.nbytes:
+            msg = f"payload of shard {self.shard.index} has {view.nbytes} bytes, not {self.nbytes}"
+            raise UsageError(msg)
+        return view
+
+    def _check_flat(self, values: Floats) -> None:
+        if values.size != self.shard.numel:
+            msg = (
+                f"shard {self.shard.index} has {self.shard.numel} values, "
+                f"got an array of {values.size}"
+            )
+            raise UsageError(msg)
+
+    def _check_segments(self, values: Sequence[Floats]) -> None:
+        if [part.size for part in values] != [at.numel for at in self._ranges]:
+            msg = (
+                f"shard {self.shard.index} has segments of {[at.numel for at in self._ranges]} "
+                f"values, got {[part.size for part in values]}"
+            )
+            raise UsageError(msg)
+
+
+def _ranges(codec: Codec, shard: Shard) -> Iterator[_Range]:
+    at = 0
+    for segment in shard.segments:
+        size = codec.nbytes(segment.numel)
+        values = slice(segment.offset, segment.offset + segment.numel)
+        yield _Range(values, slice(at, at + size), segment.numel)
+        at += size
