@@ -24,6 +24,7 @@ greeting of about 200 bytes per connection.
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Iterator
 from enum import Enum
 from types import TracebackType
@@ -141,8 +142,8 @@ class _Link:
         Returns:
             Whether a message can be read.
         """
-        ready = self._poller.poll(max(0, round(timeout_s * 1000)))
-        return any(source is self._socket for source, _ in ready)
+        ready = self._poller.poll(_poll_ms(timeout_s))
+        return any(source is self._socket and event & zmq.POLLIN for source, event in ready)
 
     def is_lent(self, frame: Buffer) -> bool:
         """Whether libzmq still reads this buffer: then it must not be written to.
@@ -224,8 +225,6 @@ class WorkerLink(_Link):
     def __init__(self, endpoint: str, *, linger_s: float = WORKER_LINGER_S) -> None:
         super().__init__(zmq.DEALER, endpoint, linger_s)
         self.endpoint = endpoint
-        self._room = zmq.Poller()
-        self._room.register(self._socket, zmq.POLLOUT)
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -247,9 +246,19 @@ class WorkerLink(_Link):
             return False
         return True
 
+    def wait(self, timeout_s: float, *, room: bool = False) -> bool:
+        """As for every link; with `room` it also ends when `send` would find room."""
+        if not room:
+            return super().wait(timeout_s)
+        self._poller.modify(self._socket, zmq.POLLIN | zmq.POLLOUT)
+        try:
+            return super().wait(timeout_s)
+        finally:
+            self._poller.modify(self._socket, zmq.POLLIN)
+
     def wait_room(self, timeout_s: float) -> bool:
         """Block until `send` would find room, or the time is up."""
-        return bool(self._room.poll(max(0, round(timeout_s * 1000))))
+        return bool(self._socket.poll(_poll_ms(timeout_s), zmq.POLLOUT))
 
     def drain(self, limit: int = DRAIN_LIMIT) -> Iterator[memoryview]:
         """The messages that have arrived, at most `limit`, without blocking."""
@@ -320,6 +329,11 @@ class ServerLink(_Link):
                 return
             if frame is not None:
                 yield peer, frame
+
+
+def _poll_ms(timeout_s: float) -> int:
+    # Rounded up: a caller whose deadline is half a millisecond away would spin with 0.
+    return max(0, math.ceil(timeout_s * 1000))
 
 
 def _set_options(socket: zmq.Socket[bytes], endpoint: str, linger_ms: int) -> None:

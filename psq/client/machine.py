@@ -1,0 +1,465 @@
+"""A worker's side of a job as a pure state machine: frames in, frames out.
+
+    join:   HELLO -> COOKIE -> PLAN, JOIN -> WELCOME -> [INIT ...] PULL -> WEIGHTS
+    round:  PUSH ... -> VERDICT -> WEIGHTS
+    end:    LEAVE -> BYE, or any answer to something sent after it
+
+What to send follows from the state, not from a script: `next_frame` makes whatever the present
+state calls for, `receive` takes in what comes. So a connection that breaks at any point needs no
+path of its own: the server answers STALE_EPOCH, the session is back at its start, the same rules
+join again with the same lineage, WELCOME and STATUS tell what arrived, and the rest is sent again,
+byte for byte.
+
+Rules it keeps, with the reason:
+- A shard that STATUS calls missing is sent again only if that STATUS answers a heartbeat sent after
+  the shard was: the stream is in order, so then it was lost. An older answer proves nothing.
+- A rejected push goes back into the residual, and the round goes on with a SKIP: the other workers
+  wait for this rank's word, not for its gradient.
+- Weights reach `Hooks.weights` once per shard and version (see `replica`).
+
+Never here: a clock, a socket, a thread, a log, randomness of its own. Queues are bounded by the
+number of shards.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+import psq
+from psq.client.frames import PushFrames
+from psq.client.replica import ReplicaVersions
+from psq.client.round import Round, RoundResult
+from psq.client.waits import Backoff, name_ranks
+from psq.codec import get_codec
+from psq.errors import (
+    ConfigError,
+    GaveUpError,
+    RemotePayloadError,
+    RemoteProtocolError,
+    RemoteWireError,
+    StaleFrameError,
+    UsageError,
+)
+from psq.layout import PART_NUMEL, part_count
+from psq.plan import Plan
+from psq_proto.frames import Header
+from psq_proto.messages import (
+    NO_SHARD,
+    NO_VERSION,
+    NONE,
+    Bye,
+    ControlBody,
+    Cookie,
+    Error,
+    ErrorCode,
+    Flags,
+    Heartbeat,
+    Hello,
+    Join,
+    Leave,
+    MessageType,
+    StaleEpoch,
+    Status,
+    Verdict,
+    Welcome,
+)
+from psq_proto.session import State, WorkerSession
+
+__all__ = ["Hooks", "Machine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What is asked of whoever owns the numbers.
+
+    Attributes:
+        initial: the f32 values of a shard, for the server's first weights (asked of rank 0 only).
+        weights: put a WEIGHTS frame's body into the replica.
+        restore: a push was rejected: fold what it said back into the residual.
+        reset: the residual's history is not the server's any more: forget it.
+    """
+
+    initial: Callable[[int], NDArray[np.float32]]
+    weights: Callable[[Header, memoryview], None]
+    restore: Callable[[], None]
+    reset: Callable[[], None]
+
+
+class Machine:
+    """See the module's docstring.
+
+    Args:
+        plan: what is trained.
+        rank: this worker's number.
+        hooks: see `Hooks`.
+        heartbeat_s: between two signs of life.
+        rng: jitter, nonces and the lineage come from it.
+        is_lent: whether the link still reads a buffer.
+
+    Raises:
+        ConfigError: the rank is not in the plan.
+    """
+
+    def __init__(  # noqa: PLR0913 - a machine gets its world as arguments
+        self,
+        plan: Plan,
+        rank: int,
+        hooks: Hooks,
+        *,
+        heartbeat_s: float,
+        rng: random.Random,
+        is_lent: Callable[[bytearray], bool],
+    ) -> None:
+        if not 0 <= rank < plan.world_size:
+            msg = f"rank: expected 0..{plan.world_size - 1}, got {rank}"
+            raise ConfigError(msg)
+        self.session = WorkerSession(rank=rank, plan_body=plan.body)
+        self.replica = ReplicaVersions(plan)
+        self.frames = PushFrames(plan, is_lent)
+        self.round: Round | None = None
+        self.left = False
+        self.notes: deque[str] = deque(maxlen=64)
+        self.damaged_frames = 0
+        self.resent_frames = 0
+        self.resets = 0
+        self._plan = plan
+        self._hooks = hooks
+        self._heartbeat_s = heartbeat_s
+        self._rng = rng
+        self._codec_id = get_codec(plan.recipe.uplink.codec).wire_id
+        self._lineage = rng.getrandbits(64)
+        self._nonce = rng.getrandbits(64)
+        self._backoff = Backoff(rng)
+        self._resolved = NONE
+        self._outbox: deque[bytearray] = deque()
+        self._initial: Iterator[bytearray] = iter(())
+        self._hello_at_s = self._beat_at_s = 0.0
+        self._unanswered = 0
+        self._pull = False
+        self._weights_since_status = False
+        self._status: Status | None = None
+        self._leave: Leave | None = None
+        self._old_answers_at_leave = 0
+
+    @property
+    def joined(self) -> bool:
+        """Whether the server has welcomed this worker, on the connection there is now."""
+        return self.session.joined
+
+    @property
+    def due_s(self) -> float:
+        """When `next_frame` may have something to say although nothing came."""
+        return self._beat_at_s if self.joined else self._hello_at_s
+
+    def waited_for(self) -> str:
+        """What the worker waits for, if it waits, in words; empty for the server itself."""
+        if not self.joined or self._status is None:
+            return ""
+        return name_ranks(self._status) or self._status.text
+
+    def forget_status(self) -> None:
+        """A new wait begins: what the server last said about an earlier one is old."""
+        self._status = None
+
+    # ---- the worker's own doing
+
+    def begin(self, rate: float) -> Round:
+        """Open the next round."""
+        if self.round is not None or self.replica.version == NONE:
+            msg = "a round begins after join, and after the round before has ended"
+            raise UsageError(msg)
+        if self.joined:
+            self._outbox.clear()  # copies of a round that is over: their buffers are needed now
+        self.round = Round(self.replica.version, rate)
+        return self.round
+
+    def push(self, shard: int) -> None:
+        """Say a shard: what its payload buffer holds now."""
+        current = self._open()
+        current.pushed.add(shard)
+        self._queue_push(shard, current)
+
+    def skip(self) -> None:
+        """Contribute nothing to the round."""
+        current = self._open()
+        current.skipped = True
+        current.pushed.clear()
+        self._queue_skip(current)
+
+    @property
+    def round_over(self) -> bool:
+        """Whether the verdict is known and the weights after the round are all there."""
+        current = self._open()
+        return current.outcome is not None and self.replica.version > current.number
+
+    def end_round(self) -> RoundResult:
+        """Close the round that is over."""
+        result = self._open().result(self.replica.version)
+        self.round = None
+        return result
+
+    def leave(self, leave: Leave) -> None:
+        """Say goodbye as soon as possible; `left` tells when the server has taken note."""
+        self._leave = leave
+        self.round = None
+        self._outbox.clear()
+
+    def _open(self) -> Round:
+        if self.round is None:
+            msg = "no round is open: begin one first"
+            raise UsageError(msg)
+        return self.round
+
+    # ---- frames out
+
+    def next_frame(self, now_s: float) -> bytearray | None:
+        """The frame to send now, the same one until it is `sent`; None when nothing is due."""
+        if not self._outbox:
+            self._queue_due(now_s)
+        return self._outbox[0] if self._outbox else None
+
+    def sent(self, now_s: float) -> None:
+        """The link has taken what `next_frame` gave."""
+        self._outbox.popleft()
+        if self.session.state is State.GREETED:
+            self._hello_at_s = now_s + self._backoff.next_s()
+
+    def _queue_due(self, now_s: float) -> None:
+        if self.session.state in (State.CLOSED, State.FENCED):
+            return
+        if not self.joined:
+            if now_s >= self._hello_at_s:
+                hello = Hello(self._nonce, software=f"psq {psq.__version__}")
+                self._outbox.append(self.session.send(MessageType.HELLO, hello))
+            return
+        if self.session.state is State.JOINED:
+            self._queue_work()
+        if not self._outbox and now_s >= self._beat_at_s:
+            self._beat_at_s = now_s + self._heartbeat_s
+            self._queue_heartbeat()
+
+    def _queue_work(self) -> None:
+        """Initial weights first, then the wish for weights, then the goodbye."""
+        initial = next(self._initial, None)
+        if initial is not None:
+            self._outbox.append(initial)
+        elif self._leave is not None:
+            self._outbox.append(self.session.send(MessageType.LEAVE, self._leave))
+            self._old_answers_at_leave = self._unanswered
+            self._queue_heartbeat()  # its answer says that the goodbye arrived
+        elif self._pull:
+            self._pull = False
+            have = self.replica.version
+            version = NO_VERSION if have == NONE else have
+            self._outbox.append(self.session.send(MessageType.PULL, version=version))
+
+    def _queue_heartbeat(self) -> None:
+        beat = Heartbeat(self.replica.version, max(0, self.replica.version))
+        self._outbox.append(self.session.send(MessageType.HEARTBEAT, beat))
+        self._unanswered += 1
+
+    def _queue_push(self, shard: int, current: Round) -> None:
+        """While not joined nothing is queued: after WELCOME a STATUS will call it missing."""
+        current.old_answers = self._unanswered
+        if self.session.state is not State.JOINED:
+            return
+        frame = self.frames.to_seal(shard)
+        self.session.seal(
+            frame,
+            MessageType.PUSH,
+            codec=self._codec_id,
+            seq=current.number,
+            round=current.number,
+            version=current.number,
+            rate=current.rate,
+            shard=shard,
+        )
+        self._outbox.append(frame)
+
+    def _queue_skip(self, current: Round) -> None:
+        current.old_answers = self._unanswered
+        if self.session.state is not State.JOINED:
+            return
+        frame = self.session.send(
+            MessageType.PUSH,
+            flags=Flags.SKIP,
+            seq=current.number,
+            round=current.number,
+            version=current.number,
+            rate=current.rate,
+            shard=NO_SHARD,
+        )
+        self._outbox.append(frame)
+
+    def _initial_frames(self) -> Iterator[bytearray]:
+        """INIT frames of every shard, made one at a time so that only one is in memory."""
+        for shard in self._plan.layout.shards:
+            values = self._hooks.initial(shard.index)
+            for part in range(part_count(shard.numel)):
+                body = values[part * PART_NUMEL : (part + 1) * PART_NUMEL].data.cast("B")
+                yield self.session.send(MessageType.INIT, body, shard=shard.index, part=part)
+
+    # ---- frames in
+
+    def answered_unseen(self) -> None:
+        """A STATUS came that nobody will look at: one heartbeat fewer is under way."""
+        self._unanswered = max(0, self._unanswered - 1)
+
+    def receive(self, frame: memoryview, now_s: float) -> None:
+        """Take in one frame.
+
+        Raises:
+            FencedError: another process has this rank.
+            RefusedError, RemotePlanError, RemoteVersionError: the server turned this worker away.
+            RemotePayloadError: weights came that do not fit the plan, or a push did not.
+            RemoteProtocolError: the server came back with an older state or none, or misbehaves.
+            GaveUpError: the server ended the job.
+        """
+        try:
+            header, body = self.session.receive(frame)
+        except StaleFrameError:
+            return  # of an earlier conversation; the session has seen to it
+        except RemoteWireError as error:
+            self.damaged_frames += 1
+            self.notes.append(f"dropped a damaged frame: {error}")
+            return
+        self._take(header, body, now_s)
+
+    def _take(self, header: Header, body: ControlBody | memoryview, now_s: float) -> None:
+        match body:
+            case Cookie():
+                self._on_cookie(now_s)
+            case Welcome():
+                self._on_welcome(body, now_s)
+            case Status():
+                self._on_status(body)
+            case Verdict():
+                self._on_verdict(header.seq, body)
+            case StaleEpoch():
+                self._outbox.clear()
+                self._hello_at_s = now_s
+            case Error():
+                self._on_error(body)
+            case Bye():
+                self._on_bye(body)
+            case memoryview():
+                self._on_weights(header, body)
+
+    def _on_cookie(self, now_s: float) -> None:
+        self._hello_at_s = now_s + self._backoff.next_s()
+        pending = self.round.number if self.round is not None else NONE
+        join = Join(self._lineage, self._resolved, pending, platform.node(), os.getpid())
+        self._outbox.clear()
+        self._outbox.append(self.session.send(MessageType.PLAN, self._plan.body))
+        self._outbox.append(self.session.send(MessageType.JOIN, join))
+
+    def _on_welcome(self, welcome: Welcome, now_s: float) -> None:
+        self._backoff.reset()
+        self._nonce = self._rng.getrandbits(64)
+        self._outbox.clear()
+        self._unanswered = 0
+        self._beat_at_s = now_s  # at once: its answer says what arrived
+        self._pull = True
+        self._initial = self._initial_frames() if welcome.init_wanted else iter(())
+        if welcome.mode == "reset" and self._resolved != NONE:
+            self._hooks.reset()
+            self.resets += 1
+            self.notes.append("the server does not know this residual: it starts again from zero")
+        if self.round is not None:
+            self.round.old_answers = 0
+            if welcome.last_applied >= self.round.number:
+                self.round.outcome = "applied"
+
+    def _on_status(self, status: Status) -> None:
+        self._status = status
+        self._unanswered = max(0, self._unanswered - 1)
+        if self.session.state is State.LEAVING:
+            self._old_answers_at_leave -= 1
+            self.left = self._old_answers_at_leave < 0
+            return
+        current = self.round
+        if current is None:
+            self._pull_if_behind(status, 0)
+        elif current.old_answers:
+            current.old_answers -= 1
+        else:
+            self._settle(current, status)
+            self._pull_if_behind(status, current.number + 1)
+
+    def _settle(self, current: Round, status: Status) -> None:
+        """Act on a STATUS that knows of everything this round has sent."""
+        if status.round < current.number:
+            msg = (
+                f"the server is at round {status.round}, this worker at round {current.number}: "
+                "the server came back with an older state; start the job again"
+            )
+            raise RemoteProtocolError(msg)
+        if status.round > current.number:
+            # It closed with this worker's contribution in it, as every round does: only the
+            # verdict was lost.
+            current.outcome = "applied"
+        elif current.outcome is None and status.missing and not self._outbox:
+            self._send_again(current, status)
+
+    def _send_again(self, current: Round, status: Status) -> None:
+        lost = current.lost(status.missing)
+        if current.skipped:
+            self._queue_skip(current)
+        for shard in lost:
+            self._queue_push(shard, current)
+        self.resent_frames += len(lost) + current.skipped
+
+    def _pull_if_behind(self, status: Status, target: int) -> None:
+        """Ask for weights that the server has and that are not under way."""
+        if self.replica.version < target <= status.version and not self._weights_since_status:
+            self._pull = True
+        self._weights_since_status = False
+
+    def _on_verdict(self, seq: int, verdict: Verdict) -> None:
+        current = self.round
+        if current is None or seq != current.number or current.outcome is not None:
+            return
+        if verdict.outcome == "applied":
+            current.outcome, current.server_s = "applied", verdict.server_s
+            self._resolved = seq
+            return
+        if current.skipped:
+            if current.refusal:
+                return  # several of its shards may be refused; the first answer counted
+            msg = f"the server rejected round {current.number}: {verdict.reason}"
+            raise RemoteProtocolError(msg)
+        self.notes.append(f"push of round {current.number} rejected: {verdict.reason}")
+        current.refusal = verdict.reason or "rejected"
+        self._outbox.clear()
+        self._hooks.restore()
+        self.skip()
+
+    def _on_error(self, error: Error) -> None:
+        if error.code == ErrorCode.WIRE:
+            self.damaged_frames += 1
+            self.notes.append(f"the server dropped a damaged frame: {error.text}")
+            return
+        kind = RemotePayloadError if error.code == ErrorCode.PAYLOAD else RemoteProtocolError
+        msg = f"the server refused ({error.code}): {error.text}"
+        raise kind(msg)
+
+    def _on_bye(self, bye: Bye) -> None:
+        self._outbox.clear()
+        self.left = True
+        if self._leave is None:
+            msg = f"the server ended the job ({bye.reason}){': ' if bye.text else ''}{bye.text}"
+            raise GaveUpError(msg)
+
+    def _on_weights(self, header: Header, body: memoryview) -> None:
+        self._weights_since_status = True
+        if self.replica.wants(header, body.nbytes):
+            self._hooks.weights(header, body)
+            self.replica.took(header)
