@@ -30,6 +30,7 @@ __all__ = [
     "DEFAULT_LR",
     "DEFAULT_PORT",
     "TABLES",
+    "DemoConfig",
     "Given",
     "LaunchConfig",
     "Resolved",

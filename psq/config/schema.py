@@ -13,7 +13,15 @@ from typing import Any, Final, Literal
 from psq.config.setting import check_fields, setting, switch
 from psq.errors import ConfigError
 
-__all__ = ["DEFAULT_LR", "DEFAULT_PORT", "TABLES", "LaunchConfig", "ServerConfig", "WorkerConfig"]
+__all__ = [
+    "DEFAULT_LR",
+    "DEFAULT_PORT",
+    "TABLES",
+    "DemoConfig",
+    "LaunchConfig",
+    "ServerConfig",
+    "WorkerConfig",
+]
 
 DEFAULT_PORT: Final = 5555
 DEFAULT_LR: Final = 1e-3  # where neither a person nor a task says one
@@ -118,6 +126,9 @@ class WorkerConfig:
     eval_every: int | None = setting(
         None, "steps between two evaluations by rank 0 (default: the task's)", low=1, high=MAX_STEPS
     )
+    schedule: Literal["constant", "linear"] | None = setting(
+        None, "how the learning rate goes on: as it is, or down to 0 (default: the task's)"
+    )
     seed: int = setting(0, "seed of initial weights, data order and codecs", low=0, high=MAX_SEED)
     data: str | None = setting(None, "folder with the task's full data set", metavar="FOLDER")
     give_up_after_s: float = setting(
@@ -127,9 +138,15 @@ class WorkerConfig:
         above=0,
         high=MAX_WAIT_S,
     )
-    progress: Literal["none", "json"] = setting("none", "what to report on stdout while training")
-    progress_every_s: float = setting(
-        0.5, "least time between two progress reports, s", key="progress_every", low=0, high=3600
+    progress: Literal["text", "json", "none"] = setting(
+        "text", "how to report while training: words on stderr, JSON lines on stdout, or not"
+    )
+    progress_every_s: float | None = setting(
+        None,
+        "least time between two reports, s (default: 5 for text, 0.5 for json)",
+        key="progress_every",
+        low=0,
+        high=3600,
     )
     json: bool = switch("end with a summary as one JSON line on stdout")
     debug: bool = switch("show a traceback with an error")
@@ -170,10 +187,22 @@ class LaunchConfig:
             raise ConfigError(msg)
 
 
+@dataclass(frozen=True, slots=True)
+class DemoConfig:
+    """What `psq demo` is told beside all that."""
+
+    output: str = setting("runs", "folder for the picture and the numbers", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        """Types."""
+        check_fields(self)
+
+
 TABLES: Final[dict[str, type[Any]]] = {
     "server": ServerConfig,
     "worker": WorkerConfig,
     "launch": LaunchConfig,
+    "demo": DemoConfig,
 }
 
 
