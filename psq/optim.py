@@ -5,7 +5,7 @@
     step    advance(lr), then write(...) over any cut of the vector; direction(...) does both
 
 The result is a direction u, the thing subtracted from the weights; nothing here touches the weights
-themselves. The arithmetic is `psq.kernels.adam_update`, defined in psq/kernels/reference_optim.py.
+themselves. The arithmetic is the kernel adam_update, defined in psq/kernels/reference_optim.py.
 
 With torch's settings u equals what torch.optim.Adam, AdamW and amsgrad=True subtract, within the
 bounds that tests/unit/test_optim.py states: torch rounds differently in two places (FMA, its square
@@ -140,10 +140,10 @@ class Adam:
         if "s" in self._state:
             s = self._state["s"][start:stop]
             now = (self._coefficients, self._correction)
-            kernels.adam_update_corrected(g, m, v, s, out, *now, x=x)
+            kernels.active().adam_update_corrected(g, m, v, s, out, *now, x=x)
             return
         vmax = self._state["vmax"][start:stop] if "vmax" in self._state else None
-        kernels.adam_update(g, m, v, out, self._coefficients, vmax=vmax, x=x)
+        kernels.active().adam_update(g, m, v, out, self._coefficients, vmax=vmax, x=x)
 
     def direction(
         self,

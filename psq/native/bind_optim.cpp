@@ -68,10 +68,6 @@ void adam_update(const Level& self, nb::handle g, nb::handle m, nb::handle v, nb
 
 void adam_update_corrected(const Level& self, nb::handle g, nb::handle m, nb::handle v, nb::handle s, nb::handle out,
                            nb::tuple coefficients, nb::tuple correction, nb::handle x) {
-  if (s.is_none()) {
-    PyErr_SetString(PyExc_TypeError, "s must be a float32 array, got None");
-    throw nb::python_error();
-  }
   AdamCall(g, m, v, out, s, "s", x)
       .run(self.kernels->optim.adam_corrected, floats_of<PsqAdamCoefficients>(coefficients, "coefficients"),
            floats_of<PsqCorrectionCoefficients>(correction, "correction"));
