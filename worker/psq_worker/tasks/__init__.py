@@ -1,6 +1,15 @@
 """The jobs psq can train out of the box, and the protocol for a user's own."""
 
-from psq_worker.tasks.base import Batch, JobDefaults, Task, job_defaults
+from psq_worker.tasks.base import Batch, JobDefaults, Schedule, Task, job_defaults
 from psq_worker.tasks.registry import TASK_NAMES, check_model, get_task
 
-__all__ = ["TASK_NAMES", "Batch", "JobDefaults", "Task", "check_model", "get_task", "job_defaults"]
+__all__ = [
+    "TASK_NAMES",
+    "Batch",
+    "JobDefaults",
+    "Schedule",
+    "Task",
+    "check_model",
+    "get_task",
+    "job_defaults",
+]

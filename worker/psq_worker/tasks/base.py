@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,18 @@ from torch import nn
 
 from psq.errors import UsageError
 
-__all__ = ["Batch", "EpochOrder", "JobDefaults", "Task", "job_defaults", "seeded", "slice_of"]
+__all__ = [
+    "Batch",
+    "EpochOrder",
+    "JobDefaults",
+    "Schedule",
+    "Task",
+    "job_defaults",
+    "seeded",
+    "slice_of",
+]
 
+Schedule = Literal["constant", "linear"]
 Batch = Any
 """What `Task.batches` yields and `Task.loss` takes; the loop only passes it on."""
 
@@ -32,13 +42,15 @@ class JobDefaults:
     Attributes:
         steps: global batches to train on.
         batch_size: samples per worker and step, with two workers.
-        lr: Adam's learning rate.
+        lr: Adam's learning rate at the start.
+        schedule: "constant", or "linear" down to zero at the last step.
         eval_every: steps between evaluations.
     """
 
     steps: int = 1_000
     batch_size: int = 32
     lr: float = 1e-3
+    schedule: Schedule = "constant"
     eval_every: int = 100
 
 

@@ -43,7 +43,9 @@ class FashionMnist:
 
     name: Final = "fashion-mnist"
     metric: Final = "accuracy"
-    defaults: Final = JobDefaults(steps=800, batch_size=32, lr=1e-3, eval_every=100)
+    defaults: Final = JobDefaults(
+        steps=800, batch_size=32, lr=1e-3, schedule="linear", eval_every=100
+    )
 
     def __init__(self, data_dir: Path | None = None, *, subset: bool = False) -> None:
         self._data: Final[ImageSet] = load(find_folder(data_dir, subset=subset))

@@ -123,8 +123,8 @@ def load(folder: Path) -> ImageSet:
         images, labels = read_idx(folder / files.images), read_idx(folder / files.labels)
         if images.ndim != _IMAGE_DIMENSIONS or labels.shape != images.shape[:1]:
             msg = (
-                f"in {folder}, {files.images} has shape {images.shape} and {files.labels} has shape "
-                f"{labels.shape}: expected images [n, rows, columns] with labels [n]; {_REMEDY}"
+                f"in {folder}, {files.images} has shape {images.shape}, {files.labels} "
+                f"{labels.shape}: expected images [n, rows, columns], labels [n]; {_REMEDY}"
             )
             raise ConfigError(msg)
         parts += [images, labels]
