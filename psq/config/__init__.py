@@ -9,6 +9,7 @@ from psq.config.schema import (
     DEFAULT_LR,
     DEFAULT_PORT,
     TABLES,
+    DemoConfig,
     LaunchConfig,
     ServerConfig,
     WorkerConfig,
