@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+
+from psq.kernels import Buffer, Floats
 
 __all__ = ["Decoder", "mean"]
 
@@ -20,14 +21,14 @@ __all__ = ["Decoder", "mean"]
 class Decoder(Protocol):
     """The half of a codec that reads."""
 
-    def decode(self, payload: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    def decode(self, payload: Buffer, out: Floats) -> None:
         """Write the payload's values to out."""
 
-    def decode_add(self, payload: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    def decode_add(self, payload: Buffer, out: Floats) -> None:
         """Add the payload's values to out."""
 
 
-def mean(codec: Decoder, payloads: Sequence[NDArray[np.uint8]], out: NDArray[np.float32]) -> None:
+def mean(codec: Decoder, payloads: Sequence[Buffer], out: Floats) -> None:
     """Write the mean of the decoded payloads to `out`.
 
     Args:

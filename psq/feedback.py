@@ -23,17 +23,15 @@ from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from psq import kernels
-from psq.codec import get_codec
-from psq.codec.shard import ShardCodec
+from psq.codec import ShardCodec, get_codec
+from psq.kernels import Buffer, Floats
 from psq.optim import per_shard
 from psq.plan import Plan
 
 __all__ = ["SERVER_RANK", "Compressor", "stream_seed"]
 
-Floats: TypeAlias = NDArray[np.float32]
 Segments: TypeAlias = Sequence[Floats]
 
 SERVER_RANK: Final = 0xFFFFFFFF  # the server's place in `stream_seed`: no worker has it
@@ -41,10 +39,10 @@ _MASK: Final = 0xFFFFFFFFFFFFFFFF
 
 
 def stream_seed(job_seed: int, rank: int, step: int, shard: int) -> int:
-    """The 32-bit seed of a stochastic codec's random stream for one payload.
+    """The 64-bit seed of a stochastic codec's random stream for one payload.
 
-    The four numbers are absorbed one after another by splitmix64's finalizer; the upper half of
-    the last state is the seed. A restarted worker that repeats a step makes the same payload.
+    The four numbers are absorbed one after another by splitmix64's finalizer; the last state is
+    the seed. A restarted worker that repeats a step therefore makes the same payload.
     """
     state = 0
     for word in (job_seed, rank, step, shard):
@@ -52,7 +50,7 @@ def stream_seed(job_seed: int, rank: int, step: int, shard: int) -> int:
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
-    return state >> 32
+    return state
 
 
 class Compressor:
@@ -103,7 +101,7 @@ class Compressor:
         shard: int,
         gradients: Segments,
         lr: float,
-        payload: NDArray[np.uint8],
+        payload: Buffer,
         *,
         weights: Segments | None = None,
     ) -> None:
@@ -133,7 +131,7 @@ class Compressor:
                 codec.encode_ef(direction, residual, payload, seed=seed)
         self._steps[shard] += 1
 
-    def restore(self, shard: int, payload: NDArray[np.uint8]) -> None:
+    def restore(self, shard: int, payload: Buffer) -> None:
         """Fold a payload that was not applied back: residual += what it says.
 
         Without error feedback there is nowhere to keep it and nothing happens: the step is lost,

@@ -21,11 +21,10 @@ from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from psq import kernels
 from psq.errors import ConfigError, UsageError
-from psq.kernels import AdamCoefficients, CorrectionCoefficients
+from psq.kernels import AdamCoefficients, CorrectionCoefficients, Floats
 from psq.layout import Layout
 from psq.recipe import AdamConfig, schedule_value
 
@@ -62,7 +61,7 @@ class Adam:
         numel: int,
         *,
         workers: int = 1,
-        state: Mapping[str, NDArray[np.float32]] | None = None,
+        state: Mapping[str, Floats] | None = None,
     ) -> None:
         if config.variance_correction and schedule_value(config.beta, 1) == 0.0:
             msg = "variance_correction needs beta > 0: without momentum noise looks like gradient"
@@ -80,7 +79,7 @@ class Adam:
         """Steps taken."""
         return self._count
 
-    def state_arrays(self) -> dict[str, NDArray[np.float32]]:
+    def state_arrays(self) -> dict[str, Floats]:
         """The state by name, not copied: with `count` it is all that a checkpoint needs."""
         return dict(self._state)
 
@@ -109,11 +108,11 @@ class Adam:
 
     def write(
         self,
-        g: NDArray[np.float32],
-        out: NDArray[np.float32],
+        g: Floats,
+        out: Floats,
         *,
         start: int = 0,
-        x: NDArray[np.float32] | None = None,
+        x: Floats | None = None,
     ) -> None:
         """Write the direction of values [start, start + n) in the step that `advance` began.
 
@@ -147,10 +146,10 @@ class Adam:
 
     def direction(
         self,
-        g: NDArray[np.float32],
+        g: Floats,
         lr: float,
-        out: NDArray[np.float32],
-        x: NDArray[np.float32] | None = None,
+        out: Floats,
+        x: Floats | None = None,
     ) -> None:
         """One whole step: `advance`, then `write` over all values."""
         self.advance(lr)
@@ -212,7 +211,7 @@ class Adam:
 
 def per_shard(
     config: AdamConfig, layout: Layout, workers: int = 1
-) -> tuple[list[Adam], dict[str, NDArray[np.float32]]]:
+) -> tuple[list[Adam], dict[str, Floats]]:
     """One Adam per shard over common state vectors.
 
     Returns:
@@ -228,7 +227,7 @@ def per_shard(
     return adams, state
 
 
-def _fresh_state(config: AdamConfig, numel: int, workers: int) -> dict[str, NDArray[np.float32]]:
+def _fresh_state(config: AdamConfig, numel: int, workers: int) -> dict[str, Floats]:
     state = {name: np.zeros(numel, np.float32) for name in state_names(config, workers)}
     if config.eps_placement == "initial":
         state["v"].fill(config.eps)

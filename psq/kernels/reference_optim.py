@@ -129,7 +129,7 @@ def adam_update_corrected(  # noqa: PLR0913, PLR0917 - the letters of the equati
             squared_mean = s * k.s_scale
             squared_mean = np.where(squared_mean > 0.0, squared_mean, np.float32(0.0))
             squared_mean = np.where(squared_mean < vhat, squared_mean, vhat)
-        second = vhat * k.own_share + squared_mean * k.mean_share
+        second: Floats = vhat * k.own_share + squared_mean * k.mean_share
         denominator = np.sqrt(second + c.eps_inside) + c.eps_outside
         _quotient(m, denominator, out, c, x)
 

@@ -20,25 +20,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from psq import kernels
 from psq.aggregate import mean
-from psq.codec import get_codec
-from psq.codec.shard import ShardCodec
+from psq.codec import ShardCodec, get_codec
 from psq.errors import RemotePayloadError, UsageError
 from psq.feedback import SERVER_RANK, stream_seed
+from psq.kernels import Buffer, Floats
 from psq.layout import PART_NUMEL, Shard, part_count
 from psq.optim import per_shard
 from psq.plan import Plan
 
 __all__ = ["Full", "Reducer"]
-
-Floats: TypeAlias = NDArray[np.float32]
-Payload: TypeAlias = NDArray[np.uint8] | memoryview | bytes | bytearray
 
 PIECE_NUMEL: Final = 1 << 15  # Adam and the weights go together in pieces whose vectors stay in L2
 
@@ -88,7 +85,7 @@ class Reducer:
         """Whether every part of the initial weights has come."""
         return not self._missing
 
-    def init(self, shard: int, part: int, values: Payload | Floats) -> None:
+    def init(self, shard: int, part: int, values: Buffer) -> None:
         """Take part `part` of a shard's initial weights; one that came before is replaced.
 
         Args:
@@ -121,13 +118,13 @@ class Reducer:
         target[:] = came
         self._missing.discard((shard, part))
 
-    def check(self, shard: int, payload: Payload) -> None:
+    def check(self, shard: int, payload: Buffer) -> None:
         """Whether a worker's payload may be given to `reduce`.
 
         Raises:
             RemotePayloadError: wrong length, or a scale that is not finite.
         """
-        self._uplinks[shard].check(np.frombuffer(payload, np.uint8))
+        self._uplinks[shard].check(payload)
 
     def check_rate(self, rate: float) -> None:
         """Whether a learning rate a worker asked for may be given to `reduce`.
@@ -146,7 +143,7 @@ class Reducer:
     def reduce(
         self,
         shard: int,
-        payloads: Sequence[Payload],
+        payloads: Sequence[Buffer],
         lr: float | None,
         out: NDArray[np.uint8] | None = None,
     ) -> NDArray[np.uint8]:
@@ -173,8 +170,7 @@ class Reducer:
             out = np.empty(self.payload_nbytes(shard), np.uint8)
         change = self._scratch[: self._layout.shards[shard].numel]
         if payloads:
-            came = [np.frombuffer(payload, np.uint8) for payload in payloads]
-            mean(self._uplinks[shard], came, change)
+            mean(self._uplinks[shard], payloads, change)
             self._direction(shard, change, lr)
         else:
             change.fill(0.0)
