@@ -26,7 +26,9 @@ import numpy as np
 
 from psq import kernels
 from psq.codec import ShardCodec, get_codec
+from psq.errors import UsageError
 from psq.kernels import Buffer, Floats
+from psq.layout import Shard
 from psq.optim import per_shard
 from psq.plan import Plan
 
@@ -115,7 +117,8 @@ class Compressor:
             weights: the current weights like the gradients; needed for weight decay on the worker.
 
         Raises:
-            UsageError: the learning rate is illegal, or weight decay has no weights.
+            UsageError: the learning rate is illegal, the arrays do not fit the shard's segments, or
+                weight decay has no weights.
 
         Cost: one pass over gradient and residual; Adam recipes one more over m and v.
         """
@@ -167,6 +170,9 @@ class Compressor:
     ) -> Floats:
         assert self._adams is not None  # noqa: S101 - the caller looked
         adam, cut = self._adams[shard], self._shards[shard]
+        for values in (gradients, weights):
+            if values is not None:
+                _check_segments(cut, values)
         direction = self._scratch[: cut.numel]
         adam.advance(lr)
         for index, segment in enumerate(cut.segments):
@@ -174,3 +180,10 @@ class Compressor:
             x = None if weights is None else weights[index]
             adam.write(gradients[index], out, start=segment.offset, x=x)
         return direction
+
+
+def _check_segments(shard: Shard, values: Segments) -> None:
+    wanted, came = [s.numel for s in shard.segments], [v.size for v in values]
+    if wanted != came:
+        msg = f"shard {shard.index} has segments of {wanted} values, got {came}"
+        raise UsageError(msg)

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from psq.codec import ShardCodec, get_codec
+from psq.errors import UsageError
+from psq.feedback import SERVER_RANK, Compressor, stream_seed
+from psq.optim import Adam
+from psq.plan import Plan
+from psq.recipe import AdamConfig, preset
+
+SPECS = [("conv", (40, 7, 5, 5)), ("bias", (40,)), ("table", (600, 500)), ("head", (3, 3))]
+LR = 1e-3
+
+
+def make_plan(recipe="server-adam", adam=None, world_size=2, **codecs):
+    return Plan.of(SPECS, preset(recipe, adam).with_codecs(**codecs), world_size)
+
+
+def gradients_of(plan, seed=0):
+    """Per shard, per segment: views into one array per tensor, as a model's gradients are."""
+    rng = np.random.default_rng(seed)
+    layout = plan.layout
+    tensors = [rng.standard_normal(t.numel, dtype=np.float32) for t in layout.tensors]
+    return [
+        [tensors[s.tensor][s.start : s.start + s.numel] for s in shard.segments]
+        for shard in layout.shards
+    ]
+
+
+def compress_all(compressor, plan, gradients, **options):
+    payloads = []
+    for shard in plan.layout.shards:
+        payload = np.empty(compressor.nbytes(shard.index), np.uint8)
+        compressor.compress(shard.index, gradients[shard.index], LR, payload, **options)
+        payloads.append(payload)
+    return payloads
+
+
+def decode_all(plan, payloads):
+    out = np.empty(plan.layout.numel, np.float32)
+    codec = get_codec(plan.recipe.uplink.codec)
+    for shard, payload in zip(plan.layout.shards, payloads, strict=True):
+        part = out[shard.offset : shard.offset + shard.numel]
+        ShardCodec(codec, shard).decode(payload, part)
+    return out
+
+
+def flat(gradients):
+    return np.concatenate([values for shard in gradients for values in shard])
+
+
+def test_the_layout_under_test_has_split_tensors_and_shared_shards():
+    shards = make_plan(uplink="fp32").layout.shards
+    assert len(shards) > 1
+    assert max(len(shard.segments) for shard in shards) > 1
+
+
+def test_a_gradient_recipe_says_the_gradient_and_keeps_the_rest():
+    plan = make_plan(uplink="sign")
+    compressor, gradients = Compressor(plan, 0), gradients_of(plan)
+    said = decode_all(plan, compress_all(compressor, plan, gradients))
+    residual = compressor.state_arrays()["residual"]
+    np.testing.assert_allclose(said + residual, flat(gradients), atol=1e-6)
+
+
+def test_a_gradient_recipe_has_no_moments_and_leaves_the_gradients_alone():
+    plan = make_plan()
+    compressor, gradients = Compressor(plan, 0), gradients_of(plan)
+    before = flat(gradients)
+    compress_all(compressor, plan, gradients)
+    assert set(compressor.state_arrays()) == {"residual"}
+    assert flat(gradients).tobytes() == before.tobytes()
+
+
+def test_without_error_feedback_there_is_no_residual():
+    plan = make_plan("fp32")
+    compressor, gradients = Compressor(plan, 0), gradients_of(plan)
+    payloads = compress_all(compressor, plan, gradients)
+    assert compressor.state_arrays() == {}
+    assert decode_all(plan, payloads).tobytes() == flat(gradients).tobytes()
+    compressor.restore(0, payloads[0])  # nowhere to keep it: nothing happens
+
+
+@pytest.mark.parametrize("error_feedback", [False, True])
+def test_an_adam_recipe_says_adams_direction(error_feedback):
+    plan = make_plan("efficient-adam", uplink="fp32")
+    uplink = dataclasses.replace(plan.recipe.uplink, error_feedback=error_feedback)
+    plan = Plan.of(SPECS, dataclasses.replace(plan.recipe, uplink=uplink), 2)
+    compressor, adam = Compressor(plan, 0), Adam(AdamConfig(), plan.layout.numel)
+    out = np.empty(plan.layout.numel, np.float32)
+    for step in range(3):
+        gradients = gradients_of(plan, seed=step)
+        payloads = compress_all(compressor, plan, gradients)
+        adam.direction(flat(gradients), LR, out)
+        assert decode_all(plan, payloads).tobytes() == out.tobytes()
+    expected = {"m", "v"} | ({"residual"} if error_feedback else set())
+    assert set(compressor.state_arrays()) == expected
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_weight_decay_of_worker_moments_uses_the_weights_given(decoupled):
+    config = AdamConfig(weight_decay=0.1, decoupled=decoupled)
+    plan = make_plan("efficient-adam", config, uplink="fp32")
+    compressor, gradients = Compressor(plan, 0), gradients_of(plan)
+    weights = gradients_of(plan, seed=9)
+    out = np.empty(plan.layout.numel, np.float32)
+    Adam(config, plan.layout.numel).direction(flat(gradients), LR, out, x=flat(weights))
+    payloads = []
+    for shard in plan.layout.shards:
+        payload = np.empty(compressor.nbytes(shard.index), np.uint8)
+        segments = gradients[shard.index]
+        compressor.compress(shard.index, segments, LR, payload, weights=weights[shard.index])
+        payloads.append(payload)
+    assert decode_all(plan, payloads).tobytes() == out.tobytes()
+
+
+def test_weight_decay_of_worker_moments_asks_for_the_weights():
+    plan = make_plan("efficient-adam", AdamConfig(weight_decay=0.1))
+    with pytest.raises(UsageError, match="current weights"):
+        compress_all(Compressor(plan, 0), plan, gradients_of(plan))
+
+
+def test_the_variance_correction_knows_the_number_of_workers():
+    four = Compressor(make_plan("qadam-1bit", world_size=4), 0)
+    alone = Compressor(make_plan("qadam-1bit", world_size=1), 0)
+    assert set(four.state_arrays()) == {"residual", "m", "v", "s"}
+    assert set(alone.state_arrays()) == {"residual", "m", "v"}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_gradient_that_is_not_finite_is_seen_in_any_segment(value):
+    plan = make_plan()
+    gradients = gradients_of(plan)
+    assert all(Compressor.finite(shard) for shard in gradients)
+    gradients[-1][-1][-1] = value
+    assert not all(Compressor.finite(shard) for shard in gradients)
+
+
+@pytest.mark.parametrize("uplink", ["sign", "log:k=2", "fp32"])
+def test_a_rejected_payload_folds_back_into_the_residual(uplink):
+    plan = make_plan(uplink=uplink)
+    compressor, gradients = Compressor(plan, 0), gradients_of(plan)
+    payloads = compress_all(compressor, plan, gradients)
+    for shard, payload in enumerate(payloads):
+        compressor.restore(shard, payload)
+    np.testing.assert_allclose(compressor.state_arrays()["residual"], flat(gradients), atol=1e-6)
+
+
+def test_segments_that_are_not_the_layouts_are_refused_before_anything_changes():
+    plan = make_plan()
+    compressor, gradients = Compressor(plan, 0), gradients_of(plan)
+    payload = np.empty(compressor.nbytes(0), np.uint8)
+    with pytest.raises(UsageError, match="shard 0 has segments of"):
+        compressor.compress(0, gradients[0][:-1], LR, payload)
+    assert not compressor.state_arrays()["residual"].any()
+
+
+def test_segments_that_are_not_the_layouts_do_not_reach_the_moments():
+    plan = make_plan("efficient-adam")
+    compressor, gradients = Compressor(plan, 0), gradients_of(plan)
+    payload = np.empty(compressor.nbytes(0), np.uint8)
+    for wrong in (gradients[0][:-1], [g[:-1] for g in gradients[0]]):
+        with pytest.raises(UsageError, match="shard 0 has segments of"):
+            compressor.compress(0, wrong, LR, payload)
+    assert not compressor.state_arrays()["m"].any()
+
+
+def test_a_resumed_worker_makes_the_same_payloads():
+    plan = make_plan("efficient-adam", uplink="uniform:bits=4,stochastic=true")
+    first = Compressor(plan, 1, seed=7)
+    for step in range(3):
+        compress_all(first, plan, gradients_of(plan, seed=step))
+    second = Compressor(plan, 1, seed=7)
+    for name, array in second.state_arrays().items():
+        array[:] = first.state_arrays()[name]
+    second.resume(first.steps)
+    expected = compress_all(first, plan, gradients_of(plan, seed=3))
+    came = compress_all(second, plan, gradients_of(plan, seed=3))
+    assert [p.tobytes() for p in came] == [p.tobytes() for p in expected]
+
+
+def test_ranks_steps_shards_and_jobs_draw_different_numbers():
+    plan = make_plan(uplink="uniform:bits=2,stochastic=true")
+    gradients = gradients_of(plan)
+
+    def payload(rank, seed, step):
+        compressor = Compressor(plan, rank, seed=seed)
+        compressor.resume(step)
+        return compress_all(compressor, plan, gradients)[0].tobytes()
+
+    streams = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    assert len({payload(*stream) for stream in streams}) == len(streams)
+    assert payload(0, 0, 0) == payload(0, 0, 0)
+
+
+def test_stream_seeds_are_fixed_for_ever():
+    """Golden values: a replay of an old job must find its random numbers again."""
+    assert stream_seed(0, 0, 0, 0) == 0x2130748AAAC80268
+    assert stream_seed(1, 2, 3, 4) == 0xD55CCD4AEB3CCAFB
+    seeds = {
+        stream_seed(job, rank, step, shard)
+        for job in range(4)
+        for rank in (0, 1, 2, SERVER_RANK)
+        for step in range(8)
+        for shard in range(8)
+    }
+    assert len(seeds) == 4 * 4 * 8 * 8
