@@ -1,0 +1,70 @@
+# Everything psq needs is installed into .venv, and nothing anywhere else.
+# Needed beforehand: Python 3.11 or newer and a C++ compiler (without one psq runs on NumPy, slower).
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.psq-installed
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { command -v "$$python"; break; }; done)
+
+# What an editable install does not see by itself: dependencies, native code, new packages.
+INSTALLED_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard psq/native/*) \
+	$(shell find psq proto server worker -name __init__.py)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install run test lint types check build bench results clean distclean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(STAMP) ## make .venv and install psq in it, editable
+
+run: $(STAMP) ## train a real model through psq and by plain Adam, compare, draw a picture
+	@$(BIN)/psq demo
+
+test: $(STAMP) ## run every test
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## check style and layers
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+
+types: $(STAMP) ## check types
+	$(BIN)/mypy
+
+check: lint types test ## all of the above: what CI runs
+
+build: $(STAMP) ## make a wheel in dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+bench: $(STAMP) ## measure codecs and kernels on this machine
+	set -e; for script in $(filter-out bench/results.py,$(wildcard bench/*.py)); do \
+		$(BIN)/python "$$script"; done
+
+results: $(STAMP) ## train every recipe with several seeds and write docs/results.md (long)
+	$(BIN)/python bench/results.py
+
+clean: ## remove what was built, drawn and cached; .venv stays
+	rm -rf build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find psq proto server worker tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { \
+		echo "psq needs Python 3.11 or newer, and there is none on PATH:" \
+			"python3 is $$(python3 --version 2>/dev/null || echo missing)." \
+			"Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$(PYTHON) cannot make virtual environments:" \
+			"install its venv module (Debian: python3-venv)" >&2; exit 1; }
+
+$(STAMP): $(INSTALLED_FROM) | $(BIN)/python
+	@echo "Installing psq and what it needs into $(VENV); the first time takes a few minutes"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e '.[worker,plot,dev]'
+	@touch $@

@@ -1,0 +1,172 @@
+"""What a launcher knows of a job: the workers' events, put together. Pure: the time is an argument.
+
+Display, summary and picture read a `Board`; nothing else does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from psq_worker.events import PHASES, Evaluation, Event, Progress, Started, Summary
+
+__all__ = ["FP32_BITS", "Board", "Point", "RankState"]
+
+FP32_BITS: Final = 32
+QUIET_AFTER_S: Final = 2.0  # a worker silent for longer is shown as waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Mean loss of one rank over its steps (step - steps, step], and its bytes up to there."""
+
+    rank: int
+    step: int
+    steps: int
+    loss: float
+    sent_bytes: int
+
+
+@dataclass(slots=True)
+class RankState:
+    """One worker as it was last heard of."""
+
+    rank: int
+    progress: Progress = field(default_factory=Progress)
+    started: Started | None = None
+    summary: Summary | None = None
+    samples_per_s: float = 0.0
+    heard_s: float | None = None
+    words: str = ""
+
+    def state(self, now_s: float) -> str:
+        """In a word or two: what it does now."""
+        if self.summary is not None:
+            return "done"
+        if self.heard_s is None:
+            return "starting"
+        quiet_s = now_s - self.heard_s
+        if self.progress.step == 0:
+            return "joining" if quiet_s < QUIET_AFTER_S else f"joining {quiet_s:.0f} s"
+        return "training" if quiet_s < QUIET_AFTER_S else f"waiting {quiet_s:.0f} s"
+
+
+class Board:
+    """All workers of a job (or the one process of a baseline)."""
+
+    def __init__(self, world_size: int) -> None:
+        self.ranks = [RankState(rank) for rank in range(world_size)]
+        self.points: list[Point] = []
+        self.evaluations: list[Evaluation] = []
+
+    def add(self, event: Event, now_s: float) -> None:
+        """Take one event in; one of an unknown rank is ignored."""
+        if not 0 <= event.rank < len(self.ranks):
+            return
+        state = self.ranks[event.rank]
+        state.heard_s = now_s
+        match event:
+            case Started():
+                state.started = event
+            case Progress():
+                self._advance(state, event)
+            case Evaluation():
+                self.evaluations.append(event)
+            case Summary():
+                state.summary = event
+
+    @property
+    def steps(self) -> int:
+        """How many steps the job will make; 0 while nobody knows."""
+        return max((state.progress.steps for state in self.ranks), default=0)
+
+    @property
+    def step(self) -> int:
+        """Steps that every worker has made."""
+        return min((state.progress.step for state in self.ranks), default=0)
+
+    @property
+    def numel(self) -> int:
+        """Values in the model; 0 while nobody knows."""
+        return max((state.progress.numel for state in self.ranks), default=0)
+
+    @property
+    def samples_per_s(self) -> float:
+        """Of all workers together."""
+        return sum(state.samples_per_s for state in self.ranks)
+
+    @property
+    def saved_bytes(self) -> int:
+        """What fp32 both ways would have taken beyond what was taken, all workers together."""
+        return sum(saved_bytes(state.progress) for state in self.ranks)
+
+    def summary(self) -> dict[str, Any]:
+        """The job in numbers, as `psq launch --json` prints it; bytes and times are a mean."""
+        ends = [state.summary for state in self.ranks if state.summary is not None]
+        if not ends:
+            return {}
+        first = ends[0]
+        steps = max(end.step for end in ends)
+        scores = next((end.scores for end in ends if end.scores), {})
+        metric = next((end.metric for end in ends if end.metric), "")
+        elapsed_s = max(end.elapsed_s for end in ends)
+        losses = [end.loss for end in ends if end.loss is not None]
+        return {
+            "task": first.task,
+            "recipe": first.recipe,
+            "workers": len(self.ranks),
+            "steps": steps,
+            "numel": first.numel,
+            "samples": sum(end.samples for end in ends),
+            "samples_per_s": sum(end.samples for end in ends) / elapsed_s if elapsed_s else 0.0,
+            "elapsed_s": elapsed_s,
+            "loss": sum(losses) / len(losses) if losses else None,
+            "metric": metric,
+            "score": scores.get(metric),
+            "scores": scores,
+            "skipped": sum(end.skipped for end in ends),
+            "wire": _wire(ends),
+            "step_s": _step_s(ends),
+        }
+
+    def _advance(self, state: RankState, event: Progress) -> None:
+        old = state.progress
+        state.progress = event
+        seconds = event.elapsed_s - old.elapsed_s
+        if seconds > 0:
+            rate = (event.samples - old.samples) / seconds
+            state.samples_per_s += (rate - state.samples_per_s) * (0.3 if old.step else 1.0)
+        if event.loss is not None and event.step > old.step:
+            made = event.step - old.step
+            self.points.append(Point(event.rank, event.step, made, event.loss, event.sent_bytes))
+
+
+def saved_bytes(progress: Progress) -> int:
+    """What fp32 both ways would have taken beyond what one worker sent and received."""
+    dense = 2 * FP32_BITS // 8 * progress.numel * progress.step
+    return dense - progress.sent_bytes - progress.received_bytes
+
+
+def _wire(ends: list[Summary]) -> dict[str, float]:
+    sent = sum(end.sent_bytes for end in ends) / len(ends)
+    received = sum(end.received_bytes for end in ends) / len(ends)
+    values = sum(end.numel * end.step for end in ends) / len(ends)
+    up, down = (8 * count / values if values else 0.0 for count in (sent, received))
+    return {
+        "sent_bytes": sent,
+        "received_bytes": received,
+        "bits_per_parameter_up": up,
+        "bits_per_parameter_down": down,
+        "compression_ratio_up": FP32_BITS / up if up else 0.0,
+        "compression_ratio_down": FP32_BITS / down if down else 0.0,
+        "compression_ratio": 2 * FP32_BITS / (up + down) if up + down else 0.0,
+    }
+
+
+def _step_s(ends: list[Summary]) -> dict[str, float]:
+    timed = sum(end.timed_steps for end in ends)
+    split = {
+        phase: sum(end.phases_s.get(phase, 0.0) for end in ends) / timed if timed else 0.0
+        for phase in PHASES
+    }
+    return {"total": sum(split.values()), **split}

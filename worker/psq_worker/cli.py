@@ -1,0 +1,236 @@
+"""The commands `psq` and `psq-worker`. Thin: each reads its settings, calls one function, prints.
+
+Nothing heavy is imported before a command needs it, so `--help` answers at once: torch takes a
+second, and only a process that trains pays it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Final
+
+import click
+
+from psq.config import (
+    TABLES,
+    DemoConfig,
+    Given,
+    LaunchConfig,
+    ServerConfig,
+    WorkerConfig,
+    settings_of,
+)
+from psq.config.options import options, run
+from psq.errors import UsageError
+
+__all__ = ["main", "psq", "worker", "worker_main"]
+
+# What the launcher itself says to each process.
+SAID_BY_LAUNCHER: Final = ("connect", "rank", "world_size", "progress", "progress_every")
+# What psq launch hands on to the server; the workers get every setting of theirs.
+FOR_SERVER: Final = ("save", "lease", "give_up_after", "metrics_host", "metrics_port")
+TASK_ONLY: Final = ("task", "steps", "batch_size", "schedule", "eval_every", "data")
+NOT_FOR_LAUNCH: Final = (
+    *SAID_BY_LAUNCHER,
+    *{item.key for item in settings_of(ServerConfig)}
+    - {item.key for item in settings_of(WorkerConfig)}
+    - set(FOR_SERVER),
+)
+# Everything after the script's name belongs to the script.
+SCRIPT_SETTINGS: Final = {"allow_interspersed_args": False}
+EPILOG: Final = """\
+Exit codes: 0 done, 64 wrong use, 65 state unusable, 75 gave up waiting, 76 fenced by a newer
+process, 77 refused by the server, 78 wrong configuration, 130 Ctrl-C. Each setting may be a flag, a
+PSQ_* variable (in brackets) or a key of the TOML file; the first of these that speaks wins.
+"""
+
+
+def script_arguments(function: Any) -> Any:
+    """[SCRIPT [-- ARGUMENTS]], after the options."""
+    take_rest = click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    return click.argument("script", required=False)(take_rest(function))
+
+
+@click.group(epilog=EPILOG)
+@click.version_option(package_name="psq-train", prog_name="psq")
+def psq() -> None:
+    """Train PyTorch models through a parameter server that speaks in a few bits."""
+
+
+@click.command(context_settings=SCRIPT_SETTINGS, epilog=EPILOG)
+@options(WorkerConfig)
+@script_arguments
+def worker(given: Given, script: str | None, arguments: tuple[str, ...]) -> None:
+    """Be one worker of a job: train a task, or run SCRIPT, which makes a psq.torch.Worker.
+
+    What comes after "--" is the script's own command line.
+    """
+    from psq.process import watch_parent  # noqa: PLC0415 - --help needs none of these
+
+    watch_parent()
+    check_script(given, script)
+    config = given.resolve(WorkerConfig).config
+    from psq_worker import runner  # noqa: PLC0415 - imports torch
+
+    if script is None:
+        runner.run_task(given, config)
+    else:
+        runner.run_script(given, config, script, script_words(arguments))
+
+
+@psq.command(context_settings=SCRIPT_SETTINGS, epilog=EPILOG)
+@options(LaunchConfig, WorkerConfig, ServerConfig, skip=NOT_FOR_LAUNCH)
+@script_arguments
+def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None:
+    """Train on this machine: one server and -n workers, for a task or for your own SCRIPT.
+
+    What comes after "--" is the script's own command line.
+    """
+    from psq_worker import launch as launching  # noqa: PLC0415 - --help needs no rich
+
+    check_script(given, script)
+    config = given.resolve(LaunchConfig).config
+    told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
+    words = [script, "--", *script_words(arguments)] if script is not None else []
+    commands = launching.Commands(
+        config.workers,
+        server_words=flag_words(given, ServerConfig, only=FOR_SERVER),
+        worker_words=(*flag_words(given, WorkerConfig), *words),
+    )
+    launching.run_launch(commands, script or told.task, as_json=config.json)
+
+
+@psq.command(epilog=EPILOG)
+@options(LaunchConfig, DemoConfig, WorkerConfig, skip=SAID_BY_LAUNCHER)
+def demo(given: Given) -> None:
+    """Show what psq does: train a task through it and by plain Adam, compare, draw a picture."""
+    from psq_worker import demo as demonstration  # noqa: PLC0415 - --help needs no rich
+
+    config = given.resolve(LaunchConfig).config
+    told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
+    demonstration.run_demo(
+        told,
+        output=given.resolve(DemoConfig).config.output,
+        words=flag_words(given, WorkerConfig),
+        as_json=config.json,
+    )
+
+
+@psq.command(epilog=EPILOG)
+@options(WorkerConfig, skip=("connect", "rank", "recipe", "uplink", "downlink", "give_up_after"))
+def baseline(given: Given) -> None:
+    """Train a task in this process by plain torch Adam: what psq is to be compared with.
+
+    The batch is that of --world-size workers together, so the samples of each step are the same.
+    """
+    from psq.process import watch_parent  # noqa: PLC0415 - --help needs none of these
+
+    watch_parent()
+    config = given.resolve(WorkerConfig, rank=0).config
+    from psq_worker import runner  # noqa: PLC0415 - imports torch
+
+    runner.run_baseline(config)
+
+
+@psq.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(*, as_json: bool) -> int:
+    """Say whether this machine can run psq, and what it would run with; ends with 0 or 78."""
+    from psq_worker import doctor as examination  # noqa: PLC0415 - --help needs no rich
+    from psq_worker.report import check_lines  # noqa: PLC0415 - as above
+
+    checks = examination.examine(os.environ)
+    code = examination.exit_code(checks)
+    if as_json:
+        found = [{name: getattr(c, name) for name in c.__slots__} for c in checks]
+        click.echo(json.dumps({"ok": code == 0, "checks": found}, indent=2))
+    else:
+        check_lines(checks)
+    return code
+
+
+@psq.group()
+def config() -> None:
+    """Look at settings."""
+
+
+@config.command("show")
+@options(*TABLES.values(), skip=("json",))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def config_show(given: Given, *, as_json: bool) -> None:
+    """Each setting's value and who said it: a flag, a variable, the file, or the default."""
+    from psq_worker.report import settings_tables  # noqa: PLC0415 - --help needs no rich
+
+    tables = {name: given.resolve(cls) for name, cls in TABLES.items()}
+    if not as_json:
+        settings_tables(tables)
+        return
+    plain = {
+        name: {
+            item.key: {
+                "value": getattr(resolved.config, item.field),
+                "origin": resolved.origins[item.field],
+                "variable": item.env,
+            }
+            for item in settings_of(TABLES[name])
+        }
+        for name, resolved in tables.items()
+    }
+    click.echo(json.dumps(plain, indent=2))
+
+
+def check_script(given: Given, script: str | None) -> None:
+    """Refuse what makes no sense for a script: nothing that was typed is ignored.
+
+    Raises:
+        UsageError: the script is not there, or a flag is for tasks only.
+    """
+    if script is None:
+        return
+    if not os.path.isfile(script):  # noqa: PTH113 - one look at one name
+        msg = f"no script {script!r}: expected a Python file, after it -- and its own arguments"
+        raise UsageError(msg)
+    wrong = [key for key in TASK_ONLY if key in given.values]
+    if wrong:
+        flag = "--" + wrong[0].replace("_", "-")
+        msg = f"{flag} is for built-in tasks: give it to {script} after --, if it takes it"
+        raise UsageError(msg)
+
+
+def script_words(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """A script's command line without the "--" that may come first."""
+    return arguments[1:] if arguments[:1] == ("--",) else arguments
+
+
+def flag_words(given: Given, cls: type, only: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """What was typed for a class of settings, as words for another command line."""
+    words: list[str] = ["--config", given.file] if given.file else []
+    for item in settings_of(cls):
+        value = given.values.get(item.key)
+        if value is None or item.key in {"json", *SAID_BY_LAUNCHER}:
+            continue
+        if only and item.key not in only:
+            continue
+        if item.kind is bool:
+            words.append(item.flag if value else "--no-" + item.flag.removeprefix("--"))
+        else:
+            words += [item.flag, str(value)]
+    return tuple(words)
+
+
+psq.add_command(worker, "worker")
+
+
+def main() -> None:
+    """The command `psq`."""
+    run(psq, "psq")
+
+
+def worker_main() -> None:
+    """The command `psq-worker`."""
+    run(worker, "psq-worker")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""`psq demo`: the same job twice, through psq and by plain Adam, side by side.
+
+Both see the same samples in the same steps from the same initial weights. The workers' number does
+not change the job: W workers share each global batch, plain Adam takes it whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.console import Console
+
+from psq import __version__
+from psq.config import WorkerConfig
+from psq.errors import StateError
+from psq_worker.board import Board
+from psq_worker.display import make_view
+from psq_worker.launch import Commands, child_env, cores, launch, run_one, threads_words
+from psq_worker.picture import Curve, curve_of, draw
+from psq_worker.report import comparison_table
+
+__all__ = ["run_demo"]
+
+PICTURE: Final = "demo.png"
+NUMBERS: Final = "demo.json"
+
+
+def run_demo(told: WorkerConfig, *, output: str, words: tuple[str, ...], as_json: bool) -> None:
+    """Run both jobs, print the comparison, write the picture and the numbers.
+
+    Args:
+        told: what every worker is told; its world_size is the number of workers.
+        output: folder for the files; made if it is not there.
+        words: the flags that were typed for the workers.
+        as_json: print the numbers instead of the table.
+
+    Raises:
+        StateError: the folder cannot be written to.
+        PsqError: whatever ends `launch`.
+    """
+    folder = _make_folder(output)
+    psq = _run_psq(told, words)
+    baseline = _run_baseline(told, words)
+    numbers = _numbers(psq, baseline)
+    (folder / NUMBERS).write_text(json.dumps(numbers, indent=2) + "\n")
+    picture = _draw(folder / PICTURE, numbers["psq"], psq, baseline)
+    if as_json:
+        click.echo(json.dumps(numbers, indent=2))
+        return
+    console = Console()
+    console.print()
+    console.print(comparison_table(numbers["psq"], numbers["baseline"]))
+    console.print(_verdict(numbers))
+    console.print(f"\nPicture: {picture}\nNumbers: {folder / NUMBERS}", soft_wrap=True)
+
+
+def _run_psq(told: WorkerConfig, words: tuple[str, ...]) -> Board:
+    workers = told.world_size
+    env = child_env(workers, os.environ)
+    title = f"1 of 2: {told.task} through psq, 1 server, {workers} workers, {threads_words(env)}"
+    with make_view(title) as view:
+        return launch(Commands(workers, worker_words=words), view, env)
+
+
+def _run_baseline(told: WorkerConfig, words: tuple[str, ...]) -> Board:
+    env = child_env(1, os.environ)
+    title = f"2 of 2: the same job by plain Adam in one process, {threads_words(env)}"
+    flags = ["--world-size", str(told.world_size), "--progress", "json", "--json"]
+    command = [sys.executable, "-m", "psq_worker.cli", "baseline", *flags, *_shared(words)]
+    with make_view(title) as view:
+        return run_one("baseline", command, view, env)
+
+
+def _shared(words: tuple[str, ...]) -> list[str]:
+    """The typed flags that plain Adam understands too: all but those about messages."""
+    about_messages = {"--recipe", "--uplink", "--downlink", "--give-up-after"}
+    pairs = iter(words)
+    kept: list[str] = []
+    for flag in pairs:
+        if flag in {"--debug", "--no-debug"}:
+            kept.append(flag)
+            continue
+        value = next(pairs)
+        if flag not in about_messages:
+            kept += [flag, value]
+    return kept
+
+
+def _numbers(psq: Board, baseline: Board) -> dict[str, Any]:
+    ours, plain = psq.summary(), baseline.summary()
+    difference = None
+    if ours.get("score") is not None and plain.get("score") is not None:
+        difference = ours["score"] - plain["score"]
+    return {
+        "version": __version__,
+        "cores": cores(),
+        "psq": ours,
+        "baseline": plain,
+        "score_difference": difference,
+        "curves": {
+            "psq": dataclasses.asdict(curve_of("psq", psq)),
+            "baseline": dataclasses.asdict(curve_of("plain Adam", baseline)),
+        },
+    }
+
+
+def _verdict(numbers: dict[str, Any]) -> str:
+    """The comparison in one sentence."""
+    ours, difference = numbers["psq"], numbers["score_difference"]
+    ratio = ours["wire"]["compression_ratio"]
+    words = f"psq sent {ratio:.1f} times fewer bytes than fp32"
+    if difference is None:
+        return f"{words}."
+    if ours["metric"] == "accuracy":
+        return f"{words}; test accuracy differs by {100 * difference:+.2f} points."
+    return f"{words}; {ours['metric'].replace('_', ' ')} differs by {difference:+.4f}."
+
+
+def _draw(path: Path, ours: dict[str, Any], psq: Board, baseline: Board) -> str:
+    """Draw the picture; where it is, or why it is not."""
+    wire = ours["wire"]
+    title = f"{ours['task']}: psq with {ours['workers']} workers, beside plain fp32 Adam"
+    subtitle = (
+        f"recipe {ours['recipe']}, {ours['numel']:,} parameters, "
+        f"{wire['bits_per_parameter_up']:.2f} bits per parameter up and "
+        f"{wire['bits_per_parameter_down']:.2f} down as counted on the wire, headers included"
+    )
+    label = f"psq ({wire['bits_per_parameter_up']:.1f} bits up)"
+    curves: list[Curve] = [curve_of(label, psq), curve_of("plain Adam (fp32, 32 bits)", baseline)]
+    try:
+        draw(path, title, subtitle, *curves)
+    except ImportError:
+        return "not drawn, matplotlib is not installed (the extra psq-train[plot] brings it)"
+    return str(path.resolve())
+
+
+def _make_folder(output: str) -> Path:
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"cannot make the folder {output!r}: {error.strerror}"
+        raise StateError(msg) from error
+    return folder

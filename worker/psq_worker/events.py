@@ -1,0 +1,140 @@
+"""What a training process tells the one that started it: one JSON object per line on stdout.
+
+    {"psq": "started", "rank": 0, ...}       once, when the model is known
+    {"psq": "progress", "rank": 0, ...}      now and then while it trains
+    {"psq": "evaluation", "rank": 0, ...}    whenever the model was scored
+    {"psq": "summary", "rank": 0, ...}       once, at the end
+
+All counts and times are totals since the start, so a lost line loses nothing. Bytes are those of
+the socket, headers included. A line that is none of these is the user's own output and is passed
+on as it is. This module does no I/O and imports neither torch nor zmq.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, TypeAlias
+
+__all__ = [
+    "PHASES",
+    "Evaluation",
+    "Event",
+    "Progress",
+    "Started",
+    "Summary",
+    "format_event",
+    "parse_event",
+]
+
+PHASES: Final = ("compute", "encode", "wire", "server", "decode")
+MAX_LINE_CHARS: Final = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A worker knows its model and is about to train.
+
+    Attributes:
+        steps: how many steps it will make; 0 when only the user's script knows.
+        numel: values in the model.
+        recipe: name and codecs, in words.
+    """
+
+    kind: ClassVar[str] = "started"
+    rank: int = 0
+    world_size: int = 1
+    task: str = ""
+    recipe: str = ""
+    steps: int = 0
+    numel: int = 0
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a worker stands.
+
+    Attributes:
+        loss: mean over the steps since the last report; None when no step reported one.
+        samples: trained on by this worker.
+        elapsed_s: since the first step began.
+        sent_bytes, received_bytes: on the wire, headers included.
+        phases_s: seconds spent in each of PHASES during `timed_steps` steps: all but the first one
+            and those right after an evaluation, which are no typical steps.
+        skipped: steps to which this worker contributed nothing.
+    """
+
+    kind: ClassVar[str] = "progress"
+    rank: int = 0
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    samples: int = 0
+    elapsed_s: float = 0.0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    numel: int = 0
+    skipped: int = 0
+    timed_steps: int = 0
+    phases_s: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The model's scores after `step` steps; `metric` names the entry that counts."""
+
+    kind: ClassVar[str] = "evaluation"
+    rank: int = 0
+    step: int = 0
+    metric: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The end of one process: its last progress and scores. What `psq-worker --json` prints."""
+
+    kind: ClassVar[str] = "summary"
+    rank: int = 0
+    world_size: int = 1
+    task: str = ""
+    recipe: str = ""
+    step: int = 0
+    loss: float | None = None
+    samples: int = 0
+    elapsed_s: float = 0.0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    numel: int = 0
+    skipped: int = 0
+    timed_steps: int = 0
+    phases_s: dict[str, float] = field(default_factory=dict)
+    metric: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+Event: TypeAlias = Started | Progress | Evaluation | Summary
+_CLASSES: Final[dict[str, type[Event]]] = {
+    cls.kind: cls for cls in (Started, Progress, Evaluation, Summary)
+}
+
+
+def format_event(event: Event) -> str:
+    """The event as one line, without its end."""
+    return json.dumps({"psq": event.kind, **dataclasses.asdict(event)}, separators=(",", ":"))
+
+
+def parse_event(line: str) -> Event | None:
+    """The event a line says, or None when the line is anything else."""
+    if not line.startswith('{"psq":') or len(line) > MAX_LINE_CHARS:
+        return None
+    try:
+        fields: dict[str, Any] = json.loads(line)
+        return _CLASSES[fields.pop("psq")](**fields)
+    except (ValueError, TypeError, KeyError):
+        return None

@@ -1,0 +1,202 @@
+"""`psq launch`: one server and W workers on this machine, watched until the job is done.
+
+    launch ── psq-server --bind tcp://127.0.0.1:0        says where it listens (the ready line)
+         ├── psq-worker --connect ... --rank 0          say how they get on (events on stdout)
+         └── psq-worker --connect ... --rank 1
+
+The job ends when every worker has ended with code 0 and the server after them. Whatever else
+happens ends all of them: see `psq_worker.children`. Nothing here imports torch or zmq.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from psq.errors import GaveUpError
+from psq_worker.board import Board
+from psq_worker.children import Children
+from psq_worker.display import View, make_view
+from psq_worker.events import parse_event
+
+__all__ = [
+    "Commands",
+    "child_env",
+    "cores",
+    "launch",
+    "run_launch",
+    "run_one",
+    "threads_words",
+]
+
+READY_TIMEOUT_S: Final = 30.0
+SERVER_END_S: Final = 15.0
+TICK_S: Final = 0.1
+THREADS_ENV: Final = "OMP_NUM_THREADS"
+SERVER: Final = "server"
+_READY: Final = re.compile(r"^psq-server ready .*?\bendpoint=(\S+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """What to start.
+
+    Attributes:
+        workers: how many.
+        server_words: flags for psq-server, beside its address and the number of workers.
+        worker_words: flags for psq-worker, beside address, rank and number of workers; a user's
+            script and its arguments come last.
+    """
+
+    workers: int
+    server_words: tuple[str, ...] = ()
+    worker_words: tuple[str, ...] = ()
+
+
+def run_launch(commands: Commands, name: str, *, as_json: bool) -> None:
+    """`psq launch`: run a job, show it on stderr, and print its summary on stdout."""
+    from psq_worker.report import print_summary  # noqa: PLC0415 - not before the job is done
+
+    env = child_env(commands.workers, os.environ)
+    title = f"psq launch {name}: 1 server, {commands.workers} workers, {threads_words(env)}"
+    with make_view(title) as view:
+        board = launch(commands, view, env)
+    print_summary(board.summary(), as_json=as_json)
+
+
+def launch(commands: Commands, view: View, env: Mapping[str, str]) -> Board:
+    """Run a job to its end.
+
+    Args:
+        commands: what to start.
+        view: where it is shown.
+        env: the children's environment, see `child_env`.
+
+    Returns:
+        Everything the workers said.
+
+    Raises:
+        ChildFailedError: a process failed; its code is the error's.
+        InterruptedByError: this process was asked to end; the children have ended.
+        GaveUpError: the server did not become ready, or did not end after the workers.
+    """
+    board = Board(commands.workers)
+    watch = _Watch(board, view)
+    ranks = [f"rank {rank}" for rank in range(commands.workers)]
+    with Children(watch.on_line) as children:
+        children.start(SERVER, _server_command(commands), _without_pin(env))
+        endpoint = watch.wait_ready(children)
+        for rank, name in enumerate(ranks):
+            children.start(name, _worker_command(commands, endpoint, rank), env)
+        while children.running(*ranks):
+            watch.pump(children)
+            if not children.running(SERVER) and children.running(*ranks):
+                watch.drain(children, ranks)
+        watch.wait_end(children)
+    return board
+
+
+def run_one(name: str, command: Sequence[str], view: View, env: Mapping[str, str]) -> Board:
+    """Run one process that speaks in events, such as the baseline; raises as `launch`."""
+    board = Board(1)
+    watch = _Watch(board, view)
+    with Children(watch.on_line) as children:
+        children.start(name, command, env)
+        while children.running(name):
+            watch.pump(children)
+    return board
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def child_env(workers: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """The children's environment: ours, their share of the cores, and unbuffered output."""
+    share = str(max(1, cores() // workers))
+    return {THREADS_ENV: share, **environ, "PYTHONUNBUFFERED": "1"}
+
+
+def threads_words(env: Mapping[str, str]) -> str:
+    """How many CPU threads each worker has, in words."""
+    count = env[THREADS_ENV]
+    return f"{count} CPU thread{'' if count == '1' else 's'} each"
+
+
+class _Watch:
+    """Sorts what the children say: events go to the board, the rest to the view."""
+
+    def __init__(self, board: Board, view: View) -> None:
+        self._board = board
+        self._view = view
+        self._endpoint = ""
+
+    def on_line(self, name: str, text: str) -> None:
+        """A child printed a line."""
+        event = parse_event(text) if name != SERVER else None
+        if event is not None:
+            self._board.add(event, time.monotonic())
+            return
+        ready = _READY.match(text) if name == SERVER else None
+        if ready:
+            self._endpoint = ready[1]
+            return
+        self._view.say(name, text)
+
+    def pump(self, children: Children) -> None:
+        """Let the children speak for a moment, and show it."""
+        children.pump(TICK_S)
+        self._view.refresh(self._board)
+
+    def wait_ready(self, children: Children) -> str:
+        """The server's address, once it has said it."""
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not self._endpoint:
+            if not children.running(SERVER):
+                raise children.fail(SERVER)
+            if time.monotonic() > deadline:
+                msg = f"psq-server said no ready line within {READY_TIMEOUT_S:.0f} s"
+                raise GaveUpError(msg)
+            self.pump(children)
+        return self._endpoint
+
+    def drain(self, children: Children, ranks: Sequence[str]) -> None:
+        """The server has ended and workers have not: give them a moment to end by themselves."""
+        deadline = time.monotonic() + SERVER_END_S
+        while children.running(*ranks):
+            if time.monotonic() > deadline:
+                raise children.fail(SERVER)
+            self.pump(children)
+
+    def wait_end(self, children: Children) -> None:
+        """Let the server save what it must and end."""
+        deadline = time.monotonic() + SERVER_END_S
+        while children.running(SERVER):
+            if time.monotonic() > deadline:
+                msg = f"psq-server did not end within {SERVER_END_S:.0f} s of its workers"
+                raise GaveUpError(msg)
+            self.pump(children)
+
+
+def _server_command(commands: Commands) -> list[str]:
+    own = ["--bind", "tcp://127.0.0.1:0", "--world-size", str(commands.workers), "--no-json"]
+    return [sys.executable, "-m", "psq_server", *own, *commands.server_words]
+
+
+def _worker_command(commands: Commands, endpoint: str, rank: int) -> list[str]:
+    own = ["--connect", endpoint, "--rank", str(rank), "--world-size", str(commands.workers)]
+    told = ["--progress", "json", "--json"]
+    return [sys.executable, "-m", "psq_worker", *own, *told, *commands.worker_words]
+
+
+def _without_pin(env: Mapping[str, str]) -> dict[str, str]:
+    """PSQ_RECIPE is meant for the workers here: a server would pin it against a script's own."""
+    return {name: value for name, value in env.items() if name != "PSQ_RECIPE"}

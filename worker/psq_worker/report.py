@@ -1,0 +1,164 @@
+"""The numbers of a finished job as a table: what `psq launch` and `psq demo` print at the end.
+
+Reads only the summaries that `Board.summary` makes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from psq.config import TABLES, Resolved, settings_of
+from psq_worker.display import format_bytes, format_loss, format_score, format_seconds
+from psq_worker.doctor import Check
+from psq_worker.events import PHASES
+
+__all__ = [
+    "PHASE_WORDS",
+    "check_lines",
+    "comparison_table",
+    "print_summary",
+    "settings_tables",
+    "summary_table",
+]
+
+VERDICT_STYLES: Final = {"ok": "green", "note": "yellow", "fail": "bold red"}
+Summary = Mapping[str, Any]
+Cell = Callable[[Summary], str]
+
+PHASE_WORDS: Final = {
+    "compute": "forward and backward",
+    "encode": "quantize and pack",
+    "wire": "send, wait for others, receive",
+    "server": "decode, average, Adam, encode",
+    "decode": "unpack and apply",
+}
+
+
+def print_summary(summary: Summary, *, as_json: bool) -> None:
+    """A job's numbers on stdout."""
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+    elif summary:
+        Console().print(summary_table(summary))
+
+
+def check_lines(checks: Sequence[Check]) -> None:
+    """What `psq doctor` found, a line each, on stdout."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for check in checks:
+        style = VERDICT_STYLES[check.verdict]
+        words = Text(check.found)
+        if check.advice:
+            words.append(f"\n{check.advice}", style="yellow")
+        table.add_row(Text(check.verdict, style=style), check.name, words)
+    Console().print(table)
+
+
+def settings_tables(tables: Mapping[str, Resolved[Any]]) -> None:
+    """Every setting with its value and who said it, a table for each TOML table, on stdout."""
+    console = Console()
+    for name, resolved in tables.items():
+        table = Table(title=f"[{name}]", title_justify="left", title_style="bold")
+        for column in ("setting", "value", "from", "variable"):
+            table.add_column(column)
+        table.title = Text(f"[{name}]", style="bold")
+        for item in settings_of(TABLES[name]):
+            value, origin = getattr(resolved.config, item.field), resolved.origins[item.field]
+            style = "dim" if origin == "default" else "bold"
+            shown = (
+                "-" if value is None else str(value).lower() if item.kind is bool else str(value)
+            )
+            table.add_row(*(Text(t, style=style) for t in (item.key, shown, origin, item.env)))
+        console.print(table)
+
+
+def summary_table(summary: Summary) -> Table:
+    """One job alone."""
+    return _table(["psq"], [summary], f"{summary['task']}: {_who(summary)}")
+
+
+def comparison_table(psq: Summary, baseline: Summary) -> Table:
+    """A psq job beside the same job in plain single-process Adam."""
+    title = f"{psq['task']}: {_who(psq)}, beside plain Adam on the same samples"
+    return _table(["psq", "plain Adam"], [psq, baseline], title)
+
+
+def _who(summary: Summary) -> str:
+    workers = summary["workers"]
+    return f"{workers} worker{'s' if workers != 1 else ''}, {summary['recipe']}"
+
+
+def _table(names: Sequence[str], jobs: Sequence[Summary], title: str) -> Table:
+    table = Table(title=title, title_style="bold", title_justify="left", header_style="bold")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for section in _sections(jobs[0]):
+        for label, cell in section:
+            style = "bold" if label.startswith("test ") else ""
+            shown = [Text(cell(job) if _has(job, label) else "-", style=style) for job in jobs]
+            table.add_row(label, *shown)
+        table.add_section()
+    return table
+
+
+def _has(job: Summary, label: str) -> bool:
+    """Whether a row makes sense for a job: plain Adam sends nothing, so it has no phases."""
+    return not label.startswith("  ") or job["workers"] > 0
+
+
+def _sections(first: Summary) -> list[list[tuple[str, Cell]]]:
+    scores: list[tuple[str, Cell]] = [("last training loss", lambda s: format_loss(s["loss"]))]
+    if first["metric"]:
+        scores.insert(0, (_metric_label(first["metric"]), _score))
+    wire: list[tuple[str, Cell]] = [
+        ("bits per parameter, up", lambda s: _bits(s, "up")),
+        ("bits per parameter, down", lambda s: _bits(s, "down")),
+        ("compression, up and down", _ratios),
+        ("compression, overall", lambda s: f"{s['wire']['compression_ratio']:.1f}x"),
+        ("sent per worker", lambda s: format_bytes(s["wire"]["sent_bytes"])),
+        ("received per worker", lambda s: format_bytes(s["wire"]["received_bytes"])),
+    ]
+    phases: list[tuple[str, Cell]] = [
+        ("milliseconds per step", lambda s: _ms(s, "total")),
+        *((f"  {phase}: {PHASE_WORDS[phase]}", _phase_cell(phase)) for phase in PHASES),
+    ]
+    size: list[tuple[str, Cell]] = [
+        ("steps", lambda s: f"{s['steps']:,}"),
+        ("samples/s", lambda s: f"{s['samples_per_s']:,.0f}"),
+        ("time", lambda s: format_seconds(s["elapsed_s"])),
+    ]
+    return [scores, wire, phases, size]
+
+
+def _metric_label(metric: str) -> str:
+    return f"test {metric.removeprefix('test_').replace('_', ' ')}"
+
+
+def _score(summary: Summary) -> str:
+    score = summary["score"]
+    return "-" if score is None else format_score(summary["metric"], score)
+
+
+def _bits(summary: Summary, direction: str) -> str:
+    return f"{summary['wire'][f'bits_per_parameter_{direction}']:.2f}"
+
+
+def _ratios(summary: Summary) -> str:
+    wire = summary["wire"]
+    return f"{wire['compression_ratio_up']:.1f}x, {wire['compression_ratio_down']:.1f}x"
+
+
+def _ms(summary: Summary, phase: str) -> str:
+    return f"{1000 * summary['step_s'][phase]:.1f}"
+
+
+def _phase_cell(phase: str) -> Cell:
+    return lambda summary: _ms(summary, phase)

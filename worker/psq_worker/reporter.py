@@ -1,0 +1,165 @@
+"""A worker's side of the events: adds up what each step reports and says it now and then.
+
+`psq.torch.observers` calls it for a user's script; the baseline's stepper is wrapped to call it. It
+never touches weights or the network; the clock and the place where events go are arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from psq_worker.events import PHASES, Evaluation, Event, Progress, Started, Summary
+
+__all__ = ["Reporter", "StepNumbers"]
+
+
+class StepNumbers(Protocol):
+    """What is read of a step's report; bytes and seconds are of this step alone."""
+
+    @property
+    def applied(self) -> bool:
+        """Whether the gradient was used."""
+        ...
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes sent during the step."""
+        ...
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes received during the step."""
+        ...
+
+
+@dataclass(slots=True)
+class _Totals:
+    step: int = 0
+    samples: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    skipped: int = 0
+    timed_steps: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    loss: float | None = None
+
+
+class Reporter:
+    """Counts steps and emits events.
+
+    Args:
+        emit: where events go.
+        every_s: least time between two progress events; the last step always makes one.
+        clock: monotonic seconds.
+        started: who this is; its `steps` is 0 where nobody knows how long a script will train.
+    """
+
+    def __init__(
+        self,
+        emit: Callable[[Event], None],
+        started: Started,
+        *,
+        every_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._emit = emit
+        self._started = started
+        self._every_s = every_s
+        self._clock = clock
+        self._totals = _Totals()
+        self._phases_s = dict.fromkeys(PHASES, 0.0)
+        self._since_s = clock()
+        self._said_s = -math.inf
+        self._typical = False  # the first step pays for warming up
+        self._metric = ""
+        self._scores: dict[str, float] = {}
+        emit(started)
+
+    def step(self, numbers: StepNumbers, loss: float | None, samples: int) -> None:
+        """One step was made."""
+        totals = self._totals
+        totals.step += 1
+        totals.samples += samples
+        totals.sent_bytes += numbers.sent_bytes
+        totals.received_bytes += numbers.received_bytes
+        totals.skipped += not numbers.applied
+        if loss is not None and math.isfinite(loss):
+            totals.loss_sum += loss
+            totals.loss_count += 1
+        if self._typical:
+            totals.timed_steps += 1
+            for phase in PHASES:
+                self._phases_s[phase] += getattr(numbers, f"{phase}_s")
+        self._typical = True
+        now_s = self._clock()
+        if now_s - self._said_s >= self._every_s or totals.step == self._started.steps:
+            self._said_s = now_s
+            self._emit(self._progress())
+
+    def evaluated(self, metric: str, scores: Mapping[str, float]) -> None:
+        """The model was scored after the last step; the next step's times are not counted."""
+        self._typical = False
+        self._metric, self._scores = metric, dict(scores)
+        if scores:
+            self._emit(
+                Evaluation(
+                    rank=self._started.rank,
+                    step=self._totals.step,
+                    metric=metric,
+                    scores=self._scores,
+                    sent_bytes=self._totals.sent_bytes,
+                    received_bytes=self._totals.received_bytes,
+                    elapsed_s=self._clock() - self._since_s,
+                )
+            )
+
+    def summary(self) -> Summary:
+        """Everything counted so far."""
+        totals = self._totals
+        return Summary(
+            rank=self._started.rank,
+            world_size=self._started.world_size,
+            task=self._started.task,
+            recipe=self._started.recipe,
+            step=totals.step,
+            loss=self._mean_loss(),
+            samples=totals.samples,
+            elapsed_s=self._clock() - self._since_s,
+            sent_bytes=totals.sent_bytes,
+            received_bytes=totals.received_bytes,
+            numel=self._started.numel,
+            skipped=totals.skipped,
+            timed_steps=totals.timed_steps,
+            phases_s=dict(self._phases_s),
+            metric=self._metric,
+            scores=self._scores,
+        )
+
+    def _progress(self) -> Progress:
+        totals = self._totals
+        progress = Progress(
+            rank=self._started.rank,
+            step=totals.step,
+            steps=self._started.steps,
+            loss=self._mean_loss(),
+            samples=totals.samples,
+            elapsed_s=self._clock() - self._since_s,
+            sent_bytes=totals.sent_bytes,
+            received_bytes=totals.received_bytes,
+            numel=self._started.numel,
+            skipped=totals.skipped,
+            timed_steps=totals.timed_steps,
+            phases_s=dict(self._phases_s),
+        )
+        totals.loss_sum, totals.loss_count = 0.0, 0
+        return progress
+
+    def _mean_loss(self) -> float | None:
+        """The mean since the last progress event, or the mean before where no step came since."""
+        if self._totals.loss_count:
+            self._totals.loss = self._totals.loss_sum / self._totals.loss_count
+        return self._totals.loss
