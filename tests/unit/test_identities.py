@@ -181,7 +181,7 @@ WORKER_MOMENTS = {
 
 @pytest.mark.parametrize("name", WORKER_MOMENTS)
 def test_the_weights_less_what_is_unsaid_move_by_the_mean_direction(name):
-    """y = x + e_server - mean e_worker obeys y' = y - mean u; x + e_server are the weights to come."""
+    """y = x + e_server - mean e_worker obeys y' = y - mean u."""
     recipe = name.removesuffix("-sign")
     plan = make_plan(recipe, world_size=3, **WORKER_MOMENTS[name])
     cluster, config = Cluster(plan), plan.recipe.adam
