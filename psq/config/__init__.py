@@ -13,6 +13,7 @@ from psq.config.schema import (
     LaunchConfig,
     ServerConfig,
     WorkerConfig,
+    is_loopback,
 )
 from psq.config.setting import Setting, settings_of
 from psq.config.sources import (
@@ -38,6 +39,7 @@ __all__ = [
     "ServerConfig",
     "Setting",
     "WorkerConfig",
+    "is_loopback",
     "known_variables",
     "resolve",
     "settings_of",

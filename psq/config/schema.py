@@ -21,6 +21,7 @@ __all__ = [
     "LaunchConfig",
     "ServerConfig",
     "WorkerConfig",
+    "is_loopback",
 ]
 
 DEFAULT_PORT: Final = 5555
@@ -76,7 +77,7 @@ class ServerConfig:
         """Types, ranges, and the form of the address."""
         check_fields(self)
         _check_endpoint("bind", self.bind, allow_any_port=True)
-        if not self.insecure_plaintext and not _is_loopback(self.bind):
+        if not self.insecure_plaintext and not is_loopback(self.bind):
             msg = (
                 f"bind: {self.bind} can be reached from other machines and nothing is encrypted: "
                 "bind a loopback address, or allow it with --insecure-plaintext on a network you "
@@ -217,6 +218,8 @@ def _check_endpoint(name: str, endpoint: str, *, allow_any_port: bool) -> None:
         raise ConfigError(msg)
 
 
-def _is_loopback(endpoint: str) -> bool:
+def is_loopback(endpoint: str) -> bool:
+    """Whether only this machine can reach an endpoint such as tcp://127.0.0.1:5555."""
     host = endpoint.removeprefix("tcp://").rpartition(":")[0]
-    return host in LOOPBACK_HOSTS or host.startswith("127.")
+    numeric = host.replace(".", "").isdigit()  # 127.example.org is somebody else's machine
+    return host in LOOPBACK_HOSTS or (numeric and host.startswith("127."))

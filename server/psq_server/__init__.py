@@ -1,0 +1,1 @@
+"""A parameter server's process: pure state, the reducer, the loop that runs them. Never torch."""

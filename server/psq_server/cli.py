@@ -1,0 +1,190 @@
+"""`psq-server`: start a parameter server, say where it is, serve one job, end.
+
+    $ psq-server --bind tcp://127.0.0.1:0 --world-size 2 --save weights.safetensors
+    psq-server ready endpoint=tcp://127.0.0.1:41234 metrics=http://127.0.0.1:41235/metrics \
+kernel=v4 pid=1234
+
+That ready line is the only one on stdout, but for a JSON summary with --json; the log goes to
+stderr. Exit codes: 0 the job is done, or the server was told to stop; 64 wrong command line; 65 the
+weights could not be saved; 75 a wait lasted longer than --give-up-after; 78 wrong configuration, or
+an address that cannot be used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+import psq
+from psq import kernels
+from psq.config import Given, ServerConfig, is_loopback, stray_variables
+from psq.config.options import options, run
+from psq.link import ServerLink
+from psq.metrics import CONTENT_TYPE, Metrics, Totals
+from psq.process import watch_parent
+from psq.recipe import preset
+from psq_server.health import Health, HealthServer, Page, health_page
+from psq_server.line_log import LineLog
+from psq_server.loop import Ending, Loop
+from psq_server.saving import check_writable
+from psq_server.signals import Signals
+from psq_server.state import ServerState, Settings
+
+__all__ = ["main", "serve"]
+
+QUEUE_FRAMES: Final = 16
+"""Frames that may wait in libzmq for one slow worker; more wait in the outbox, shared."""
+RUN_ID_BYTES: Final = 16
+STUCK_S: Final = 10.0
+"""A loop that has not ticked for so long is called stuck by /healthz."""
+
+
+@click.command("psq-server", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(psq.__version__, prog_name="psq-server")
+@options(ServerConfig)
+def serve(given: Given) -> int:
+    """Serve one training job: hold the weights, average the workers' pushes, step, answer.
+
+    The first worker's model and recipe define the job, unless --recipe and --world-size pin them.
+    Every option is also a PSQ_* variable and a key of the [server] table in --config's TOML file.
+    """
+    config = given.resolve(ServerConfig).config
+    save = Path(config.save) if config.save else None
+    if config.recipe is not None:
+        preset(config.recipe)  # fails at once, and lists what there is
+    if save is not None:
+        check_writable(save)
+    log = LineLog(sys.stderr)
+    for name, meant in stray_variables(os.environ).items():
+        hint = {"meant": meant} if meant else {}
+        log.write("warning", "unknown-variable", {"name": name, **hint})
+    link = ServerLink(config.bind, queue_frames=QUEUE_FRAMES)
+    with link, Signals() as signals:
+        return _serve(config, link, signals, log, save)
+
+
+def main() -> None:
+    """Entry point of `psq-server`."""
+    watch_parent()
+    run(serve, "psq-server")
+
+
+def _serve(
+    config: ServerConfig, link: ServerLink, signals: Signals, log: LineLog, save: Path | None
+) -> int:
+    started_s = time.monotonic()
+    state = ServerState(_settings(config), started_s)
+    insecure = not is_loopback(link.endpoint)
+    watcher = _Watcher(config)
+    loop = Loop(
+        link,
+        state,
+        log=log,
+        signals=signals,
+        observer=watcher.metrics,
+        save=save,
+        insecure=insecure,
+    )
+    watcher.loop = loop
+    health = HealthServer(
+        config.metrics_host,
+        config.metrics_port,
+        {"/metrics": watcher.metrics_page, "/healthz": watcher.health_page},
+    )
+    if insecure:
+        text = f"{link.endpoint} serves other machines without encryption or authentication"
+        log.write("warning", "insecure", {"text": text})
+    click.echo(
+        f"psq-server ready endpoint={link.endpoint} metrics={health.url}/metrics "
+        f"kernel={kernels.level()} pid={os.getpid()}"
+    )
+    try:
+        ending = loop.run()
+    finally:
+        health.close()
+    if config.json:
+        click.echo(json.dumps(_summary(loop, state, ending, time.monotonic() - started_s)))
+    return ending.exit_code
+
+
+def _settings(config: ServerConfig) -> Settings:
+    return Settings(
+        run_id=os.urandom(RUN_ID_BYTES),
+        world_size=config.world_size,
+        recipe=config.recipe,
+        lease_s=config.lease_s,
+        give_up_after_s=config.give_up_after_s,
+        memory_bytes=_memory_bytes(),
+    )
+
+
+def _memory_bytes() -> int | None:
+    """What this machine has, where the system says it."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+class _Watcher:
+    """Pages for those who watch, made in their threads from what the loop leaves lying."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._stuck_s = max(STUCK_S, config.lease_s)
+        self.loop: Loop | None = None
+        self.metrics = Metrics(
+            role="server",
+            version=psq.__version__,
+            kernel=kernels.level(),
+            read=self._totals,
+        )
+
+    def _totals(self) -> Totals:
+        return self._loop.totals()
+
+    def metrics_page(self) -> Page:
+        return Page(self.metrics.exposition(), CONTENT_TYPE)
+
+    def health_page(self) -> Page:
+        seen_s, now = self._loop.watched
+        stuck = time.monotonic() - seen_s > self._stuck_s
+        status = "stuck" if stuck else now.status
+        return health_page(Health(status, now.version, now.round, now.text, now.waiting_s))
+
+    @property
+    def _loop(self) -> Loop:
+        assert self.loop is not None  # noqa: S101 - set before anybody can ask
+        return self.loop
+
+
+def _summary(loop: Loop, state: ServerState, ending: Ending, total_s: float) -> dict[str, Any]:
+    """What --json prints; seconds are rounded to the microsecond."""
+    counts, totals = state.counts, loop.totals()
+    version = state.snapshot(time.monotonic()).version
+    seconds = {**loop.phase_seconds, "total": total_s}
+    return {
+        "role": "server",
+        "exit_code": ending.exit_code,
+        "reason": ending.reason,
+        "text": ending.text,
+        "rounds": counts.rounds,
+        "version": version,
+        "sent_bytes": totals.sent_bytes,
+        "received_bytes": totals.received_bytes,
+        "seconds": {phase: round(value, 6) for phase, value in seconds.items()},
+        "skipped": counts.skipped,
+        "pushes": dict(counts.pushes),
+        "joins": counts.joins,
+        "resets": counts.resets,
+        "fenced": counts.fenced,
+        "refused": dict(counts.refused),
+        "dropped_frames": loop.dropped_frames,
+        "kernel": kernels.level(),
+        "saved": ending.saved,
+    }

@@ -1,0 +1,364 @@
+"""The shell around the state machine: one thread that polls, asks, and does what it is told.
+
+    wait for frames, a signal or a tick  ->  state.handle(event)  ->  do each action  ->  again
+
+Nothing is decided here. Actions may bring about events (a reduced shard, a vanished peer); these
+are handled before the next frame is taken, so the machine always sees one thing at a time. The
+weights live in the reducer; frames are sealed once and shared by all peers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol, assert_never
+
+import numpy as np
+
+from psq.codec import get_codec
+from psq.errors import StateError
+from psq.link import DRAIN_LIMIT, ServerLink
+from psq.metrics import Totals
+from psq.plan import Plan
+from psq_proto.frames import HEADER_BYTES, Buffer, Header, seal
+from psq_proto.messages import Flags, MessageType
+from psq_server.line_log import LineLog
+from psq_server.outbox import Outbox
+from psq_server.reduce import Reducer
+from psq_server.saving import save_weights
+from psq_server.signals import Signals
+from psq_server.state import (
+    Action,
+    Adopt,
+    Broadcast,
+    Event,
+    FrameReceived,
+    Initialize,
+    Log,
+    PeerBehind,
+    PeerGone,
+    Reduce,
+    Save,
+    Send,
+    SendFull,
+    ServerState,
+    ShardReduced,
+    Snapshot,
+    Stop,
+    StopRequested,
+    Tick,
+)
+
+__all__ = ["FLUSH_S", "TICK_S", "Ending", "Loop", "Observer"]
+
+TICK_S: Final = 0.25
+FLUSH_S: Final = 0.001
+"""How soon a peer whose queue was full is tried again."""
+
+
+class Observer(Protocol):
+    """Who is told how long things took; `psq.metrics.Metrics` is one."""
+
+    def observe_step(self, duration_s: float) -> None:
+        """A round was committed, so long after the one before."""
+
+    def observe_phase(self, phase: str, duration_s: float) -> None:
+        """One round spent this long in a phase."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How and why the loop ended."""
+
+    exit_code: int
+    reason: str
+    text: str
+    saved: str
+
+
+@dataclass(slots=True)
+class _Phases:
+    """Seconds by phase: of the round under way, and altogether."""
+
+    clock: Callable[[], float]
+    round_s: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("wait", "receive", "reduce", "send"), 0.0)
+    )
+    total_s: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("wait", "receive", "reduce", "send", "save"), 0.0)
+    )
+
+    def add(self, phase: str, duration_s: float) -> None:
+        self.total_s[phase] += duration_s
+        if phase in self.round_s:
+            self.round_s[phase] += duration_s
+
+    def close_round(self, observer: Observer) -> None:
+        for phase, duration_s in self.round_s.items():
+            observer.observe_phase(phase, duration_s)
+            self.round_s[phase] = 0.0
+
+
+class Loop:
+    """Runs one server until it is done.
+
+    Args:
+        link: where frames come from.
+        state: decides.
+        log: takes the events worth a line.
+        signals: wake the loop and end it.
+        observer: is told how long things took.
+        save: where the final weights go, if anywhere.
+        insecure: shown in the metrics.
+        clock: monotonic seconds.
+    """
+
+    def __init__(  # noqa: PLR0913 - a shell gets its world as arguments
+        self,
+        link: ServerLink,
+        state: ServerState,
+        *,
+        log: LineLog,
+        signals: Signals,
+        observer: Observer,
+        save: Path | None,
+        insecure: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._link = link
+        self._state = state
+        self._log = log
+        self._signals = signals
+        self._observer = observer
+        self._save = save
+        self._insecure = insecure
+        self._clock = clock
+        self._outbox = Outbox(link)
+        self._events: deque[Event] = deque()
+        self._weights: _Weights | None = None
+        self._phases = _Phases(clock)
+        self._ending: Ending | None = None
+        self._saved = ""
+        self._failure: StateError | None = None
+        self._tick_s = self._round_s = clock()
+        self._watched = (self._tick_s, state.snapshot(self._tick_s))
+
+    @property
+    def phase_seconds(self) -> Mapping[str, float]:
+        """Seconds spent in each phase so far."""
+        return self._phases.total_s
+
+    @property
+    def watched(self) -> tuple[float, Snapshot]:
+        """(when, how things were) at the last tick; for other threads."""
+        return self._watched
+
+    def totals(self) -> Totals:
+        """The counts for a scrape; reads plain numbers, and may be called from any thread."""
+        counts, (_, snapshot) = self._state.counts, self._watched
+        return Totals(
+            sent_bytes=self._link.sent_bytes,
+            received_bytes=self._link.received_bytes,
+            rounds=counts.rounds,
+            version=snapshot.version,
+            pushes=dict(counts.pushes),
+            skipped=counts.skipped,
+            workers=snapshot.workers,
+            waiting_s=snapshot.waiting_s,
+            insecure=self._insecure,
+        )
+
+    @property
+    def dropped_frames(self) -> int:
+        """Frames dropped because their peer was too slow."""
+        return self._outbox.dropped_frames
+
+    def run(self) -> Ending:
+        """Work until the state machine says stop.
+
+        Raises:
+            StateError: the weights could not be saved.
+        """
+        self._link.watch(self._signals.fd)
+        while self._ending is None:
+            self._turn()
+        self._outbox.flush()
+        if self._failure is not None:
+            raise self._failure
+        return self._ending
+
+    def _turn(self) -> None:
+        """Wait, take what came, send what can be sent, and look at the time."""
+        before_s = self._clock()
+        self._link.wait(self._patience_s(before_s))
+        now_s = self._clock()
+        self._phases.add("wait", now_s - before_s)
+        elsewhere_s = self._phases.total_s["reduce"] + self._phases.total_s["send"]
+        for peer, frame in self._link.drain(DRAIN_LIMIT):
+            self._happen(FrameReceived(peer, frame))
+        self._outbox.flush()
+        self._report_gone()
+        wish = self._signals.take()
+        if wish is not None:
+            self._happen(StopRequested(wish))
+        after_s = self._clock()
+        elsewhere_s = self._phases.total_s["reduce"] + self._phases.total_s["send"] - elsewhere_s
+        self._phases.add("receive", max(0.0, after_s - now_s - elsewhere_s))
+        if after_s - self._tick_s >= TICK_S:
+            self._tick_s = after_s
+            self._happen(Tick())
+            self._watched = (after_s, self._state.snapshot(after_s))
+
+    def _patience_s(self, now_s: float) -> float:
+        if self._outbox.waiting:
+            return FLUSH_S
+        return max(0.0, self._tick_s + TICK_S - now_s)
+
+    def _happen(self, event: Event) -> None:
+        """Handle an event, and every event that its actions bring about."""
+        self._events.append(event)
+        while self._events:
+            for action in self._state.handle(self._events.popleft(), self._clock()):
+                self._do(action)
+
+    def _report_gone(self) -> None:
+        while self._outbox.gone:
+            self._happen(PeerGone(self._outbox.gone.pop()))
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case Send():
+                self._timed("send", lambda: self._outbox.send(action.peer, action.frame))
+            case Broadcast():
+                self._broadcast(action)
+            case Reduce():
+                self._reduce(action)
+            case SendFull():
+                frames = self._hold().full_frames(action.version)
+                self._timed("send", lambda: self._share(action.peers, action.version, frames))
+            case Initialize():
+                self._hold().reducer.init(action.shard, action.part, action.values)
+            case Adopt():
+                self._weights = _Weights(
+                    action.plan, self._state.settings.run_id, self._state.settings.epoch
+                )
+            case Log():
+                self._log.write(action.level, action.event, action.fields)
+            case Save():
+                self._timed("save", lambda: self._write_weights(action.version))
+            case Stop():
+                self._log.write("info", "stop", {"reason": action.reason, "text": action.text})
+                self._ending = Ending(action.exit_code, action.reason, action.text, self._saved)
+            case _:
+                assert_never(action)
+
+    def _reduce(self, action: Reduce) -> None:
+        before_s = self._clock()
+        frame = self._hold().reduce(action)
+        reduce_s = self._clock() - before_s
+        self._phases.add("reduce", reduce_s)
+        self._events.append(ShardReduced(action.round, action.shard, frame, reduce_s))
+
+    def _broadcast(self, action: Broadcast) -> None:
+        """Send a version's frames; if it is new, a round has been committed."""
+        self._timed("send", lambda: self._share(action.peers, action.version, action.frames))
+        if action.version == self._hold().version:
+            return
+        self._hold().version = action.version
+        now_s = self._clock()
+        self._observer.observe_step(now_s - self._round_s)
+        self._round_s = now_s
+        self._phases.close_round(self._observer)
+
+    def _share(self, peers: tuple[bytes, ...], version: int, frames: tuple[Buffer, ...]) -> None:
+        for peer in peers:
+            if not self._outbox.send_weights(peer, version, frames):
+                self._events.append(PeerBehind(peer))
+
+    def _write_weights(self, version: int) -> None:
+        if self._save is None:
+            return
+        held = self._hold()
+        metadata = {
+            "run_id": self._state.settings.run_id.hex(),
+            "version": str(version),
+            "plan": f"{held.plan.digest:016x}",
+            "recipe": held.plan.recipe.name,
+        }
+        try:
+            size_bytes = save_weights(self._save, held.reducer.weights(), metadata)
+        except StateError as error:
+            # The workers are told goodbye all the same: what they did cannot be saved by waiting.
+            self._failure = error
+            self._log.write("error", "not-saved", {"text": str(error)})
+            return
+        self._saved = str(self._save)
+        self._log.write(
+            "info", "saved", {"path": self._saved, "bytes": size_bytes, "version": version}
+        )
+
+    def _timed(self, phase: str, work: Callable[[], None]) -> None:
+        before_s = self._clock()
+        work()
+        self._phases.add(phase, self._clock() - before_s)
+
+    def _hold(self) -> _Weights:
+        assert self._weights is not None, "weights are asked for before there is a plan"  # noqa: S101
+        return self._weights
+
+
+class _Weights:
+    """The reducer of a job, and WEIGHTS frames made of what it gives."""
+
+    def __init__(self, plan: Plan, run_id: bytes, epoch: int) -> None:
+        self.plan = plan
+        self.reducer = Reducer(plan)
+        self.version = 0
+        self._run_id = run_id
+        self._epoch = epoch
+        self._full: tuple[int, tuple[Buffer, ...]] = (-1, ())
+        downlink = plan.recipe.downlink
+        self._codec_id = get_codec(downlink.codec).wire_id
+        self._flags = Flags.DELTA if downlink.kind == "delta" else Flags.FULL
+
+    def reduce(self, action: Reduce) -> bytearray:
+        """The sealed WEIGHTS of one shard after this round."""
+        frame = bytearray(HEADER_BYTES + self.reducer.payload_nbytes(action.shard))
+        body = np.frombuffer(frame, np.uint8)[HEADER_BYTES:]
+        self.reducer.reduce(action.shard, action.payloads, action.rate, body)
+        self._full = (-1, ())
+        self._seal(frame, action.round + 1, action.shard, 0, self._codec_id, self._flags)
+        return frame
+
+    def full_frames(self, version: int) -> tuple[Buffer, ...]:
+        """The sealed WEIGHTS of all shards as they are, made once a version."""
+        if self._full[0] != version:
+            frames: list[Buffer] = []
+            for shard in range(len(self.plan.layout.shards)):
+                full = self.reducer.full(shard)
+                for part, body in enumerate(full.parts):
+                    frame = bytearray(HEADER_BYTES)
+                    frame += body.data
+                    self._seal(frame, version, shard, part, full.wire_id, Flags.FULL)
+                    frames.append(frame)
+            self._full = (version, tuple(frames))
+        return self._full[1]
+
+    def _seal(  # noqa: PLR0913, PLR0917 - the fields of one header
+        self, frame: bytearray, version: int, shard: int, part: int, codec: int, flags: Flags
+    ) -> None:
+        header = Header(
+            type=MessageType.WEIGHTS,
+            codec=codec,
+            run_id=self._run_id,
+            epoch=self._epoch,
+            flags=flags,
+            version=version,
+            plan=self.plan.digest,
+            shard=shard,
+            part=part,
+        )
+        seal(frame, header)

@@ -1,0 +1,51 @@
+"""The server's state machine: pure, and all of the server's decisions.
+
+`machine` dispatches, `joining`, `training` and `presence` handle, `world` is what they share;
+`events` is the vocabulary. `round`, `members`, `job` and `waits` are its nouns.
+"""
+
+from psq_server.state.events import (
+    Action,
+    Adopt,
+    Broadcast,
+    Event,
+    FrameReceived,
+    Initialize,
+    Log,
+    PeerBehind,
+    PeerGone,
+    Reduce,
+    Save,
+    Send,
+    SendFull,
+    ShardReduced,
+    Stop,
+    StopRequested,
+    Tick,
+)
+from psq_server.state.machine import ServerState, Snapshot
+from psq_server.state.world import Counts, Settings
+
+__all__ = [
+    "Action",
+    "Adopt",
+    "Broadcast",
+    "Counts",
+    "Event",
+    "FrameReceived",
+    "Initialize",
+    "Log",
+    "PeerBehind",
+    "PeerGone",
+    "Reduce",
+    "Save",
+    "Send",
+    "SendFull",
+    "ServerState",
+    "Settings",
+    "ShardReduced",
+    "Snapshot",
+    "Stop",
+    "StopRequested",
+    "Tick",
+]

@@ -1,0 +1,178 @@
+"""What can happen to a server, and what it can decide to do.
+
+Events go in, actions come out; both are frozen values. A frame inside either is opaque bytes:
+events carry what came, actions carry sealed frames or the payload views a reducer needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from psq.plan import Plan
+from psq_proto.frames import Buffer
+
+__all__ = [
+    "Action",
+    "Adopt",
+    "Broadcast",
+    "Event",
+    "Field",
+    "FrameReceived",
+    "Initialize",
+    "Level",
+    "Log",
+    "PeerBehind",
+    "PeerGone",
+    "Reduce",
+    "Save",
+    "Send",
+    "SendFull",
+    "ShardReduced",
+    "Stop",
+    "StopRequested",
+    "Tick",
+]
+
+Level = Literal["info", "warning", "error"]
+Field: TypeAlias = str | int | float
+
+
+# ---- events
+
+
+@dataclass(frozen=True, slots=True)
+class FrameReceived:
+    """One frame came over the connection `peer`.
+
+    A push's payload is kept, as a view of the frame, until its round is over.
+    """
+
+    peer: bytes
+    frame: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class PeerGone:
+    """The connection does not exist any more."""
+
+    peer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PeerBehind:
+    """The peer reads too slowly: what was queued for it was dropped, and it must pull."""
+
+    peer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReduced:
+    """A `Reduce` is done: `frame` is the sealed WEIGHTS for everybody."""
+
+    round: int
+    shard: int
+    frame: Buffer
+    reduce_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """Somebody wants this server to end; `reason` is a word for the log and for BYE."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed. A machine that hears nothing for long still has to notice silence."""
+
+
+Event: TypeAlias = FrameReceived | PeerGone | PeerBehind | ShardReduced | StopRequested | Tick
+
+
+# ---- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send one frame to one peer."""
+
+    peer: bytes
+    frame: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """Send the same frames, the weights of `version`, to all of these peers."""
+
+    peers: tuple[bytes, ...]
+    version: int
+    frames: tuple[Buffer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SendFull:
+    """Send the whole weights, as they are now at `version`, to these peers."""
+
+    peers: tuple[bytes, ...]
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """This plan is the job: make room for its weights."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Initialize:
+    """Set one part of a shard's initial weights. values: bytes of f32[n], finite."""
+
+    shard: int
+    part: int
+    values: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """Take one shard's step from these payloads, in rank order; answer with `ShardReduced`.
+
+    No payloads: every rank skipped this round; nothing changes, and the answer says so. The answer
+    is the shard of version round + 1.
+    """
+
+    round: int
+    shard: int
+    payloads: tuple[memoryview, ...]
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Write the final weights, of this version."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """One line for whoever reads the log."""
+
+    event: str
+    fields: Mapping[str, Field] = field(default_factory=dict)
+    level: Level = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the process. Nothing follows."""
+
+    exit_code: int
+    reason: str
+    text: str
+
+
+Action: TypeAlias = Send | Broadcast | SendFull | Adopt | Initialize | Reduce | Save | Log | Stop

@@ -1,0 +1,220 @@
+"""HELLO, PLAN, JOIN: how a connection becomes a rank.
+
+Three ways, because a HELLO may be old: it binds nobody and is answered with a COOKIE, an
+incarnation larger than all before it. Only the JOIN that bears it takes the rank over, and fences
+whoever had it. The first JOIN's plan is the job.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+from psq.errors import FencedError, LocalError, RemotePlanError
+from psq.plan import Plan
+from psq_proto.messages import NONE, ErrorCode, Join, MessageType, Welcome
+from psq_proto.session import Message
+from psq_server.state.events import Adopt, Send
+from psq_server.state.job import Job, check_fits
+from psq_server.state.members import Member, Peer, may_continue
+from psq_server.state.round import OpenRound
+from psq_server.state.world import World
+
+__all__ = ["MAX_OFFERS", "on_hello", "on_join", "on_plan"]
+
+MAX_OFFERS: Final = 8
+"""Different plans kept before the first JOIN decides; the oldest gives way."""
+
+
+def on_hello(world: World, peer: Peer, message: Message) -> None:
+    """Answer with a COOKIE; a peer that was joined begins again and speaks for nobody meanwhile."""
+    member = next((m for m in world.members.values() if m.peer == peer.name), None)
+    if member is not None:
+        member.peer, member.synced, member.pulling = None, False, False
+        world.peers.demote(peer)
+    if not _rank_exists(world, peer, message.header.rank):
+        return
+    world.incarnation += 1
+    world.out.append(Send(peer.name, peer.session.send_cookie(world.incarnation)))
+
+
+def on_plan(world: World, peer: Peer, message: Message) -> None:
+    """Accept the job's own plan, or, before there is a job, one that could become it.
+
+    Raises:
+        RemotePlanError: the plan is another one, cannot be run here, or is not what this server was
+            pinned to.
+    """
+    del message
+    digest, body = peer.session.plan, peer.session.plan_body
+    peer.session.plan_body = b""  # up to 1 MiB a peer, not needed again
+    if world.job is not None:
+        if digest != world.job.plan.digest:
+            raise _another_job(peer, world.job.plan, Plan.parse(body))
+        return
+    if digest not in world.offers:
+        plan = Plan.parse(body)
+        _check_offer(world, plan)
+        if len(world.offers) >= MAX_OFFERS:
+            del world.offers[next(iter(world.offers))]
+        world.offers[digest] = plan
+
+
+def on_join(world: World, peer: Peer, message: Message) -> None:
+    """Put this peer in its rank's place and welcome it.
+
+    Raises:
+        FencedError: a newer process has this rank already.
+        RemotePlanError: another rank's plan became the job meanwhile.
+    """
+    join = message.body
+    assert isinstance(join, Join)
+    session, rank = peer.session, peer.session.rank
+    if not _take_plan(world, peer):
+        return
+    old = world.members.get(rank)
+    if old is not None and old.incarnation > session.incarnation:
+        msg = f"rank {rank} is held by a newer process (incarnation {old.incarnation})"
+        raise FencedError(msg)
+    _take_over(world, old, peer)
+    member, mode = _admit(world, old, peer, join)
+    world.counts.joins += 1
+    world.progressed()
+    assert world.job is not None
+    welcome = Welcome(
+        mode=mode,
+        last_applied=member.last_applied,
+        lease_s=world.settings.lease_s,
+        init_wanted=rank == 0 and not world.has_weights,
+        world_size=world.job.world_size,
+        has_weights=world.has_weights,
+    )
+    world.say(peer, MessageType.WELCOME, welcome, round=world.round.number, version=world.version)
+    world.log(
+        "joined",
+        rank=rank,
+        world_size=world.job.world_size,
+        incarnation=session.incarnation,
+        mode=mode,
+        host=join.host,
+        pid=join.pid,
+    )
+
+
+def _rank_exists(world: World, peer: Peer, rank: int) -> bool:
+    """Whether the job has this rank, as far as anybody knows yet; if not, the peer is told."""
+    size = world.world_size
+    if size is None or rank < size:
+        return True
+    text = f"rank {rank} does not exist: this job has ranks 0..{size - 1} (world_size {size})"
+    world.end_conversation(peer, ErrorCode.RANK, text)
+    return False
+
+
+def _check_offer(world: World, plan: Plan) -> None:
+    pinned_size, pinned_recipe = world.settings.world_size, world.settings.recipe
+    if pinned_size not in (None, plan.world_size):
+        msg = (
+            f"world_size: this server was started for {pinned_size} workers, "
+            f"the plan says {plan.world_size}: make --world-size agree"
+        )
+        raise RemotePlanError(msg)
+    if pinned_recipe not in (None, plan.recipe.name):
+        msg = (
+            f"recipe: this server was started for {pinned_recipe!r}, "
+            f"the plan says {plan.recipe.name!r}: make --recipe agree"
+        )
+        raise RemotePlanError(msg)
+    check_fits(plan, world.settings.memory_bytes)
+    try:
+        plan.layout  # noqa: B018 - made here, where its errors are the peer's
+    except LocalError as error:
+        msg = f"the plan that came cannot be cut into shards: {error}"
+        raise RemotePlanError(msg) from error
+
+
+def _another_job(peer: Peer, mine: Plan, theirs: Plan) -> RemotePlanError:
+    return RemotePlanError(
+        f"rank {peer.session.rank} brings another plan: {mine.difference(theirs)}; "
+        "start every rank with the same model, recipe and world size, or restart the server"
+    )
+
+
+def _take_plan(world: World, peer: Peer) -> bool:
+    """Make the joiner's plan the job if there is none yet; False if it has no such rank."""
+    plan = _plan_of(world, peer)
+    if peer.session.rank >= plan.world_size:
+        text = (
+            f"rank {peer.session.rank} does not exist: its plan has ranks 0..{plan.world_size - 1}"
+        )
+        world.end_conversation(peer, ErrorCode.RANK, text)
+        return False
+    if world.job is None:
+        _adopt(world, plan)
+    return True
+
+
+def _plan_of(world: World, peer: Peer) -> Plan:
+    """The plan that a joiner sent before, if it is, or may become, the job's."""
+    digest = peer.session.plan
+    if world.job is not None and digest == world.job.plan.digest:
+        return world.job.plan
+    plan = world.offers.get(digest)
+    if plan is None:
+        msg = "the plan was forgotten, because too many different ones came: join again"
+        raise RemotePlanError(msg)
+    if world.job is not None:
+        raise _another_job(peer, world.job.plan, plan)
+    return plan
+
+
+def _adopt(world: World, plan: Plan) -> None:
+    world.job = Job(plan)
+    world.round = OpenRound(0, len(world.job.shards))
+    world.out.append(Adopt(plan))
+    world.log(
+        "job",
+        plan=f"{plan.digest:016x}",
+        recipe=plan.recipe.name,
+        world_size=plan.world_size,
+        numel=plan.layout.numel,
+        shards=len(world.job.shards),
+    )
+
+
+def _take_over(world: World, old: Member | None, peer: Peer) -> None:
+    """Fence whoever spoke for this rank."""
+    if old is None or old.peer in (None, peer.name):
+        return
+    assert old.peer is not None
+    before = world.peers.get(old.peer)
+    if before is not None:
+        world.fence(before, f"rank {old.rank} was taken over by a process that joined later")
+        world.log("fenced", "warning", rank=old.rank, incarnation=old.incarnation)
+
+
+def _admit(
+    world: World, old: Member | None, peer: Peer, join: Join
+) -> tuple[Member, Literal["continue", "reset"]]:
+    """The rank's new standing, and "continue" or "reset"."""
+    rank, incarnation = peer.session.rank, peer.session.incarnation
+    resumes = may_continue(old, join)
+    same = resumes and old is not None and old.lineage in (None, join.lineage)
+    keeps = (same and join.pending == world.round.number) or world.reducing is not None
+    if not keeps and world.round.drop(rank):
+        world.log("dropped", "warning", rank=rank, round=world.round.number)
+    if rank == 0 and not world.has_weights:
+        world.init_parts.clear()  # another process's values: all of them, or none
+    member = Member(
+        rank=rank,
+        incarnation=incarnation,
+        seen_s=world.now_s,
+        peer=peer.name,
+        lineage=join.lineage if resumes else None,
+        last_applied=old.last_applied if same and old is not None else NONE,
+    )
+    world.members[rank] = member
+    world.peers.promote(peer)
+    peer.complaints = 0
+    if not resumes:
+        world.counts.resets += 1
+    return member, "continue" if resumes else "reset"

@@ -1,0 +1,255 @@
+"""The server as a pure state machine: `handle(event, now_s) -> [action]`.
+
+Theory of operation
+===================
+
+    EMPTY --JOIN--> JOB --INIT, all parts, from rank 0--> OPEN(r) --every member complete-->
+    CLOSING(r)
+                                                            ^                                  |
+                                                            Reduce, |
+                                                            | ShardReduced +------------- COMMIT
+                                                            <------------+ for each shard
+                                                               version r + 1, VERDICTs, WEIGHTS
+
+The first JOIN's plan is the job. Round r collects one contribution of every member and turns
+version r into r + 1. When it closes, the shell reduces each shard and reports back; only then is
+the round committed, and only a commit makes verdicts. Which ranks are members, when a round may
+close and which shards may be reduced are `psq.clock`'s decisions.
+
+Never here: a clock, a socket, a thread, a log, randomness, arithmetic on weights. The shell
+(`psq_server.loop`) brings all of these. Same events at the same times, same actions.
+
+Invariants, which `validate` checks:
+
+- a rank counts at most once per round and shard;
+- the version grows by exactly 1, and equals the open round;
+- nobody has a verdict "applied" for a round that is not committed;
+- what is staged stays within ranks x payload bytes of the plan;
+- at most one peer speaks for a rank, and it bears the rank's incarnation.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, assert_never
+
+from psq.errors import RemoteError
+from psq_proto.messages import MessageType
+from psq_proto.session import Message, State
+from psq_server.state import joining, presence, training
+from psq_server.state.events import (
+    Action,
+    Event,
+    FrameReceived,
+    PeerBehind,
+    PeerGone,
+    ShardReduced,
+    StopRequested,
+    Tick,
+)
+from psq_server.state.members import MAX_STRANGERS, STANDINGS, Peer, standing
+from psq_server.state.world import Counts, Settings, World
+
+__all__ = ["ServerState", "Snapshot"]
+
+STORY_EVENTS: Final = 256
+
+_HANDLERS: Final[dict[MessageType, Callable[[World, Peer, Message], None]]] = {
+    MessageType.HELLO: joining.on_hello,
+    MessageType.PLAN: joining.on_plan,
+    MessageType.JOIN: joining.on_join,
+    MessageType.INIT: training.on_init,
+    MessageType.PUSH: training.on_push,
+    MessageType.PULL: training.on_pull,
+    MessageType.HEARTBEAT: presence.on_heartbeat,
+    MessageType.LEAVE: presence.on_leave,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """How the server is at one moment, for those who watch it.
+
+    Attributes:
+        status: "waiting" for workers or initial weights, "running", "stalled", or "stopping".
+        version: of the weights; -1 before the first.
+        round: the open round.
+        text: the present wait in words.
+        waiting_s: its age.
+        workers: how many ranks have each standing.
+    """
+
+    status: str
+    version: int
+    round: int
+    text: str
+    waiting_s: float
+    workers: dict[str, int]
+
+
+class ServerState:
+    """One server's whole state; change it through `handle` alone."""
+
+    def __init__(self, settings: Settings, now_s: float) -> None:
+        self._world = World(settings, now_s)
+        self._story: deque[tuple[float, str, str]] = deque(maxlen=STORY_EVENTS)
+        self._checked_version = 0
+
+    @property
+    def counts(self) -> Counts:
+        """What has happened so far."""
+        return self._world.counts
+
+    @property
+    def settings(self) -> Settings:
+        """What this server was told."""
+        return self._world.settings
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `Stop` has been said; later events do nothing."""
+        return self._world.stopped
+
+    def handle(self, event: Event, now_s: float) -> list[Action]:
+        """What to do about one event.
+
+        Args:
+            event: what happened.
+            now_s: when, on any clock that never goes back.
+        """
+        world = self._world
+        if world.stopped:
+            return []
+        world.now_s, world.out = now_s, []
+        label = self._dispatch(event)
+        self._story.append((now_s, label, " ".join(type(action).__name__ for action in world.out)))
+        return world.out
+
+    def snapshot(self, now_s: float) -> Snapshot:
+        """How things are now; changes nothing."""
+        world = self._world
+        world.now_s = max(world.now_s, now_s)
+        wait = presence.current_wait(world)
+        workers = dict.fromkeys(STANDINGS, 0)
+        for rank in range(world.world_size or 0):
+            workers[standing(world.members.get(rank), now_s, world.settings.lease_s)] += 1
+        return Snapshot(
+            status=self._status(),
+            version=world.version if world.has_weights else -1,
+            round=world.round.number,
+            text=presence.wait_text(world),
+            waiting_s=wait.age_s(now_s) if wait else 0.0,
+            workers=workers,
+        )
+
+    def story(self) -> str:
+        """The last events, one a line, for whoever has to find out how it came to this."""
+        return "\n".join(
+            f"{now_s:.3f} {label} -> {actions}" for now_s, label, actions in self._story
+        )
+
+    def validate(self) -> None:
+        """Check every invariant; for tests, after each event.
+
+        Raises:
+            AssertionError: one is broken; the message ends with the story.
+        """
+        try:
+            self._check()
+        except AssertionError as error:
+            msg = f"{error}\n{self.story()}"
+            raise AssertionError(msg) from error
+
+    def _dispatch(self, event: Event) -> str:
+        """Handle one event; returns its name for the story."""
+        world = self._world
+        match event:
+            case FrameReceived():
+                return self._on_frame(event)
+            case ShardReduced():
+                training.on_shard_reduced(world, event)
+            case Tick():
+                presence.on_tick(world)
+            case PeerGone():
+                presence.on_peer_gone(world, event)
+            case PeerBehind():
+                presence.on_peer_behind(world, event)
+            case StopRequested():
+                presence.on_stop_requested(world, event.reason)
+            case _:
+                assert_never(event)
+        return type(event).__name__
+
+    def _on_frame(self, event: FrameReceived) -> str:
+        world = self._world
+        peer = world.peers.get(event.peer) or world.new_peer(event.peer)
+        try:
+            message = peer.session.receive(event.frame)
+            presence.note_seen(world, peer)
+            _HANDLERS[message.header.type](world, peer, message)
+        except RemoteError as error:
+            world.refuse(peer, error)
+            return f"refused {type(error).__name__} of {peer.name.hex()}"
+        header = message.header
+        return f"{header.type.name} rank={header.rank} round={header.round} shard={header.shard}"
+
+    def _status(self) -> str:
+        world = self._world
+        if world.stopped:
+            return "stopping"
+        if presence.is_stalled(world):
+            return "stalled"
+        return "running" if world.has_weights else "waiting"
+
+    def _check(self) -> None:
+        world = self._world
+        assert world.version in (self._checked_version, self._checked_version + 1), "version jumped"
+        self._checked_version = world.version
+        assert world.round.number == world.version, (world.round.number, world.version)
+        assert world.counts.rounds == world.version, (world.counts.rounds, world.version)
+        self._check_members()
+        self._check_round()
+        strangers = len(world.peers) - sum(1 for _ in world.peers.joined())
+        assert strangers <= MAX_STRANGERS, strangers
+
+    def _check_members(self) -> None:
+        world = self._world
+        speaking: set[bytes] = set()
+        for rank, member in world.members.items():
+            assert member.rank == rank
+            assert world.world_size is None or rank < world.world_size, rank
+            assert member.last_applied < world.version, (rank, member.last_applied, world.version)
+            assert member.incarnation <= world.incarnation, rank
+            assert not (member.synced and not world.has_weights), rank
+            if member.peer is None:
+                assert not member.synced, rank
+                continue
+            assert member.peer not in speaking, f"{member.peer.hex()} speaks for two ranks"
+            speaking.add(member.peer)
+            peer = world.peers.get(member.peer)
+            assert peer is not None, rank
+            assert peer.session.joined, (rank, peer.session.state)
+            assert (peer.session.rank, peer.session.incarnation) == (rank, member.incarnation), rank
+        assert speaking == {peer.name for peer in world.peers.joined()}, "a joined peer has no rank"
+        for peer in world.peers.joined():
+            assert peer.session.state not in (State.FENCED, State.CLOSED), peer.name.hex()
+
+    def _check_round(self) -> None:
+        world, job = self._world, self._world.job
+        contributions = list(world.round.items())
+        if job is None:
+            assert not contributions
+            return
+        staged_bytes = 0
+        for rank, mine in contributions:
+            assert rank in world.members, rank
+            assert not (mine.skipped and mine.payloads), rank
+            assert mine.payloads.keys() == mine.checksums.keys(), rank
+            assert all(0 <= shard < len(job.shards) for shard in mine.payloads), rank
+            assert world.members[rank].last_applied < world.round.number, rank
+            staged_bytes += sum(payload.nbytes for payload in mine.payloads.values())
+        assert staged_bytes == world.round.staged_bytes
+        assert staged_bytes <= job.staged_bytes_limit, (staged_bytes, job.staged_bytes_limit)
+        assert (world.reducing is None) or world.round.complete, "closing an incomplete round"

@@ -1,0 +1,144 @@
+"""Ranks and connections: who is who, since when, and how far each one came.
+
+A connection (a peer) is a conversation; a rank is a place in the job. A JOIN puts a peer in a
+rank's place, with an incarnation that is larger than every earlier one, and from then on no other
+peer speaks for that rank. What a rank has achieved (its lineage, the last of its contributions that
+counted) belongs to the rank and outlives its connections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from psq_proto.messages import NONE, Join, Leave
+from psq_proto.session import ServerSession
+
+__all__ = ["MAX_STRANGERS", "STANDINGS", "Member", "Peer", "Peers", "may_continue", "standing"]
+
+MAX_STRANGERS: Final = 256
+"""Connections that speak for no rank; the oldest is forgotten for a new one."""
+STANDINGS: Final = ("joined", "silent", "left", "lost", "absent")
+
+
+@dataclass(slots=True)
+class Peer:
+    """One connection."""
+
+    name: bytes
+    session: ServerSession
+    seen_s: float
+    complaints: int = 0
+
+
+@dataclass(slots=True)
+class Member:
+    """One rank, from its first JOIN on.
+
+    Attributes:
+        peer: the connection that speaks for it; None while there is none.
+        lineage: of its residual; None when the server has told it to start a new one and not heard
+            which.
+        last_applied: the seq of its last contribution that counted, or NONE.
+        synced: it has been sent weights, so it can follow broadcasts.
+        pulling: it asked for weights before there were any.
+        left: its LEAVE, until it joins again.
+        noted_silent: its silence has been logged.
+    """
+
+    rank: int
+    incarnation: int
+    seen_s: float
+    peer: bytes | None
+    lineage: int | None
+    last_applied: int = NONE
+    synced: bool = False
+    pulling: bool = False
+    left: Leave | None = None
+    noted_silent: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether it left with its work done."""
+        return self.left is not None and self.left.reason == "done"
+
+    @property
+    def gone(self) -> bool:
+        """Whether it left, for whatever reason."""
+        return self.left is not None
+
+
+def standing(member: Member | None, now_s: float, lease_s: float) -> str:
+    """One of STANDINGS: absent (never came), left (done), lost (left otherwise), silent, joined."""
+    if member is None:
+        return "absent"
+    if member.left is not None:
+        return "left" if member.finished else "lost"
+    if member.peer is None or now_s - member.seen_s > lease_s:
+        return "silent"
+    return "joined"
+
+
+def may_continue(member: Member | None, join: Join) -> bool:
+    """Whether a joiner's residual is the one that goes with what this rank has contributed so far.
+
+    It is if the joiner claims no history at all, or if it is of the same lineage and knows at least
+    of the last contribution that counted: as resolved, or as pending. A residual from before that
+    would be wrong, and a wrong one is worse than none.
+    """
+    known = max(join.last_resolved, join.pending)
+    if known == NONE:
+        return member is None or member.last_applied == NONE or member.lineage != join.lineage
+    return (
+        member is not None
+        and member.lineage in (None, join.lineage)
+        and known >= member.last_applied
+    )
+
+
+class Peers:
+    """All connections: at most one joined per rank, and a bounded number of strangers."""
+
+    def __init__(self) -> None:
+        self._joined: dict[bytes, Peer] = {}
+        self._strangers: dict[bytes, Peer] = {}
+
+    def get(self, name: bytes) -> Peer | None:
+        """The peer of this name, if it is known."""
+        return self._joined.get(name) or self._strangers.get(name)
+
+    def add_stranger(self, peer: Peer) -> Peer | None:
+        """Take in a connection that has not joined; returns the one that was forgotten for it."""
+        evicted = None
+        if len(self._strangers) >= MAX_STRANGERS:
+            evicted = self._strangers.pop(next(iter(self._strangers)))
+        self._strangers[peer.name] = peer
+        return evicted
+
+    def promote(self, peer: Peer) -> None:
+        """A stranger has joined."""
+        self._strangers.pop(peer.name, None)
+        self._joined[peer.name] = peer
+
+    def demote(self, peer: Peer) -> None:
+        """A joined peer speaks for nobody any more."""
+        if self._joined.pop(peer.name, None) is not None:
+            self.add_stranger(peer)
+
+    def forget(self, name: bytes) -> None:
+        """The connection does not exist any more."""
+        self._joined.pop(name, None)
+        self._strangers.pop(name, None)
+
+    def forget_silent(self, before_s: float) -> None:
+        """Forget strangers last heard before this moment."""
+        for name in [name for name, peer in self._strangers.items() if peer.seen_s < before_s]:
+            del self._strangers[name]
+
+    def joined(self) -> Iterator[Peer]:
+        """The peers that speak for a rank."""
+        yield from self._joined.values()
+
+    def __len__(self) -> int:
+        return len(self._joined) + len(self._strangers)

@@ -1,0 +1,222 @@
+"""HEARTBEAT, LEAVE, silence and the end: who is there, who is waited for, and for how long.
+
+Every wait has a name (`describe`) and a bound (`give_up_after_s`). A worker that computes for long
+says so by heartbeat; a job is called stalled only when a rank that is waited for is silent, lost or
+never came.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+from psq import clock
+from psq.errors import EXIT_GAVE_UP
+from psq_proto.messages import MAX_LIST_ITEMS, Bye, Heartbeat, Leave, MessageType, Status, clip_text
+from psq_proto.session import Message
+from psq_server.state.events import PeerBehind, PeerGone, Save, Stop
+from psq_server.state.members import Peer, standing
+from psq_server.state.training import abandon_round, close_if_complete
+from psq_server.state.waits import Wait, describe
+from psq_server.state.world import World
+
+__all__ = [
+    "NOTE_WAIT_S",
+    "STRANGER_S",
+    "current_wait",
+    "finish",
+    "is_stalled",
+    "note_seen",
+    "on_heartbeat",
+    "on_leave",
+    "on_peer_behind",
+    "on_peer_gone",
+    "on_stop_requested",
+    "on_tick",
+    "wait_text",
+]
+
+NOTE_WAIT_S: Final = 5.0
+"""How old a wait is when it is first logged, and how often it is logged then."""
+STRANGER_S: Final = 30.0
+"""A connection that has not joined is forgotten after so much silence."""
+
+EndReason = Literal["done", "stopped", "gave-up"]
+
+
+def on_heartbeat(world: World, peer: Peer, message: Message) -> None:
+    """Answer with STATUS: what this rank still owes, and who is waited for."""
+    beat, member = message.body, world.member_of(peer)
+    assert isinstance(beat, Heartbeat)
+    assert member is not None, peer.session.rank
+    if world.has_weights and beat.have_version == world.version:
+        member.synced = True
+    wait = current_wait(world)
+    waiting = tuple(
+        (rank, max(0.0, world.now_s - _seen_s(world, rank)))
+        for rank in (wait.ranks[:MAX_LIST_ITEMS] if wait else ())
+    )
+    status = Status(
+        round=world.round.number,
+        version=world.version,
+        missing=world.round.missing(member.rank, MAX_LIST_ITEMS),
+        waiting=waiting,
+        text=clip_text(wait_text(world)),
+    )
+    world.say(peer, MessageType.STATUS, status, round=world.round.number, version=world.version)
+
+
+def on_leave(world: World, peer: Peer, message: Message) -> None:
+    """Note that a rank has ended its part; when all are done, so is the job."""
+    leave, member = message.body, world.member_of(peer)
+    assert isinstance(leave, Leave)
+    assert member is not None, peer.session.rank
+    if member.gone:
+        return
+    member.left = leave
+    world.progressed()
+    level: Literal["info", "warning"] = "info" if leave.reason == "done" else "warning"
+    world.log("left", level, rank=member.rank, reason=leave.reason, text=leave.text)
+    if world.reducing is None and not world.round.is_complete(member.rank):
+        world.round.drop(member.rank)
+    if world.job is not None and len(world.finished) == world.job.world_size:
+        finish(world, 0, "done", "every worker is done")
+    else:
+        close_if_complete(world)
+
+
+def on_peer_gone(world: World, event: PeerGone) -> None:
+    """A connection is gone; its rank is silent until it joins again."""
+    peer = world.peers.get(event.peer)
+    if peer is None:
+        return
+    member = world.member_of(peer)
+    if member is not None:
+        world.log("disconnected", rank=member.rank)
+    world.release(peer)
+    world.peers.forget(event.peer)
+
+
+def on_peer_behind(world: World, event: PeerBehind) -> None:
+    """A slow reader lost what was queued for it: it gets nothing more before it pulls."""
+    peer = world.peers.get(event.peer)
+    member = world.member_of(peer) if peer is not None else None
+    if member is not None:
+        member.synced = False
+        world.log("behind", "warning", rank=member.rank, version=world.version)
+
+
+def on_stop_requested(world: World, reason: str) -> None:
+    """End in order: the open round is given back, the weights are saved, everybody is told."""
+    text = f"the server was told to stop ({reason})"
+    abandon_round(world, text)
+    finish(world, 0, "stopped", text)
+
+
+def note_seen(world: World, peer: Peer) -> None:
+    """A whole frame came from this peer just now."""
+    peer.seen_s = world.now_s
+    member = world.member_of(peer)
+    if member is not None:
+        member.seen_s = world.now_s
+        if member.noted_silent:
+            member.noted_silent = False
+            world.log("heard-again", rank=member.rank)
+
+
+def on_tick(world: World) -> None:
+    """Notice silence: forget strangers, name lost ranks and waits, give up in the end."""
+    world.peers.forget_silent(world.now_s - STRANGER_S)
+    for member in world.members.values():
+        silent = standing(member, world.now_s, world.settings.lease_s) == "silent"
+        if silent and not member.noted_silent:
+            member.noted_silent = True
+            silent_s = round(world.now_s - member.seen_s, 1)
+            world.log("silent", "warning", rank=member.rank, silent_s=silent_s)
+    wait = current_wait(world)
+    if wait is None:
+        return
+    if wait.age_s(world.now_s) > world.settings.give_up_after_s:
+        finish(world, EXIT_GAVE_UP, "gave-up", f"gave up {wait_text(world)}")
+    elif _worth_noting(world, wait):
+        world.noted_wait_s = world.now_s
+        world.log("waiting", need=wait.need, round=wait.round, text=wait_text(world))
+
+
+def finish(world: World, exit_code: int, reason: EndReason, text: str) -> None:
+    """Save, say BYE to everybody, stop."""
+    if world.has_weights:
+        world.out.append(Save(world.version))
+    for peer in world.peers.joined():
+        world.say(peer, MessageType.BYE, Bye(reason, clip_text(text)))
+    world.out.append(Stop(exit_code, reason, text))
+    world.stopped = True
+
+
+# ---- waits
+
+
+def current_wait(world: World) -> Wait | None:
+    """What the job stands still for, if anything: workers, the initial weights, or pushes."""
+    if world.stopped or world.reducing is not None:
+        return None
+    number, since_s = world.round.number, world.progress_s
+    size = world.world_size
+    if size is None:
+        return Wait("join", (), number, since_s)
+    there = [rank for rank, m in world.members.items() if not m.gone or m.finished]
+    absent = tuple(rank for rank in range(size) if rank not in there)
+    if absent:
+        return Wait("join", absent, number, since_s)
+    if not world.has_weights:
+        return Wait("weights", (0,), number, since_s)
+    complete = world.round.complete
+    owing = clock.members(size, world.finished, complete)
+    owing = tuple(rank for rank in owing if rank not in complete)
+    return Wait("push", owing, number, since_s) if owing else None
+
+
+def wait_text(world: World) -> str:
+    """The present wait in words; empty when there is none."""
+    wait = current_wait(world)
+    if wait is None:
+        return ""
+    return describe(
+        wait,
+        world_size=world.world_size,
+        now_s=world.now_s,
+        seen_s={rank: member.seen_s for rank, member in world.members.items()},
+        others_left=bool(world.finished),
+    )
+
+
+def is_stalled(world: World) -> bool:
+    """Whether the job has stood still for longer than a lease because of a rank that is not there.
+
+    A server that nobody has joined yet is idle, not stalled; ranks that compute for long and say so
+    hold up nobody unduly.
+    """
+    wait = current_wait(world)
+    if wait is None or not world.members or wait.age_s(world.now_s) <= world.settings.lease_s:
+        return False
+    return any(_is_away(world, rank) for rank in wait.ranks)
+
+
+def _is_away(world: World, rank: int) -> bool:
+    member = world.members.get(rank)
+    return standing(member, world.now_s, world.settings.lease_s) != "joined"
+
+
+def _worth_noting(world: World, wait: Wait) -> bool:
+    """Whether this wait belongs in the log now: it is old, and somebody is held up or away."""
+    if wait.age_s(world.now_s) < NOTE_WAIT_S or world.now_s - world.noted_wait_s < NOTE_WAIT_S:
+        return False
+    return (
+        wait.need != "push"
+        or bool(world.round.complete)
+        or any(_is_away(world, rank) for rank in wait.ranks)
+    )
+
+
+def _seen_s(world: World, rank: int) -> float:
+    member = world.members.get(rank)
+    return member.seen_s if member is not None else world.progress_s

@@ -1,0 +1,181 @@
+"""All that a server knows, and the few ways of changing it that every handler needs.
+
+Plain data with helpers: no decision is made here. Handlers (`joining`, `training`, `presence`) are
+functions of a `World` and one message; what they decide to do, they append to `World.out`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Final, Unpack
+
+from psq.errors import FencedError, RemoteError, StaleFrameError
+from psq.plan import Plan
+from psq_proto.frames import Buffer
+from psq_proto.messages import ControlBody, Error, ErrorCode, Fenced, MessageType, clip_text
+from psq_proto.session import HeaderFields, ServerSession, State
+from psq_server.state.events import Action, Field, Level, Log, Send
+from psq_server.state.job import Job
+from psq_server.state.members import Member, Peer, Peers
+from psq_server.state.round import OpenRound
+
+__all__ = ["MAX_COMPLAINTS", "Counts", "Settings", "World"]
+
+MAX_COMPLAINTS: Final = 8
+"""Refusals of one connection that are answered and logged; later ones are only counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a server is told before it starts.
+
+    Attributes:
+        run_id: 16 random bytes that name this run.
+        epoch: how often this run's server has started, from 1.
+        world_size: accept only jobs of so many workers; None leaves it to the first plan.
+        recipe: accept only jobs with a recipe of this name; None leaves it to the first plan.
+        lease_s: silence after which a rank counts as lost.
+        give_up_after_s: a wait that lasts longer ends the server.
+        memory_bytes: what this machine has; a larger model is refused. None: unknown.
+    """
+
+    run_id: bytes
+    epoch: int = 1
+    world_size: int | None = None
+    recipe: str | None = None
+    lease_s: float = 10.0
+    give_up_after_s: float = 900.0
+    memory_bytes: int | None = None
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has happened so far."""
+
+    rounds: int = 0
+    skipped: int = 0
+    joins: int = 0
+    resets: int = 0
+    fenced: int = 0
+    pushes: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+
+
+class World:
+    """See the module's docstring. `version` means nothing before `has_weights`."""
+
+    def __init__(self, settings: Settings, now_s: float) -> None:
+        self.settings = settings
+        self.now_s = now_s
+        self.progress_s = now_s
+        self.noted_wait_s = now_s
+        self.incarnation = 0
+        self.peers = Peers()
+        self.members: dict[int, Member] = {}
+        self.offers: dict[int, Plan] = {}
+        self.job: Job | None = None
+        self.init_parts: set[tuple[int, int]] = set()
+        self.has_weights = False
+        self.version = 0
+        self.round = OpenRound(0, 0)
+        self.reducing: dict[int, Buffer | None] | None = None
+        """Shard to its new WEIGHTS frame while a round closes; None while it is open."""
+        self.server_s = 0.0
+        self.last_frames: tuple[Buffer, ...] = ()
+        """The frames of the last commit."""
+        self.counts = Counts()
+        self.stopped = False
+        self.out: list[Action] = []
+
+    @property
+    def world_size(self) -> int | None:
+        """How many ranks the job has; None before anybody has said."""
+        return self.job.world_size if self.job else self.settings.world_size
+
+    @property
+    def finished(self) -> frozenset[int]:
+        """The ranks that left with their work done."""
+        return frozenset(rank for rank, member in self.members.items() if member.finished)
+
+    def new_peer(self, name: bytes) -> Peer:
+        """Open a conversation with a connection that was not known."""
+        session = ServerSession(run_id=self.settings.run_id, epoch=self.settings.epoch)
+        peer = Peer(name, session, self.now_s)
+        self.peers.add_stranger(peer)
+        return peer
+
+    def member_of(self, peer: Peer) -> Member | None:
+        """The rank this peer speaks for."""
+        member = self.members.get(peer.session.rank)
+        return member if member is not None and member.peer == peer.name else None
+
+    def release(self, peer: Peer) -> None:
+        """This peer speaks for nobody from now on; what its rank has staged stays."""
+        member = self.member_of(peer)
+        if member is not None:
+            member.peer, member.synced, member.pulling = None, False, False
+        self.peers.demote(peer)
+
+    def progressed(self) -> None:
+        """Something came nearer: the age of the present wait starts anew."""
+        self.progress_s = self.now_s
+
+    def say(
+        self, peer: Peer, kind: MessageType, body: ControlBody, **fields: Unpack[HeaderFields]
+    ) -> None:
+        """Send a control message, if this peer's conversation has room for it now."""
+        if peer.session.may_send(kind):
+            self.out.append(Send(peer.name, peer.session.send(kind, body, **fields)))
+
+    def tell(
+        self, member: Member, kind: MessageType, body: ControlBody, **fields: Unpack[HeaderFields]
+    ) -> None:
+        """Send a control message to whoever speaks for a rank."""
+        peer = self.peers.get(member.peer) if member.peer is not None else None
+        if peer is not None:
+            self.say(peer, kind, body, **fields)
+
+    def log(self, event: str, level: Level = "info", **fields: Field) -> None:
+        """Note something for the reader of the log."""
+        self.out.append(Log(event, fields, level))
+
+    def fence(self, peer: Peer, text: str) -> None:
+        """Tell a peer that another one has its rank now."""
+        self.counts.fenced += 1
+        self.say(peer, MessageType.FENCED, Fenced(clip_text(text)))
+        self.peers.demote(peer)
+
+    def end_conversation(self, peer: Peer, code: ErrorCode, text: str) -> None:
+        """Refuse a peer for good: a fatal ERROR; it may come again on a new connection."""
+        self._note_refusal(peer, code, text)
+        self.say(peer, MessageType.ERROR, Error(code, clip_text(text), fatal=True))
+        self.release(peer)
+
+    def refuse(self, peer: Peer, error: RemoteError) -> None:
+        """Answer what `receive` or a handler raised, as the session's own rules say."""
+        if peer.session.state is State.CLOSED:
+            return
+        if isinstance(error, StaleFrameError):
+            self._note_stale(peer, str(error))
+        else:
+            self._note_refusal(peer, type(error).__name__, str(error))
+        if peer.complaints <= MAX_COMPLAINTS or isinstance(error, FencedError):
+            answer = peer.session.answer(error)
+            if answer is not None:
+                self.out.append(Send(peer.name, answer))
+        if peer.session.state in (State.CLOSED, State.FENCED):
+            self.release(peer)
+
+    def _note_stale(self, peer: Peer, text: str) -> None:
+        """Frames of an earlier connection are ordinary: one line tells of all of them."""
+        self.counts.refused["StaleFrameError"] += 1
+        peer.complaints += 1
+        if peer.complaints == 1:
+            self.log("stale", peer=peer.name.hex(), text=text)
+
+    def _note_refusal(self, peer: Peer, kind: str, text: str) -> None:
+        self.counts.refused[kind] += 1
+        peer.complaints += 1
+        if peer.complaints <= MAX_COMPLAINTS:
+            self.log("refused", "warning", peer=peer.name.hex(), kind=kind, text=text)
