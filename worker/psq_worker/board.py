@@ -109,7 +109,8 @@ class Board:
         steps = max(end.step for end in ends)
         scores = next((end.scores for end in ends if end.scores), {})
         metric = next((end.metric for end in ends if end.metric), "")
-        elapsed_s = max(end.elapsed_s for end in ends)
+        samples = sum(end.samples for end in ends)
+        step_s = _step_s(ends)
         losses = [end.loss for end in ends if end.loss is not None]
         return {
             "task": first.task,
@@ -117,16 +118,16 @@ class Board:
             "workers": len(self.ranks),
             "steps": steps,
             "numel": first.numel,
-            "samples": sum(end.samples for end in ends),
-            "samples_per_s": sum(end.samples for end in ends) / elapsed_s if elapsed_s else 0.0,
-            "elapsed_s": elapsed_s,
+            "samples": samples,
+            "samples_per_s": samples / steps / step_s["total"] if step_s["total"] else 0.0,
+            "elapsed_s": max(end.elapsed_s for end in ends),
             "loss": sum(losses) / len(losses) if losses else None,
             "metric": metric,
             "score": scores.get(metric),
             "scores": scores,
             "skipped": sum(end.skipped for end in ends),
             "wire": _wire(ends),
-            "step_s": _step_s(ends),
+            "step_s": step_s,
         }
 
     def _advance(self, state: RankState, event: Progress) -> None:

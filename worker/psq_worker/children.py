@@ -114,6 +114,9 @@ class Children:
             for number, handler in self._old_handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._old_wakeup)
+            for key in list(self._selector.get_map().values()):
+                if isinstance(key.data, _Stream):
+                    self._close_stream(key.data)
             self._selector.close()
             for fd in (
                 self._parent_reader,
@@ -226,10 +229,13 @@ class Children:
         for line in lines:
             self._pass_on(stream.child, line)
         if not data:
-            self._selector.unregister(stream.pipe)
-            stream.pipe.close()
-            stream.child.open_streams -= 1
+            self._close_stream(stream)
         return bool(data)
+
+    def _close_stream(self, stream: _Stream) -> None:
+        self._selector.unregister(stream.pipe)
+        stream.pipe.close()
+        stream.child.open_streams -= 1
 
     def _pass_on(self, child: _Child, line: bytes) -> None:
         text = line.decode(errors="replace").rstrip()

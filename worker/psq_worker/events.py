@@ -135,6 +135,24 @@ def parse_event(line: str) -> Event | None:
         return None
     try:
         fields: dict[str, Any] = json.loads(line)
-        return _CLASSES[fields.pop("psq")](**fields)
+        event = _CLASSES[fields.pop("psq")](**fields)
     except (ValueError, TypeError, KeyError):
         return None
+    return (
+        event if all(_fits(getattr(event, f.name), f) for f in dataclasses.fields(event)) else None
+    )
+
+
+def _fits(value: Any, field: dataclasses.Field[Any]) -> bool:
+    """Whether a value that came has the type of its field."""
+    if field.type == "float | None":
+        return value is None or _is_number(value)
+    if field.type == "dict[str, float]":
+        return isinstance(value, dict) and all(_is_number(number) for number in value.values())
+    if field.type == "float":
+        return _is_number(value)
+    return type(value).__name__ == field.type
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

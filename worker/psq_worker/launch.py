@@ -22,7 +22,7 @@ from psq.errors import GaveUpError
 from psq_worker.board import Board
 from psq_worker.children import Children
 from psq_worker.display import View, make_view
-from psq_worker.events import parse_event
+from psq_worker.events import Started, parse_event
 
 __all__ = [
     "Commands",
@@ -144,6 +144,8 @@ class _Watch:
         event = parse_event(text) if name != SERVER else None
         if event is not None:
             self._board.add(event, time.monotonic())
+            if isinstance(event, Started) and event.rank == 0 and event.text:
+                self._view.say("", f"{event.text}; {event.numel:,} parameters; {event.recipe}")
             return
         ready = _READY.match(text) if name == SERVER else None
         if ready:

@@ -1,0 +1,135 @@
+"""The board: workers' events put together, and the job's numbers from them."""
+
+from __future__ import annotations
+
+import pytest
+
+from psq_worker.board import Board
+from psq_worker.events import PHASES, Evaluation, Progress, Started, Summary
+
+
+def progress(rank=0, step=10, **fields):
+    return Progress(rank=rank, step=step, steps=100, numel=1000, **fields)
+
+
+def summary(rank=0, **fields):
+    plain = {
+        "world_size": 2,
+        "task": "t",
+        "recipe": "r",
+        "step": 100,
+        "loss": 1.0,
+        "samples": 800,
+        "elapsed_s": 4.0,
+        "sent_bytes": 50_000,
+        "received_bytes": 12_500,
+        "numel": 1000,
+        "timed_steps": 50,
+        "phases_s": dict.fromkeys(PHASES, 1.0),
+    }
+    return Summary(rank=rank, **{**plain, **fields})
+
+
+def filled():
+    board = Board(2)
+    board.add(summary(0, metric="accuracy", scores={"accuracy": 0.75}), 0.0)
+    board.add(summary(1, loss=3.0, elapsed_s=5.0), 0.0)
+    return board
+
+
+def test_the_job_is_as_far_as_its_slowest_worker():
+    board = Board(2)
+    board.add(progress(0, 10), 0.0)
+    assert (board.step, board.steps, board.numel) == (0, 100, 1000)
+    board.add(progress(1, 7), 0.0)
+    assert board.step == 7
+
+
+def test_a_rank_outside_the_job_is_ignored():
+    board = Board(1)
+    board.add(progress(5), 0.0)
+    assert board.step == 0
+
+
+def test_a_rate_is_that_of_the_time_between_two_words():
+    board = Board(1)
+    board.add(progress(step=1, samples=100, elapsed_s=1.0), 0.0)
+    assert board.samples_per_s == 100.0
+    board.add(progress(step=2, samples=400, elapsed_s=2.0), 0.0)
+    assert 100.0 < board.samples_per_s < 300.0
+
+
+def test_saved_bytes_are_what_fp32_both_ways_would_have_taken_more():
+    board = Board(2)
+    board.add(progress(0, 10, sent_bytes=300, received_bytes=700), 0.0)
+    assert board.saved_bytes == 2 * 4 * 1000 * 10 - 1000
+
+
+@pytest.mark.parametrize(
+    ("events", "now_s", "state"),
+    [
+        ([], 9.0, "starting"),
+        ([Started()], 1.0, "joining"),
+        ([Started()], 9.0, "joining 9 s"),
+        ([progress()], 1.0, "training"),
+        ([progress()], 12.4, "waiting 12 s"),
+        ([progress(), summary()], 60.0, "done"),
+    ],
+)
+def test_a_worker_is_described_by_what_it_said_last_and_when(events, now_s, state):
+    board = Board(1)
+    for event in events:
+        board.add(event, 0.0)
+    assert board.ranks[0].state(now_s) == state
+
+
+def test_a_point_covers_the_steps_since_the_one_before():
+    board = Board(1)
+    board.add(progress(step=4, loss=2.0, sent_bytes=40), 0.0)
+    board.add(progress(step=10, loss=1.0, sent_bytes=100), 0.0)
+    board.add(progress(step=10, loss=1.0, sent_bytes=100), 0.0)
+    assert [(p.step, p.steps, p.loss, p.sent_bytes) for p in board.points] == [
+        (4, 4, 2.0, 40),
+        (10, 6, 1.0, 100),
+    ]
+
+
+def test_evaluations_are_kept_in_order():
+    board = Board(2)
+    for step in (1, 2):
+        board.add(Evaluation(step=step, metric="m", scores={"m": 0.5}), 0.0)
+    assert [evaluation.step for evaluation in board.evaluations] == [1, 2]
+
+
+def test_a_job_that_ended_nowhere_has_no_summary():
+    assert Board(2).summary() == {}
+
+
+def test_the_summary_counts_samples_of_all_and_means_of_bytes():
+    job = filled().summary()
+    assert (job["task"], job["recipe"], job["workers"], job["steps"]) == ("t", "r", 2, 100)
+    assert (job["samples"], job["elapsed_s"]) == (1600, 5.0)
+    assert (job["loss"], job["metric"], job["score"]) == (2.0, "accuracy", 0.75)
+    assert (job["wire"]["sent_bytes"], job["wire"]["received_bytes"]) == (50_000, 12_500)
+
+
+def test_bits_per_parameter_are_those_of_the_wire():
+    wire = filled().summary()["wire"]
+    assert (wire["bits_per_parameter_up"], wire["bits_per_parameter_down"]) == (4.0, 1.0)
+    assert (wire["compression_ratio_up"], wire["compression_ratio_down"]) == (8.0, 32.0)
+    assert wire["compression_ratio"] == pytest.approx(64 / 5)
+
+
+def test_a_step_is_split_into_its_phases():
+    step_s = filled().summary()["step_s"]
+    assert step_s["compute"] == 2.0 / 100
+    assert step_s["total"] == pytest.approx(0.1)
+    assert filled().summary()["samples_per_s"] == pytest.approx(16 / 0.1)
+
+
+def test_a_job_without_bytes_or_steps_divides_by_nothing():
+    board = Board(1)
+    board.add(Summary(), 0.0)
+    job = board.summary()
+    assert job["wire"]["compression_ratio"] == 0.0
+    assert job["step_s"]["total"] == 0.0

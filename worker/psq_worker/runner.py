@@ -1,0 +1,303 @@
+"""What a `psq-worker` process does: train a task, or run a user's script, and say how it goes.
+
+A script runs in this very process, as `python script.py` would run it; a `psq.torch.Worker` it
+makes finds the command line through `psq.config`. However the process ends, its workers leave the
+job first, with the reason: done, error or interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, Literal, NoReturn
+
+import click
+import torch
+
+import psq.torch
+from psq.config import Given, WorkerConfig, use_given
+from psq_worker.baseline import PlainAdam
+from psq_worker.board import Board
+from psq_worker.events import Evaluation, Event, Progress, Started, Summary, format_event
+from psq_worker.job import Job, Record, job_for
+from psq_worker.loop import Report, Stepper, train
+from psq_worker.reporter import Reporter
+from psq_worker.tasks import Task, get_task
+
+__all__ = ["run_baseline", "run_script", "run_task"]
+
+TEXT_EVERY_S: Final = 5.0
+JSON_EVERY_S: Final = 0.5
+BASELINE_RECIPE: Final = "plain torch Adam, one process"
+
+Emit = Callable[[Event], None]
+
+
+def run_task(given: Given, config: WorkerConfig) -> None:
+    """Train a task as one worker of a job, to its last step.
+
+    Raises:
+        PsqError: no such task, no server, or whatever else the worker meets.
+    """
+    with _process(config) as emit:
+        emit(Started(rank=config.rank, world_size=config.world_size, task=config.task))
+        task = _task_of(config)
+        job = _job_of(task, config)
+        model = task.model(job.seed)
+        # The loop's schedule starts from the rate that was typed: the worker must not see it twice.
+        rest = {key: value for key, value in given.values.items() if key != "lr"}
+        with use_given(Given(rest, given.file)):
+            worker = psq.torch.Worker(model, lr=job.lr_at)
+        watch = _Watch(config, emit, task=task.name, steps=job.steps, text=_description(task))
+        with worker, watch.installed():
+            job = dataclasses.replace(job, start_step=min(worker.version, job.steps))
+            train(task, model, worker, job, watch.on_record(task.metric))
+        watch.end()
+
+
+def run_script(given: Given, config: WorkerConfig, script: str, arguments: tuple[str, ...]) -> None:
+    """Run a user's program as `python script arguments` would.
+
+    Raises:
+        PsqError: whatever the script's worker meets and the script lets pass.
+        Exception: whatever else the script raises; its traceback is the user's to see.
+    """
+    with _process(config) as emit:
+        emit(Started(rank=config.rank, world_size=config.world_size, task=script))
+        watch = _Watch(config, emit, task=script, steps=0)
+        sys.argv = [script, *arguments]
+        sys.path[0] = str(Path(script).resolve().parent)
+        with use_given(given), watch.installed():
+            runpy.run_path(script, run_name="__main__")
+            psq.torch.close_workers("done")
+        watch.end()
+
+
+def run_baseline(config: WorkerConfig) -> None:
+    """Train a task by plain Adam on the batches of `config.world_size` workers together."""
+    with _process(config) as emit:
+        task = _task_of(config)
+        job = _job_of(task, config)
+        job = dataclasses.replace(job, batch_size=config.world_size * job.batch_size)
+        model = task.model(job.seed)
+        started = Started(
+            task=task.name,
+            recipe=BASELINE_RECIPE,
+            steps=job.steps,
+            numel=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            text=_description(task),
+        )
+        watch = _Watch(config, emit, task=task.name, steps=job.steps)
+        watch.reporter = Reporter(emit, started, every_s=_every_s(config), clock=time.perf_counter)
+        stepper = _Watched(PlainAdam(model, job), watch.reporter)
+        train(task, model, stepper, job, watch.on_record(task.metric))
+        watch.end()
+
+
+class _Watch:
+    """Makes a reporter at the first step, when the worker is known, and feeds it."""
+
+    def __init__(
+        self, config: WorkerConfig, emit: Emit, *, task: str, steps: int, text: str = ""
+    ) -> None:
+        self._config = config
+        self._emit = emit
+        self._task = task
+        self._steps = steps
+        self._text = text
+        self._worker: psq.torch.Worker | None = None
+        self.reporter: Reporter | None = None
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Hear of every step made within the block."""
+        psq.torch.observers.append(self._on_step)
+        try:
+            yield
+        finally:
+            psq.torch.observers.remove(self._on_step)
+
+    def on_record(self, metric: str) -> Callable[[Record], None]:
+        """What the loop calls when it has evaluated."""
+
+        def evaluated(record: Record) -> None:
+            if self.reporter is not None:
+                self.reporter.evaluated(metric, record.scores)
+
+        return evaluated
+
+    def end(self) -> None:
+        """Say the summary, if there was a step."""
+        if self.reporter is not None:
+            self._emit(self.reporter.summary())
+
+    def _on_step(
+        self,
+        worker: psq.torch.Worker,
+        report: psq.torch.StepReport,
+        loss: float | None,
+        samples: int,
+    ) -> None:
+        if self.reporter is None:
+            self._worker = worker
+            self.reporter = Reporter(
+                self._emit,
+                _started(worker, self._task, self._steps, self._text),
+                every_s=_every_s(self._config),
+                clock=time.perf_counter,
+            )
+        if worker is self._worker:  # a script with several models is shown by its first
+            self.reporter.step(report, loss, samples)
+
+
+class _Watched:
+    """A stepper whose steps are reported."""
+
+    def __init__(self, stepper: Stepper, reporter: Reporter) -> None:
+        self._stepper = stepper
+        self._reporter = reporter
+        self.rank: Final = stepper.rank
+        self.world_size: Final = stepper.world_size
+
+    def step(self, loss: float | None = None, samples: int = 0) -> Report:
+        """The stepper's step."""
+        report = self._stepper.step(loss, samples)
+        self._reporter.step(report, loss, samples)
+        return report
+
+
+def _task_of(config: WorkerConfig) -> Task:
+    if os.getcwd() not in sys.path:  # noqa: PTH109 - sys.path holds texts; a user's task lies here
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109 - as above
+    return get_task(config.task, data_dir=Path(config.data) if config.data else None)
+
+
+def _description(task: Task) -> str:
+    """What a task says about itself and its data, if it does."""
+    return str(getattr(task, "description", ""))
+
+
+def _job_of(task: Task, config: WorkerConfig) -> Job:
+    return job_for(
+        task,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        schedule=config.schedule,
+        seed=config.seed,
+        eval_every=config.eval_every,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _started(worker: psq.torch.Worker, task: str, steps: int, text: str) -> Started:
+    recipe = worker.plan.recipe
+    codecs = f"{recipe.uplink.codec} up, {recipe.downlink.kind} {recipe.downlink.codec} down"
+    return Started(
+        rank=worker.rank,
+        world_size=worker.world_size,
+        task=task,
+        recipe=f"{recipe.name} ({codecs})",
+        steps=steps,
+        numel=worker.plan.layout.numel,
+        text=text,
+    )
+
+
+def _every_s(config: WorkerConfig) -> float:
+    if config.progress_every_s is not None:
+        return config.progress_every_s
+    return TEXT_EVERY_S if config.progress == "text" else JSON_EVERY_S
+
+
+@contextlib.contextmanager
+def _process(config: WorkerConfig) -> Iterator[Emit]:
+    """Log to stderr, end politely on SIGTERM, and leave the job in any case."""
+    _log_to_stderr()
+    signal.signal(signal.SIGTERM, _end_politely)
+    try:
+        yield _emitter(config)
+    except BaseException as error:
+        psq.torch.close_workers(*_reason_of(error))
+        raise
+
+
+def _reason_of(error: BaseException) -> tuple[Literal["done", "error", "interrupted"], str]:
+    """Why a process leaves its job, and the words that go with it."""
+    match error:
+        case SystemExit(code=None | 0):
+            return "done", ""
+        case SystemExit(code=code) if code == 128 + signal.SIGTERM:
+            return "interrupted", "SIGTERM"
+        case KeyboardInterrupt():
+            return "interrupted", "Ctrl-C"
+    return "error", f"{type(error).__name__}: {error}"
+
+
+def _end_politely(number: int, frame: FrameType | None) -> NoReturn:
+    """The first SIGTERM lets the workers leave; a second one ends the process at once."""
+    del frame
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise SystemExit(128 + number)
+
+
+def _log_to_stderr() -> None:
+    """Psq's own log lines; the root logger stays the script's to configure."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    log = logging.getLogger("psq")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def _emitter(config: WorkerConfig) -> Emit:
+    """Where this process's events go, as --progress and --json say."""
+    show = {"json": _print_event, "text": _text_emitter(), "none": _drop}[config.progress]
+
+    def emit(event: Event) -> None:
+        if isinstance(event, Summary) and config.json:
+            _print_event(event)
+        else:
+            show(event)
+
+    return emit
+
+
+def _print_event(event: Event) -> None:
+    sys.stdout.write(format_event(event) + "\n")
+    sys.stdout.flush()
+
+
+def _drop(event: Event) -> None:
+    """Nothing is shown."""
+    del event
+
+
+def _text_emitter() -> Emit:
+    """Words on stderr: a line for each report."""
+    from psq_worker.display import format_seconds, plain_line  # noqa: PLC0415 - rich is not needed otherwise
+
+    board = Board(1)
+
+    def emit(event: Event) -> None:
+        alone: Any = dataclasses.replace(event, rank=0)
+        board.add(alone, time.monotonic())
+        if isinstance(event, Started) and event.numel:
+            words = f"{event.recipe}, {event.numel:,} parameters; {event.text}".rstrip("; ")
+            click.echo(f"{event.task}: {words}", err=True)
+        if isinstance(event, Progress | Evaluation):
+            click.echo(f"rank {event.rank}  {plain_line(board)}", err=True)
+        if isinstance(event, Summary):
+            click.echo(f"rank {event.rank}  done in {format_seconds(event.elapsed_s)}", err=True)
+
+    return emit
