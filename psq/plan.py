@@ -13,21 +13,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-import msgpack
-
 from psq.codec import get_codec
-from psq.errors import ConfigError, LocalError, RemotePlanError
+from psq.errors import ConfigError, LocalError, RemotePlanError, RemoteWireError
 from psq.layout import Layout, cut
 from psq.recipe import Recipe
 from psq_proto.frames import digest64
-from psq_proto.messages import MAX_PAYLOAD_BYTES
+from psq_proto.messages import MAX_PAYLOAD_BYTES, PLAN_LIMITS
+from psq_proto.packing import pack, unpack
 
 __all__ = ["MAX_TENSORS", "MAX_WORLD_SIZE", "Plan"]
 
 PLAN_FORMAT: Final = 1
 MAX_TENSORS: Final = 65_536
 MAX_DIMENSIONS: Final = 16
-MAX_NAME_CHARS: Final = 4096
 MAX_NUMEL: Final = 1 << 40
 MAX_WORLD_SIZE: Final = 4096
 
@@ -80,8 +78,7 @@ class Plan:
             "recipe": self.recipe.to_plain(),
             "tensors": [[name, list(shape)] for name, shape in self.tensors],
         }
-        packed: bytes = msgpack.packb(plain)
-        return packed
+        return pack(plain)
 
     @cached_property
     def digest(self) -> int:
@@ -137,17 +134,9 @@ class Plan:
 
 def _unpack(body: bytes | memoryview) -> Any:
     try:
-        return msgpack.unpackb(
-            body,
-            max_buffer_size=MAX_PAYLOAD_BYTES,
-            max_str_len=MAX_NAME_CHARS,
-            max_array_len=MAX_TENSORS,
-            max_map_len=64,
-            max_bin_len=0,
-            max_ext_len=0,
-        )
-    except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
-        msg = f"the plan that came is not msgpack within the limits: {error!r}"
+        return unpack(body, PLAN_LIMITS, use_list=True)
+    except RemoteWireError as error:
+        msg = f"the plan that came is not msgpack within the limits: {error}"
         raise RemotePlanError(msg) from error
 
 
@@ -182,6 +171,9 @@ def _tensor(entry: Any) -> tuple[str, tuple[int, ...]]:
 
 
 def _check_layout(plan: Plan) -> None:
+    if not plan.tensors or len({name for name, _ in plan.tensors}) != len(plan.tensors):
+        msg = f"a plan has tensors of different names, got {len(plan.tensors)} tensors"
+        raise ConfigError(msg)
     total = 0
     for name, shape in plan.tensors:
         numel = 1
