@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Final, Protocol, TypeAlias
+from typing import Final, Protocol
 
 from psq.errors import ConfigError
 from psq.kernels import reference

@@ -1,4 +1,4 @@
-"""The native levels. What each method does is defined in `reference` and `reference_optim`."""
+# The native levels. What each method does is defined in reference.py and reference_optim.py.
 
 from psq.kernels.reference import Buffer, Floats
 from psq.kernels.reference_optim import AdamCoefficients, CorrectionCoefficients

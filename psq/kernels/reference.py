@@ -30,37 +30,37 @@ as the quiet one. Missing values of the last group are 0 and get no residual.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from psq.kernels.formats import GROUP, LANES, ROWS, WHOLE, Family, Format
+from psq.kernels.quantizers import (
+    NAN,
+    SIGN_BIT,
+    TINY,
+    ZERO,
+    Floats,
+    Words,
+    centroid,
+    dequantize,
+    inverse,
+    quantize,
+    quantize_bf16,
+    quiet,
+)
 
-__all__ = ["CENTROIDS", "all_finite", "decode", "encode", "payload_finite"]
+__all__ = ["Buffer", "Floats", "all_finite", "decode", "encode", "payload_finite"]
 
-Floats: TypeAlias = NDArray[np.float32]
-Words: TypeAlias = NDArray[np.uint32]
 Buffer: TypeAlias = Any  # of bytes: ndarray, memoryview, bytearray, bytes
 
 CHUNK: Final = 8192
-TINY: Final = np.float32(2.0**-100)
-SIGN_BIT: Final = np.uint32(0x80000000)
-INFINITY: Final = np.uint32(0x7F800000)
-NAN: Final = np.uint32(0x7FC00000)
-SHIFTER: Final = np.float32(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
+WORD_BITS: Final = 32
 LARGEST_STEP: Final = np.uint32(0x7F7FFF00)
 
-CENTROIDS: Final = {
-    1: np.array([0.7979], np.float32),
-    2: np.array([0.4528, 1.5104], np.float32),
-    3: np.array([0.2451, 0.7560, 1.3439, 2.1519], np.float32),
-    4: np.array([0.1284, 0.3880, 0.6568, 0.9423, 1.2562, 1.6180, 2.0690, 2.7326], np.float32),
-}
 
-
-def encode(  # noqa: PLR0913 - the native signature: a format unpacked, then the arrays
+def encode(  # noqa: PLR0913, PLR0917 - the native signature: a format unpacked, then the arrays
     family: int,
     bits: int,
     parameter: int,
@@ -98,12 +98,12 @@ def encode(  # noqa: PLR0913 - the native signature: a format unpacked, then the
             d, live = _encode_words(form, c, out, start)
         else:
             d, live = c, np.isfinite(c)
-            out.view("<f4")[:] = _quiet(c)
+            out.view("<f4")[:] = quiet(c)
         if residual is not None:
             residual[:] = np.where(live, c - d, residual)
 
 
-def decode(  # noqa: PLR0913 - the native signature
+def decode(  # noqa: PLR0913, PLR0917 - the native signature
     family: int,
     bits: int,
     parameter: int,
@@ -143,7 +143,7 @@ def all_finite(values: Floats) -> bool:
     return bool(np.isfinite(_floats(values, "values", writable=False)).all())
 
 
-def payload_finite(  # noqa: PLR0913 - the native signature
+def payload_finite(  # noqa: PLR0913, PLR0917 - the native signature
     family: int, bits: int, parameter: int, block: int, payload: Buffer, numel: int
 ) -> bool:
     """Whether a payload of `numel` values has no scale (bf16, fp32: no value) that is NaN or Inf.
@@ -163,26 +163,32 @@ def payload_finite(  # noqa: PLR0913 - the native signature
 # ---- scales --------------------------------------------------------------------------------------
 
 
-def _encode_words(form: Format, c: Floats, out: NDArray[np.uint8], start: int) -> tuple[Any, Any]:
-    """Write scales and words; return the decoded values and which of them are live, both [n]."""
+def _encode_words(
+    form: Format, c: Floats, out: NDArray[np.uint8], start: int
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Write scales and words; return the decoded values, and which are live, both [n]."""
     numel = c.size
     if form.family == Family.BF16:
-        live = np.isfinite(c)
-        codes, d = _bf16(_rows(c))
+        codes, d = quantize_bf16(_rows(c))
         _pack(codes, form.bits, out)
-        return d.reshape(-1)[:numel], live
+        return d.reshape(-1)[:numel], np.isfinite(c)
     norm = _norm(c, form)
-    live_blocks = np.isfinite(norm)
-    live = _each_value(live_blocks, form.block, numel)
-    safe = np.where(live, c, np.float32(0))
-    norm = np.where(live_blocks, norm, np.float32(0))
-    scale = _scale(form, norm, safe)
-    index = (np.arange(-(-numel // GROUP) * GROUP, dtype=np.uint64) + start).astype(np.uint32)
-    spread = _rows(_each_value(scale, form.block, numel))
-    ruler = spread if form.family != Family.LLOYD_MAX else _rows(_each_value(norm, form.block, numel))
-    codes, d = _QUANTIZERS[form.family](form, _rows(safe), spread, ruler, index.reshape(-1, ROWS, LANES))
+    finite = np.isfinite(norm)
+    live = _each_value(finite, form.block, numel)
+    norm = np.where(finite, norm, ZERO)
+    norm = np.where(norm < TINY, ZERO, norm)
+    c = np.where(live, c, ZERO)
+    scale = _scale(form, norm, c)
+    index = np.arange(-(-numel // GROUP) * GROUP, dtype=np.uint64) + np.uint64(start)
+    codes, d = quantize(
+        form,
+        _rows(c),
+        _rows(_each_value(scale, form.block, numel)),
+        _rows(_each_value(norm, form.block, numel)),
+        index.astype(np.uint32).reshape(-1, ROWS, LANES),
+    )
     count = form.scale_count(numel)
-    out[: 4 * count].view("<f4")[:] = np.where(live_blocks, scale, NAN.view(np.float32))
+    out[: 4 * count].view("<f4")[:] = np.where(finite, scale, NAN.view(np.float32))
     _pack(codes, form.bits, out[4 * count :])
     return d.reshape(-1)[:numel], live
 
@@ -190,162 +196,48 @@ def _encode_words(form: Format, c: Floats, out: NDArray[np.uint8], start: int) -
 def _norm(c: Floats, form: Format) -> Floats:
     """Norm of each block: f32[scale_count]."""
     if form.family in (Family.LOG, Family.UNIFORM, Family.STOCHASTIC):
-        size = _pad(c.view(np.uint32) & ~SIGN_BIT, form.block or c.size)
-        return size.reshape(-1, form.block or c.size).max(axis=1).view(np.float32)
+        width = form.block or c.size
+        sizes = _pad(c.view(np.uint32) & ~SIGN_BIT, width).reshape(-1, width)
+        largest: Words = sizes.max(axis=1)
+        return largest.view(np.float32)
     if form.family == Family.SIGN and form.parameter == 1:
         return _mean(np.abs(c), form.block)
     return np.sqrt(_mean(c * c, form.block))
 
 
 def _mean(terms: Floats, block: int) -> Floats:
-    counts = np.full(-(-terms.size // block) if block else 1, block or terms.size)
-    counts[-1] = terms.size - block * (counts.size - 1)
-    return (_sum(terms, block) / counts.astype(np.float32)).astype(np.float32)
+    sums = _sum(terms, block)
+    counts = np.full(sums.size, block or terms.size, np.float32)
+    counts[-1] = terms.size - block * (sums.size - 1)
+    return sums / counts
 
 
 def _sum(terms: Floats, block: int) -> Floats:
-    """Sum of each block's terms in the order the module's docstring fixes: f32[blocks]."""
-    chunks = _pad(terms, block or CHUNK).reshape(-1, (block or CHUNK) // LANES, LANES)
+    """Sum of each block's terms in the order the module's docstring fixes: f32[scale_count]."""
+    width = block or CHUNK
+    chunks = _pad(terms, width).reshape(-1, width // LANES, LANES)
     lanes = np.zeros((chunks.shape[0], LANES), np.float32)
     for row in range(chunks.shape[1]):
         lanes += chunks[:, row]
     for half in (8, 4, 2, 1):
         lanes = lanes[:, :half] + lanes[:, half:]
-    sums = lanes[:, 0]
+    sums: Floats = lanes[:, 0]
     return sums if block else np.cumsum(sums, dtype=np.float64)[-1:].astype(np.float32)
 
 
 def _scale(form: Format, norm: Floats, c: Floats) -> Floats:
-    """From norms to what the wire carries: f32[scale_count]."""
-    zero = norm < TINY
+    """From norms, 0 or at least TINY, to what the wire carries: f32[scale_count]."""
     if form.family in (Family.UNIFORM, Family.STOCHASTIC):
-        step = (norm / np.float32((1 << (form.bits - 1)) - 1)).view(np.uint32)
+        exact: Floats = norm / np.float32((1 << (form.bits - 1)) - 1)
+        step: Words = exact.view(np.uint32)
         step = np.minimum((step + np.uint32(0xFF)) & np.uint32(0xFFFFFF00), LARGEST_STEP)
-        return np.where(zero, np.float32(0), step.view(np.float32))
+        return step.view(np.float32)
     if form.family == Family.LLOYD_MAX:
-        inverse = _each_value(_inverse(np.where(zero, np.float32(0), norm)), form.block, c.size)
-        level = _nearest_centroid(np.abs(c) * inverse, form.bits)
-        q = CENTROIDS[form.bits][level]
-        best = _sum(np.abs(c) * q, form.block) / _sum(q * q, form.block)
-        return np.where(zero, np.float32(0), best).astype(np.float32)
-    return np.where(zero, np.float32(0), norm)
-
-
-def _inverse(scale: Floats) -> Floats:
-    return np.where(scale > 0, np.float32(1) / scale, np.float32(0)).astype(np.float32)
-
-
-# ---- quantizers: (format, c, scale, ruler, index), all [groups, 32, 16], to codes and values -----
-
-
-def _sign(_form: Format, c: Floats, scale: Floats, *_: Any) -> tuple[Words, Floats]:
-    sign = c.view(np.uint32) & SIGN_BIT
-    return sign >> 31, (sign | scale.view(np.uint32)).view(np.float32)
-
-
-def _log(form: Format, c: Floats, scale: Floats, *_: Any) -> tuple[Words, Floats]:
-    k = form.parameter
-    sign = c.view(np.uint32) & SIGN_BIT
-    size = np.abs(c)
-    ratio = (size * _inverse(scale)).view(np.uint32)
-    # Half a mantissa more, and the exponent is that of the nearest power of two, ties upwards.
-    nearest = ((ratio + np.uint32(0x00400000)) >> 23).astype(np.int32) - (126 - k)
-    is_zero = (scale == 0) | (size < scale * np.float32(2.0 ** -(k + 1)))
-    level = np.where(is_zero, 0, np.maximum(nearest, 1)).astype(np.uint32)
-    code = level | sign >> (32 - form.bits)
-    return code, _log_value(form, code, scale)
-
-
-def _log_value(form: Format, code: Words, scale: Floats) -> Floats:
-    sign = (code >> (form.bits - 1)) << 31
-    level = code & np.uint32((1 << (form.bits - 1)) - 1)
-    power = np.where(level > 0, (level + np.uint32(126 - form.parameter)) << 23, 0)
-    size = power.astype(np.uint32).view(np.float32) * scale
-    return (size.view(np.uint32) ^ sign).view(np.float32)
-
-
-def _uniform(form: Format, c: Floats, step: Floats, *_: Any) -> tuple[Words, Floats]:
-    rounded = c * _inverse(step) + SHIFTER
-    code = rounded.view(np.uint32) & np.uint32((1 << form.bits) - 1)
-    return code, (rounded - SHIFTER) * step
-
-
-def _stochastic(
-    form: Format, c: Floats, step: Floats, _ruler: Floats, index: Words
-) -> tuple[Words, Floats]:
-    size = np.abs(c) * _inverse(step)
-    below = size.astype(np.int32)
-    fraction = ((size - below.astype(np.float32)) * np.float32(2**24)).astype(np.int32)
-    up = (lowbias32(index) >> 8).astype(np.int32) < fraction
-    code = np.minimum(below + up, (1 << (form.bits - 1)) - 1)
-    code = np.where(np.signbit(c), -code, code)
-    return code.astype(np.uint32) & np.uint32((1 << form.bits) - 1), code.astype(np.float32) * step
-
-
-def lowbias32(x: Words) -> Words:
-    """An integer hash: bijective, each input bit flips each output bit about half the time."""
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
-def _uniform_value(form: Format, code: Words, step: Floats) -> Floats:
-    shift = 32 - form.bits
-    return ((code << shift).view(np.int32) >> shift).astype(np.float32) * step
-
-
-def _lloyd_max(
-    form: Format, c: Floats, scale: Floats, ruler: Floats, _index: Words
-) -> tuple[Words, Floats]:
-    inverse = _inverse(np.where(ruler < TINY, np.float32(0), ruler))
-    level = _nearest_centroid(np.abs(c) * inverse, form.bits).astype(np.uint32)
-    code = level | (c.view(np.uint32) & SIGN_BIT) >> (32 - form.bits)
-    return code, _lloyd_max_value(form, code, scale)
-
-
-def _nearest_centroid(size: Floats, bits: int) -> NDArray[np.intp]:
-    points = CENTROIDS[bits]
-    midpoints = (points[:-1] + points[1:]) * np.float32(0.5)
-    return np.searchsorted(midpoints, size, side="right")
-
-
-def _lloyd_max_value(form: Format, code: Words, scale: Floats) -> Floats:
-    sign = (code >> (form.bits - 1)) << 31
-    size = CENTROIDS[form.bits][code & np.uint32((1 << (form.bits - 1)) - 1)] * scale
-    return (size.view(np.uint32) ^ sign).view(np.float32)
-
-
-def _sign_value(_form: Format, code: Words, scale: Floats) -> Floats:
-    return ((code << 31) ^ scale.view(np.uint32)).view(np.float32)
-
-
-def _bf16(c: Floats) -> tuple[Words, Floats]:
-    sign = c.view(np.uint32) & SIGN_BIT
-    size = c.view(np.uint32) ^ sign
-    even = (size >> 16) & np.uint32(1)
-    rounded = np.minimum(size + np.uint32(0x7FFF) + even, np.uint32(0x7F7FFFFF))
-    bits = np.where(size < INFINITY, sign | rounded, _quiet(c).view(np.uint32)) >> 16
-    return bits, (bits << 16).view(np.float32)
-
-
-def _quiet(c: Floats) -> Floats:
-    return np.where(np.isnan(c), NAN.view(np.float32), c)
-
-
-_QUANTIZERS: Final[dict[int, Callable[..., tuple[Words, Floats]]]] = {
-    Family.SIGN: _sign,
-    Family.LOG: _log,
-    Family.UNIFORM: _uniform,
-    Family.STOCHASTIC: _stochastic,
-    Family.LLOYD_MAX: _lloyd_max,
-}
-_VALUES: Final[dict[int, Callable[[Format, Words, Floats], Floats]]] = {
-    Family.SIGN: _sign_value,
-    Family.LOG: _log_value,
-    Family.UNIFORM: _uniform_value,
-    Family.STOCHASTIC: _uniform_value,
-    Family.LLOYD_MAX: _lloyd_max_value,
-}
+        size = np.abs(c)
+        q = centroid(size * _each_value(inverse(norm), form.block, c.size), form.bits)[1]
+        best = _sum(size * q, form.block) / _sum(q * q, form.block)
+        return np.where(norm == ZERO, ZERO, best)
+    return norm
 
 
 # ---- words ---------------------------------------------------------------------------------------
@@ -355,21 +247,21 @@ def _pack(codes: Words, bits: int, out: NDArray[np.uint8]) -> None:
     """Codes [groups, 32, 16] to words [groups, bits, 16]."""
     words = np.zeros((codes.shape[0], bits, LANES), np.uint32)
     for row in range(ROWS):
-        word, shift = divmod(row * bits, 32)
-        words[:, word] |= codes[:, row] << shift
-        if shift + bits > 32:  # noqa: PLR2004 - bits of a word
-            words[:, word + 1] |= codes[:, row] >> (32 - shift)
+        word, shift = divmod(row * bits, WORD_BITS)
+        words[:, word] |= codes[:, row] << np.uint32(shift)
+        if shift + bits > WORD_BITS:
+            words[:, word + 1] |= codes[:, row] >> np.uint32(WORD_BITS - shift)
     out.view("<u4")[:] = words.reshape(-1)
 
 
 def _unpack(payload: NDArray[np.uint8], bits: int) -> Words:
-    words = payload.view("<u4").reshape(-1, bits, LANES)
+    words = payload.view("<u4").astype(np.uint32).reshape(-1, bits, LANES)
     codes = np.empty((words.shape[0], ROWS, LANES), np.uint32)
     for row in range(ROWS):
-        word, shift = divmod(row * bits, 32)
-        codes[:, row] = words[:, word] >> shift
-        if shift + bits > 32:  # noqa: PLR2004 - bits of a word
-            codes[:, row] |= words[:, word + 1] << (32 - shift)
+        word, shift = divmod(row * bits, WORD_BITS)
+        codes[:, row] = words[:, word] >> np.uint32(shift)
+        if shift + bits > WORD_BITS:
+            codes[:, row] |= words[:, word + 1] << np.uint32(WORD_BITS - shift)
     return codes & np.uint32((1 << bits) - 1)
 
 
@@ -377,10 +269,10 @@ def _decode_words(form: Format, payload: NDArray[np.uint8], numel: int) -> Float
     count = form.scale_count(numel)
     codes = _unpack(payload[4 * count :], form.bits)
     if form.family == Family.BF16:
-        return (codes << 16).view(np.float32).reshape(-1)[:numel]
+        return (codes << np.uint32(16)).view(np.float32).reshape(-1)[:numel]
     scale = payload[: 4 * count].view("<f4").astype(np.float32)
-    spread = _rows(_each_value(scale, form.block, numel))
-    return _VALUES[form.family](form, codes, spread).reshape(-1)[:numel]
+    each = _rows(_each_value(scale, form.block, numel))
+    return dequantize(form, codes, each).reshape(-1)[:numel]
 
 
 # ---- shapes and arguments ------------------------------------------------------------------------

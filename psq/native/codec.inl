@@ -40,16 +40,19 @@ PSQ_INLINE F accumulate(F total, F c) {
 }
 
 // The norm of a block: mean |c|, root mean square, or max |c|. Not finite iff a value, or the sum, is not.
+// Fetches `ahead` values further on meanwhile: see row_code.
 template <Statistic kStatistic, bool kFeedback>
-PSQ_INLINE float norm(const float* values, const float* residual, size_t numel) {
+PSQ_OUTLINE float norm(const float* values, const float* residual, size_t numel, size_t ahead) {
   double total = 0.0;
   uint32_t largest = 0;
   for (size_t from = 0; from < numel; from += kChunk) {
     const size_t count = at_most(kChunk, numel - from), whole = count & ~size_t(15);
     const float *x = values + from, *e = residual + (kFeedback ? from : 0);
     F sums = splat(0.0f);
-    for (size_t i = 0; i < whole; i += 16)
+    for (size_t i = 0; i < whole; i += 16) {
+      __builtin_prefetch(x + i + ahead);
       sums = accumulate<kStatistic>(sums, compensated<kFeedback>(x + i, e + (kFeedback ? i : 0)));
+    }
     if (whole < count)
       sums = accumulate<kStatistic>(sums, short_row<kFeedback>(x + whole, e + (kFeedback ? whole : 0), count - whole));
     if constexpr (kStatistic == kMaxAbs) {
@@ -66,7 +69,7 @@ PSQ_INLINE float norm(const float* values, const float* residual, size_t numel) 
 
 // The least-squares scale of the chosen centroids q: <|c|, q> / <q, q>.
 template <class Q, bool kFeedback>
-PSQ_INLINE float best_scale(const Q& q, const float* values, const float* residual, size_t numel) {
+PSQ_OUTLINE float best_scale(const Q& q, const float* values, const float* residual, size_t numel) {
   double products = 0.0, squares = 0.0;
   for (size_t from = 0; from < numel; from += kChunk) {
     const size_t count = at_most(kChunk, numel - from);
@@ -95,8 +98,9 @@ constexpr bool kIsLloydMax<LloydMax<kWidth>> = true;
 
 // Makes the quantizer of a block and its scale for the wire. False: the block is not finite, its scale a NaN.
 template <class Q, bool kFeedback>
-PSQ_INLINE bool fit(Q& q, float& scale, const float* values, const float* residual, size_t numel, int32_t parameter) {
-  const float size = norm<Q::kStatistic, kFeedback>(values, residual, numel);
+PSQ_INLINE bool fit(Q& q, float& scale, const float* values, const float* residual, size_t numel, int32_t parameter,
+                    size_t ahead) {
+  const float size = norm<Q::kStatistic, kFeedback>(values, residual, numel, ahead);
   scale = float_of(kNaN);
   if (!is_finite(size)) {
     q.set(0.0f, parameter);
@@ -112,9 +116,11 @@ PSQ_INLINE bool fit(Q& q, float& scale, const float* values, const float* residu
 
 // ---- groups and words ------------------------------------------------------------------------------------------
 
-// Quantizes one row, leaves the rest in the residual.
+// Quantizes one row, leaves the rest in the residual. Memory must not idle while a block is worked on in L1: the first
+// pass fetches the next block's values, the second its residual.
 template <class Q, bool kFeedback>
-PSQ_INLINE U row_code(const Q& q, const float* values, float* residual, U index) {
+PSQ_INLINE U row_code(const Q& q, const float* values, float* residual, U index, size_t ahead) {
+  if (kFeedback) __builtin_prefetch(residual + ahead);
   const F c = compensated<kFeedback>(values, residual);
   U top;
   const F d = q.quantize(c, index, top);
@@ -137,9 +143,10 @@ struct Rows {
   float* residual;
   U index;
   int row;
+  size_t ahead;
 
   PSQ_METHOD U next() {
-    const U top = row_code<Q, kFeedback>(parts[kParts == 1 ? 0 : row >> 4], values, residual, index);
+    const U top = row_code<Q, kFeedback>(parts[kParts == 1 ? 0 : row >> 4], values, residual, index, ahead);
     values += 16;
     if (kFeedback) residual += 16;
     index = index + splat(16u);
@@ -228,51 +235,56 @@ PSQ_INLINE size_t scale_count(const PsqFormat& format, size_t numel) {
 
 PSQ_INLINE void put_scale(uint8_t* scales, size_t at, float scale) { __builtin_memcpy(scales + 4 * at, &scale, 4); }
 
+// Out of line, once for each kind: short groups come here too.
+template <class Q, int kParts, bool kFeedback>
+PSQ_OUTLINE void pack_groups(const Q* parts, const float* values, float* residual, size_t numel,
+                                           uint8_t* words, uint32_t index, size_t ahead) {
+  Q local[kParts];
+  for (int part = 0; part < kParts; ++part) local[part] = parts[part];
+  for (size_t from = 0; from < numel; from += kGroup, words += kGroupBytes<Q>) {
+    float* e = kFeedback ? residual + from : nullptr;
+    pack_group<Q, kParts, kFeedback>({local, values + from, e, splat(index + uint32_t(from)) + lanes(), 0, ahead},
+                                     words);
+  }
+}
+
 // A group that is short, or half of which is not finite: through buffers where what is missing or not live is 0, which
 // every codec encodes as code 0; only live values get a new residual.
 template <class Q, int kParts, bool kFeedback>
-__attribute__((noinline)) void pack_careful(const Q* parts, const bool* live, const float* values, float* residual,
-                                            size_t numel, uint8_t* words, uint32_t index) {
+PSQ_INLINE void pack_careful(const Q* parts, const bool* live, const float* values, float* residual, size_t numel,
+                             uint8_t* words, uint32_t index) {
   float x[kGroup] = {}, e[kGroup] = {};
   constexpr size_t kPart = kGroup / kParts;
+  size_t bytes[kParts] = {};
   for (int part = 0; part < kParts; ++part) {
     const size_t from = part * kPart;
     if (!live[part] || from >= numel) continue;
-    const size_t bytes = at_most(kPart, numel - from) * sizeof(float);
-    __builtin_memcpy(x + from, values + from, bytes);
-    if (kFeedback) __builtin_memcpy(e + from, residual + from, bytes);
+    bytes[part] = at_most(kPart, numel - from) * sizeof(float);
+    __builtin_memcpy(x + from, values + from, bytes[part]);
+    if (kFeedback) __builtin_memcpy(e + from, residual + from, bytes[part]);
   }
-  pack_group<Q, kParts, kFeedback>({parts, x, e, splat(index) + lanes(), 0}, words);
-  for (int part = 0; kFeedback && part < kParts; ++part) {
-    const size_t from = part * kPart;
-    if (!live[part] || from >= numel) continue;
-    __builtin_memcpy(residual + from, e + from, at_most(kPart, numel - from) * sizeof(float));
-  }
+  pack_groups<Q, kParts, kFeedback>(parts, x, e, kGroup, words, index, 0);
+  for (int part = 0; kFeedback && part < kParts; ++part)
+    __builtin_memcpy(residual + part * kPart, e + part * kPart, bytes[part]);
 }
 
 template <class Q, int kParts, bool kFeedback>
 PSQ_INLINE void pack_span(const Q* parts, const bool* live, const float* values, float* residual, size_t numel,
-                          uint8_t* words, uint32_t index) {
-  const bool all_live = live[0] && live[kParts - 1];
-  size_t from = 0;
-  if (all_live) {
-    Q local[kParts];
-    for (int part = 0; part < kParts; ++part) local[part] = parts[part];
-    for (; from + kGroup <= numel; from += kGroup, words += kGroupBytes<Q>)
-      pack_group<Q, kParts, kFeedback>(
-          {local, values + from, kFeedback ? residual + from : residual, splat(index + uint32_t(from)) + lanes(), 0},
-          words);
-  }
-  for (; from < numel; from += kGroup, words += kGroupBytes<Q>)
-    pack_careful<Q, kParts, kFeedback>(parts, live, values + from, kFeedback ? residual + from : residual,
+                          uint8_t* words, uint32_t index, size_t ahead) {
+  const size_t whole = live[0] && live[kParts - 1] ? numel / kGroup * kGroup : 0;
+  if (whole > 0) pack_groups<Q, kParts, kFeedback>(parts, values, residual, whole, words, index, ahead);
+  words += whole / kGroup * kGroupBytes<Q>;
+  for (size_t from = whole; from < numel; from += kGroup, words += kGroupBytes<Q>)
+    pack_careful<Q, kParts, kFeedback>(parts, live, values + from, kFeedback ? residual + from : nullptr,
                                        at_most(kGroup, numel - from), words, index + uint32_t(from));
 }
 
 template <class Q, int kParts, bool kFeedback>
-__attribute__((noinline)) void encode_segment(const PsqEncode& a) {
+PSQ_OUTLINE void encode_segment(const PsqEncode& a) {
   const size_t block = a.format.block == 0 ? a.numel : a.format.block;
   const size_t span = kParts == 1 ? block : kGroup;
   uint8_t* words = a.payload + (Q::kStatistic == kNone ? 0 : 4 * scale_count(a.format, a.numel));
+  const size_t ahead = a.format.block == 0 ? kGroup / 2 : span;
   size_t scales = 0;
   for (size_t from = 0; from < a.numel; from += span) {
     const size_t count = at_most(span, a.numel - from);
@@ -289,18 +301,26 @@ __attribute__((noinline)) void encode_segment(const PsqEncode& a) {
         float scale;
         live[part] = fit<Q, kFeedback>(parts[part], scale, a.values + from + at,
                                        kFeedback ? a.residual + from + at : nullptr, at_most(block, count - at),
-                                       a.format.parameter);
+                                       a.format.parameter, ahead);
         put_scale(a.payload, scales++, scale);
       }
     }
     pack_span<Q, kParts, kFeedback>(parts, live, a.values + from, kFeedback ? a.residual + from : nullptr, count,
-                                    words, a.start + uint32_t(from));
+                                    words, a.start + uint32_t(from), ahead);
     words += (count + kGroup - 1) / kGroup * kGroupBytes<Q>;
   }
 }
 
 template <class Q, int kParts, bool kAdd>
-__attribute__((noinline)) void decode_segment(const PsqDecode& a) {
+PSQ_OUTLINE void unpack_groups(const Q* parts, const uint8_t* words, float* out, size_t numel) {
+  Q local[kParts];
+  for (int part = 0; part < kParts; ++part) local[part] = parts[part];
+  for (size_t from = 0; from < numel; from += kGroup, words += kGroupBytes<Q>)
+    unpack_group<Q, kParts, kAdd>({local, out + from, 0}, words);
+}
+
+template <class Q, int kParts, bool kAdd>
+PSQ_OUTLINE void decode_segment(const PsqDecode& a) {
   const size_t block = a.format.block == 0 ? a.numel : a.format.block;
   const size_t span = kParts == 1 ? block : kGroup;
   const uint8_t* words = a.payload + (Q::kStatistic == kNone ? 0 : 4 * scale_count(a.format, a.numel));
@@ -317,14 +337,15 @@ __attribute__((noinline)) void decode_segment(const PsqDecode& a) {
       parts[part].restore(scale, a.format.parameter);
     }
     float* out = a.out + from;
-    size_t at = 0;
-    for (; at + kGroup <= count; at += kGroup, words += kGroupBytes<Q>)
-      unpack_group<Q, kParts, kAdd>({parts, out + at, 0}, words);
-    if (at == count) continue;
+    const size_t whole = count / kGroup * kGroup;
+    if (whole > 0) unpack_groups<Q, kParts, kAdd>(parts, words, out, whole);
+    words += whole / kGroup * kGroupBytes<Q>;
+    if (whole == count) continue;
     float last[kGroup] = {};
-    if (kAdd) __builtin_memcpy(last, out + at, (count - at) * sizeof(float));
-    unpack_group<Q, kParts, kAdd>({parts, last, 0}, words);
-    __builtin_memcpy(out + at, last, (count - at) * sizeof(float));
+    const size_t bytes = (count - whole) * sizeof(float);
+    if (kAdd) __builtin_memcpy(last, out + whole, bytes);
+    unpack_groups<Q, kParts, kAdd>(parts, words, last, kGroup);
+    __builtin_memcpy(out + whole, last, bytes);
     words += kGroupBytes<Q>;
   }
 }
@@ -426,7 +447,7 @@ void codec_decode(const PsqDecode& a) {
 bool all_finite_f32(const uint8_t* values, size_t numel) {
   const float* x = (const float*)values;
   for (size_t from = 0; from < numel; from += kChunk) {
-    const float largest = norm<kMaxAbs, false>(x + from, nullptr, at_most(kChunk, numel - from));
+    const float largest = norm<kMaxAbs, false>(x + from, nullptr, at_most(kChunk, numel - from), 0);
     if (!is_finite(largest)) return false;
   }
   return true;

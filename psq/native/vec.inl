@@ -5,6 +5,12 @@
 
 #define PSQ_INLINE static inline __attribute__((always_inline))
 #define PSQ_METHOD inline __attribute__((always_inline))
+// One copy of a function for all its callers.
+#ifdef __clang__
+#define PSQ_OUTLINE static __attribute__((noinline))
+#else
+#define PSQ_OUTLINE static __attribute__((noinline, noclone))
+#endif
 // Before a loop over rows: the compiler would unroll it whole, for three times the code and no speed.
 #ifdef __clang__
 #define PSQ_ROLLED _Pragma("clang loop unroll(disable)")
@@ -174,11 +180,11 @@ PSQ_INLINE bool is_finite(float value) { return (bits_of(value) & 0x7f800000u) !
 
 // Lanes to one value by halving: lane i takes lane i + 8, then i + 4, i + 2, i + 1. This order is part of the formats.
 PSQ_INLINE float sum(F row) {
-  float lanes[16];
-  put(lanes, row);
-  for (int half = 8; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0];
+  float a[16];
+  put(a, row);
+  for (int i = 0; i < 8; ++i) a[i] += a[i + 8];
+  for (int i = 0; i < 4; ++i) a[i] += a[i + 4];
+  return (a[0] + a[2]) + (a[1] + a[3]);
 }
 PSQ_INLINE int32_t maximum(I row) {
   int32_t lanes[16];
