@@ -1,48 +1,44 @@
-"""What a process tells Prometheus: names, units and meanings, written once for servers and workers.
+"""What a process tells Prometheus: names, units and meanings, once for servers and workers.
 
 Two kinds of numbers. Durations are observed where they are measured (`observe_step`,
 `observe_phase`); everything else is a plain count that its owner keeps anyway, read through one
-callable at the moment of a scrape, so counting costs the hot path nothing. Each `Metrics` has a
-registry of its own: nothing is shared between two in one process, and the library's default
-collectors (which would name this process's files and threads) stay out.
+callable at the moment of a scrape. So counting costs the hot path next to nothing, and
+prometheus_client, whose import is a fifth of a server's start, is needed only when somebody asks.
+The library's default collectors (which name this process's files and threads) stay out.
 
 Never here: sockets. `psq_server.health` serves what `exposition` returns.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from itertools import accumulate
+from typing import TYPE_CHECKING, Final
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
 __all__ = ["CONTENT_TYPE", "PHASES", "Metrics", "Totals"]
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 PHASES: Final = (
-    "compute",
-    "encode",
-    "wire",
-    "server",
-    "decode",
-    "wait",
-    "receive",
-    "reduce",
-    "send",
+    *("compute", "encode", "wire", "server", "decode"),
+    *("wait", "receive", "reduce", "send"),
 )
-"""Worker: compute to decode. Server: wait (for frames), receive, reduce, send."""
-_BUCKETS_S: Final = (
+"""Of a worker's step the first five, of a server's round the last four (wait: for frames)."""
+BUCKETS_S: Final = (
     *(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
     *(1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
 )
+"""Upper bounds of the histograms' buckets; one more holds what is longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """The counts at one moment; what a role does not have stays at its default and is still shown.
+    """The counts at one moment; what a role does not have keeps its default and is still shown.
 
     Attributes:
         sent_bytes, received_bytes: on the wire, with headers.
@@ -69,33 +65,20 @@ class Totals:
 
 
 class Metrics:
-    """The metrics of one process.
+    """The metrics of one process; nothing is shared between two in one process.
 
     Args:
         role: "server" or "worker".
         version: of the package.
         kernel: the live kernel level.
-        read: gives the present counts; called from the thread that serves a scrape, so it must not
-            block.
+        read: gives the present counts; called in the thread that serves a scrape: must not block.
     """
 
     def __init__(self, *, role: str, version: str, kernel: str, read: Callable[[], Totals]) -> None:
-        self.registry = CollectorRegistry(auto_describe=False)
-        self.registry.register(_TotalsCollector(role, version, kernel, read))
-        self._step = Histogram(
-            "psq_step_seconds",
-            "Time from one committed round (server) or step (worker) to the next",
-            registry=self.registry,
-            buckets=_BUCKETS_S,
-        )
-        self._phase = Histogram(
-            "psq_phase_seconds",
-            "Time of each round or step spent in one phase",
-            ["phase"],
-            registry=self.registry,
-            buckets=_BUCKETS_S,
-        )
-        self._phases = {phase: self._phase.labels(phase) for phase in PHASES}
+        self._build = {"role": role, "version": version, "kernel": kernel}
+        self._read = read
+        self._step = _Histogram()
+        self._phases = {phase: _Histogram() for phase in PHASES}
 
     def observe_step(self, duration_s: float) -> None:
         """A round or step has ended that took this long."""
@@ -105,57 +88,89 @@ class Metrics:
         """One round or step spent this long in `phase`, one of PHASES."""
         self._phases[phase].observe(duration_s)
 
+    def registry(self) -> CollectorRegistry:
+        """A registry of these metrics alone, for whoever serves several."""
+        from prometheus_client import CollectorRegistry  # noqa: PLC0415 - see the module's docstring
+
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self)
+        return registry
+
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format (`CONTENT_TYPE`)."""
-        return generate_latest(self.registry)
+        from prometheus_client import generate_latest  # noqa: PLC0415 - as above
 
-
-class _TotalsCollector(Collector):
-    """Makes metric families of a `Totals` at each scrape."""
-
-    def __init__(self, role: str, version: str, kernel: str, read: Callable[[], Totals]) -> None:
-        self._build = {"role": role, "version": version, "kernel": kernel}
-        self._read = read
+        return generate_latest(self.registry())
 
     def collect(self) -> Iterator[Metric]:
-        totals = self._read()
-        build = GaugeMetricFamily(
-            "psq_build_info", "What runs here: always 1", labels=list(self._build)
-        )
-        build.add_metric(list(self._build.values()), 1)
-        yield build
-        yield _counter(
-            "psq_wire_bytes",
-            "Bytes on the wire, headers counted",
-            "direction",
-            {"sent": totals.sent_bytes, "received": totals.received_bytes},
-        )
-        yield CounterMetricFamily("psq_rounds", "Committed rounds", totals.rounds)
-        yield _counter("psq_pushes", "Pushes by what became of them", "outcome", totals.pushes)
-        yield CounterMetricFamily(
-            "psq_skipped", "Contributions of nothing (gradient not finite)", totals.skipped
-        )
-        yield GaugeMetricFamily(
-            "psq_version", "Version of the weights; -1 before the first", totals.version
-        )
-        workers = GaugeMetricFamily("psq_workers", "Ranks by state", labels=["state"])
-        for state, count in totals.workers.items():
-            workers.add_metric([state], count)
-        yield workers
-        yield GaugeMetricFamily("psq_waiting_seconds", "Age of the present wait", totals.waiting_s)
-        yield GaugeMetricFamily(
-            "psq_staleness_steps",
-            "Rounds by which the weights in use are behind",
-            totals.staleness_steps,
-        )
-        yield GaugeMetricFamily(
-            "psq_insecure",
-            "1 when other machines are served without encryption",
-            int(totals.insecure),
-        )
+        """The metric families, as prometheus_client asks for them."""
+        yield from _families(self._build, self._read())
+        step = _family("psq_step_seconds", "Time from one committed round or step to the next", [])
+        self._step.add_to(step, [])
+        yield step
+        phase = _family("psq_phase_seconds", "Time of a round or step in one phase", ["phase"])
+        for name, histogram in self._phases.items():
+            if histogram.count:
+                histogram.add_to(phase, [name])
+        yield phase
+
+
+class _Histogram:
+    """Counts by duration, and their sum."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BUCKETS_S) + 1)
+        self._sum_s = 0.0
+
+    @property
+    def count(self) -> int:
+        return sum(self._counts)
+
+    def observe(self, duration_s: float) -> None:
+        self._counts[bisect_left(BUCKETS_S, duration_s)] += 1
+        self._sum_s += duration_s
+
+    def add_to(self, family: HistogramMetricFamily, labels: list[str]) -> None:
+        bounds = [*(f"{bound:g}" for bound in BUCKETS_S), "+Inf"]
+        cumulative = [float(count) for count in accumulate(self._counts)]
+        family.add_metric(labels, list(zip(bounds, cumulative, strict=True)), self._sum_s)
+
+
+def _family(name: str, text: str, labels: list[str]) -> HistogramMetricFamily:
+    from prometheus_client.core import HistogramMetricFamily  # noqa: PLC0415 - as above
+
+    return HistogramMetricFamily(name, text, labels=labels)
+
+
+def _families(build: Mapping[str, str], totals: Totals) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # noqa: PLC0415
+
+    info = GaugeMetricFamily("psq_build_info", "What runs here: always 1", labels=list(build))
+    info.add_metric(list(build.values()), 1)
+    yield info
+    directions = {"sent": totals.sent_bytes, "received": totals.received_bytes}
+    yield _counter("psq_wire_bytes", "Bytes on the wire with headers", "direction", directions)
+    yield CounterMetricFamily("psq_rounds", "Committed rounds", totals.rounds)
+    yield _counter("psq_pushes", "Pushes by what became of them", "outcome", totals.pushes)
+    yield CounterMetricFamily(
+        "psq_skipped", "Contributions of nothing: gradient not finite", totals.skipped
+    )
+    workers = GaugeMetricFamily("psq_workers", "Ranks by state", labels=["state"])
+    for state, count in totals.workers.items():
+        workers.add_metric([state], count)
+    yield workers
+    for name, text, value in (
+        ("psq_version", "Version of the weights; -1 before the first", totals.version),
+        ("psq_waiting_seconds", "Age of the present wait", totals.waiting_s),
+        ("psq_staleness_steps", "Rounds the weights in use are behind", totals.staleness_steps),
+        ("psq_insecure", "1: other machines are served in the clear", int(totals.insecure)),
+    ):
+        yield GaugeMetricFamily(name, text, value)
 
 
 def _counter(name: str, text: str, label: str, counts: Mapping[str, int]) -> CounterMetricFamily:
+    from prometheus_client.core import CounterMetricFamily  # noqa: PLC0415 - as above
+
     family = CounterMetricFamily(name, text, labels=[label])
     for value, count in counts.items():
         family.add_metric([value], count)

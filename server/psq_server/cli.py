@@ -29,9 +29,10 @@ from psq.link import ServerLink
 from psq.metrics import CONTENT_TYPE, Metrics, Totals
 from psq.process import watch_parent
 from psq.recipe import preset
-from psq_server.health import Health, HealthServer, Page, health_page
+from psq_server.health import Health, HealthServer, health_page
 from psq_server.line_log import LineLog
 from psq_server.loop import Ending, Loop
+from psq_server.page import Page
 from psq_server.saving import check_writable
 from psq_server.signals import Signals
 from psq_server.state import ServerState, Settings
