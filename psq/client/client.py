@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Final, Literal
 
@@ -27,7 +28,7 @@ from psq.client.machine import Hooks, Machine
 from psq.client.pulse import Pulse
 from psq.client.round import RoundResult
 from psq.client.waits import Patience, Wait
-from psq.errors import GaveUpError
+from psq.errors import GaveUpError, PsqError
 from psq.link import WorkerLink
 from psq.plan import Plan
 from psq_proto.messages import NONE, Leave, MessageType, clip_text
@@ -179,10 +180,11 @@ class Client:
         with self._lock:
             try:
                 self._machine.leave(Leave(reason, clip_text(text)))
-                if hurried:
-                    self._flush()
-                else:
+                if not hurried:
                     self._say_goodbye()
+                else:
+                    with suppress(PsqError):  # an interrupt may have left anything half done
+                        self._flush()
             finally:
                 self._link.close(HURRIED_LINGER_S if hurried else None)
 

@@ -376,7 +376,7 @@ class Machine:
         if self.round is not None:
             self.round.old_answers = 0
             if welcome.last_applied >= self.round.number:
-                self.round.outcome = "applied"
+                self._applied(self.round, 0.0)
 
     def _on_status(self, status: Status) -> None:
         self._status = status
@@ -405,7 +405,7 @@ class Machine:
         if status.round > current.number:
             # It closed with this worker's contribution in it, as every round does: only the
             # verdict was lost.
-            current.outcome = "applied"
+            self._applied(current, 0.0)
         elif current.outcome is None and status.missing and not self._outbox:
             self._send_again(current, status)
 
@@ -428,8 +428,7 @@ class Machine:
         if current is None or seq != current.number or current.outcome is not None:
             return
         if verdict.outcome == "applied":
-            current.outcome, current.server_s = "applied", verdict.server_s
-            self._resolved = seq
+            self._applied(current, verdict.server_s)
             return
         if current.skipped:
             if current.refusal:
@@ -441,6 +440,12 @@ class Machine:
         self._outbox.clear()
         self._hooks.restore()
         self.skip()
+
+    def _applied(self, current: Round, server_s: float) -> None:
+        """What this round said counted; the first to say so is believed."""
+        if current.outcome is None:
+            current.outcome, current.server_s = "applied", server_s
+            self._resolved = current.number
 
     def _on_error(self, error: Error) -> None:
         if error.code == ErrorCode.WIRE:

@@ -1,0 +1,15 @@
+"""psq for PyTorch: a `Worker` takes the place of the optimizer in an ordinary training loop.
+
+>>> ps = psq.torch.Worker(model, lr=1e-3)  # doctest: +SKIP
+>>> for x, y in loader:  # doctest: +SKIP
+...     loss_fn(model(x), y).backward()
+...     ps.step()
+
+`observers` is a list of functions called after each step of every worker in this process, as
+observer(worker, report, loss, samples).
+"""
+
+from psq.torch.report import StepReport
+from psq.torch.worker import Worker, close_workers, observers
+
+__all__ = ["StepReport", "Worker", "close_workers", "observers"]

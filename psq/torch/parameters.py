@@ -1,0 +1,289 @@
+"""A model's parameters as shards of float32 memory, without flattening or copying them.
+
+    shard 0   [ conv1.weight | conv1.bias | fc.weight[:8192] ]
+    shard 1   [ fc.weight[8192:] | fc.bias ]
+
+Each segment is a slice of a NumPy view of the tensor's own memory, so gradients are encoded, and
+weights decoded, where they lie. A tensor that has no such view (on a GPU, or not contiguous) goes
+through a buffer of its own: gradients are copied there before encoding; for weights the buffer
+holds what the replica is, and is copied into the parameter after decoding.
+
+Views are kept between steps. A gradient's view is good as long as the gradient is the same memory,
+which is checked each step; a parameter's memory must not change at all, and that is checked too,
+because weights decoded into memory that the model no longer uses would be lost without a word.
+
+NumPy writes are invisible to autograd, so `publish` tells it: a graph built from the old weights
+then fails loudly in backward instead of giving a wrong gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from psq import kernels
+from psq.errors import ConfigError, UsageError
+from psq.layout import PART_NUMEL, Layout
+
+__all__ = ["ParameterTable"]
+
+Floats: TypeAlias = NDArray[np.float32]
+
+_NO_GRADIENT: Final = 0  # no tensor with values lies at address 0
+_STAGED: Final = -1
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One parameter.
+
+    Attributes:
+        name, parameter: as `named_parameters` gives them.
+        owner, attribute: where the model keeps it, to notice when another takes its place.
+        address: of its memory, to notice when that moves.
+        weights: f32[numel]: its own memory, or `stage`'s.
+        stage: the buffer of a parameter that has no view, in the parameter's shape.
+        places: (shard, segment, slice of the tensor) of each segment it has.
+        gradient: f32[numel] of this step.
+        source: the address of the memory that `gradient` shows, or _NO_GRADIENT or _STAGED.
+        gradient_stage: like `stage`.
+        fleeting: its gradient tensor is another one each step, so no view of it is kept.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    owner: nn.Module
+    attribute: str
+    address: int
+    weights: Floats
+    stage: Tensor | None
+    places: list[tuple[int, int, slice]] = field(default_factory=list)
+    gradient: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    source: int = _NO_GRADIENT
+    gradient_stage: Tensor | None = None
+    fleeting: bool = False
+
+
+class ParameterTable:
+    """The trainable parameters of a model, each once, however often the model uses it.
+
+    Raises:
+        ConfigError: a parameter psq cannot train: half precision, not initialized, or no parameter
+            at all; the message names it and says what to do.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._slots = [_make_slot(model, name, p) for name, p in _trainable(model)]
+        if not self._slots:
+            msg = (
+                "the model has no parameters that require grad: nothing to train; "
+                "make the Worker after building the model and before freezing parts of it"
+            )
+            raise ConfigError(msg)
+        self._zeros: Floats = np.zeros(0, np.float32)
+        self._weights: list[list[Floats]] = []
+        self._gradients: list[list[Floats]] = []
+        self._devices = {s.parameter.device for s in self._slots if s.parameter.is_cuda}
+
+    @property
+    def specs(self) -> list[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of each parameter, for the plan."""
+        return [(slot.name, tuple(slot.parameter.shape)) for slot in self._slots]
+
+    def bind(self, layout: Layout) -> None:
+        """Cut the parameters as the plan says."""
+        for shard in layout.shards:
+            self._weights.append([])
+            self._gradients.append([])
+            for index, segment in enumerate(shard.segments):
+                slot = self._slots[segment.tensor]
+                part = slice(segment.start, segment.start + segment.numel)
+                slot.places.append((shard.index, index, part))
+                self._weights[-1].append(slot.weights[part])
+                self._gradients[-1].append(slot.weights[part])  # a placeholder, until `refresh`
+
+    def weights(self, shard: int) -> list[Floats]:
+        """f32[segment.numel] per segment: where to decode to."""
+        return self._weights[shard]
+
+    def gradients(self, shard: int) -> list[Floats]:
+        """f32[segment.numel] per segment, as of the last `refresh`."""
+        return self._gradients[shard]
+
+    def flat_weights(self, shard: int) -> Floats:
+        """A copy of a shard's weights, f32[shard.numel]."""
+        return np.concatenate(self._weights[shard])
+
+    def write_part(self, shard: int, part: int, values: Floats) -> None:
+        """Set the shard's values [part * PART_NUMEL, ...) to these."""
+        start = part * PART_NUMEL
+        for segment in self._weights[shard]:
+            if start < segment.size and values.size:
+                taken = segment[start : start + values.size]
+                taken[:] = values[: taken.size]
+                values = values[taken.size :]
+                start += taken.size
+            start -= segment.size
+
+    def refresh(self) -> int:
+        """Look at the model again: its gradients, and whether its parameters are still there.
+
+        Returns:
+            How many parameters have a gradient; the others count as zero.
+
+        Raises:
+            UsageError: a parameter was replaced or moved, or a gradient is sparse.
+        """
+        present = 0
+        for slot in self._slots:
+            _check_in_place(slot)
+            grad = slot.parameter.grad
+            if grad is None:
+                self._show(slot, _NO_GRADIENT, None)
+                continue
+            present += 1
+            if grad.layout != torch.strided:
+                msg = (
+                    f"the gradient of {slot.name!r} is sparse ({grad.layout}): psq sends dense "
+                    "gradients; make the layer with sparse=False"
+                )
+                raise UsageError(msg)
+            if _has_view(grad):
+                self._show(slot, grad.data_ptr(), grad)
+            else:
+                _copy_to_stage(slot, grad)
+                self._show(slot, _STAGED, slot.gradient_stage)
+        for device in self._devices:
+            torch.cuda.synchronize(device)
+        return present
+
+    def not_finite(self) -> str:
+        """The first parameter whose gradient holds NaN or Inf; empty when none does."""
+        for slot in self._slots:
+            if slot.source != _NO_GRADIENT and not kernels.all_finite(slot.gradient):
+                return slot.name
+        return ""
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Weights were decoded: copy what went through a buffer, and let autograd know."""
+        for slot in self._slots:
+            if slot.stage is None:
+                increment_version(slot.parameter)
+            else:
+                slot.parameter.copy_(slot.stage, non_blocking=True)
+
+    @torch.no_grad()
+    def zero_gradients(self) -> None:
+        """Zero the gradients in place, so that their memory (and our views of it) stay."""
+        for slot in self._slots:
+            grad = slot.parameter.grad
+            if grad is not None:
+                grad.detach_()
+                grad.zero_()
+            if slot.fleeting:
+                self._show(slot, _NO_GRADIENT, None)
+
+    def _show(self, slot: _Slot, source: int, tensor: Tensor | None) -> None:
+        """Make the slot's segments views of `tensor`, unless they are already."""
+        if slot.gradient.size and source == slot.source:
+            return
+        slot.fleeting = slot.fleeting or (slot.source > 0 and source > 0)
+        if tensor is None:
+            slot.gradient = self._zeros_of(slot.weights.size)
+        else:
+            slot.gradient = _flat_view(tensor)
+        slot.source = source
+        for shard, index, part in slot.places:
+            self._gradients[shard][index] = slot.gradient[part]
+
+    def _zeros_of(self, numel: int) -> Floats:
+        if self._zeros.size < numel:
+            self._zeros = np.zeros(max(s.weights.size for s in self._slots), np.float32)
+        return self._zeros[:numel]
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            msg = f"parameter {name!r} is not initialized yet: run one forward pass first"
+            raise ConfigError(msg)
+        if parameter.requires_grad:
+            _check_trainable(name, parameter)
+            yield name, parameter
+
+
+def _check_trainable(name: str, parameter: nn.Parameter) -> None:
+    if parameter.dtype != torch.float32:
+        advice = "keep the parameters in float32 (model.float())"
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            advice += " and compute in half precision with torch.autocast"
+        msg = f"parameter {name!r} is {parameter.dtype}, psq trains torch.float32: {advice}"
+        raise ConfigError(msg)
+    if parameter.is_meta:
+        msg = f"parameter {name!r} is on the meta device and has no values: materialize it first"
+        raise ConfigError(msg)
+    if parameter.layout != torch.strided or type(parameter.data) is not Tensor:
+        msg = (
+            f"parameter {name!r} is a {type(parameter.data).__name__} with layout "
+            f"{parameter.layout}: psq trains plain dense tensors"
+        )
+        raise ConfigError(msg)
+
+
+def _make_slot(model: nn.Module, name: str, parameter: nn.Parameter) -> _Slot:
+    path, _, attribute = name.rpartition(".")
+    stage = None
+    if _has_view(parameter):
+        weights = _flat_view(parameter)
+    else:
+        stage = _new_stage(parameter)
+        with torch.no_grad():
+            stage.copy_(parameter)
+        weights = _flat_view(stage)
+    owner = model.get_submodule(path)
+    return _Slot(name, parameter, owner, attribute, parameter.data_ptr(), weights, stage)
+
+
+def _has_view(tensor: Tensor) -> bool:
+    """Whether the tensor's memory is f32 values in order, in this process's own address space."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
+
+
+def _flat_view(tensor: Tensor) -> Floats:
+    return tensor.detach().view(-1).numpy()
+
+
+def _new_stage(like: Tensor) -> Tensor:
+    """A CPU buffer in the shape of `like`, pinned where that makes the copies faster."""
+    return torch.empty(like.shape, dtype=torch.float32, pin_memory=like.is_cuda)
+
+
+@torch.no_grad()
+def _copy_to_stage(slot: _Slot, grad: Tensor) -> None:
+    if slot.gradient_stage is None:
+        slot.gradient_stage = _new_stage(grad)
+    slot.gradient_stage.copy_(grad, non_blocking=True)
+
+
+def _check_in_place(slot: _Slot) -> None:
+    current = slot.owner._parameters.get(slot.attribute)  # noqa: SLF001 - torch has no other cheap way
+    if current is not slot.parameter:
+        msg = (
+            f"parameter {slot.name!r} was replaced after the Worker was made: "
+            "the server trains the old one; make the Worker after the model is complete"
+        )
+        raise UsageError(msg)
+    if slot.parameter.data_ptr() != slot.address or slot.parameter.numel() != slot.weights.size:
+        msg = (
+            f"the memory of parameter {slot.name!r} moved after the Worker was made "
+            "(model.to(), .data = ... or a resize): make the Worker after that"
+        )
+        raise UsageError(msg)

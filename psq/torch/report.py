@@ -1,0 +1,41 @@
+"""What one step did and where its time went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["StepReport"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One call of `Worker.step`.
+
+    Attributes:
+        step: the round this step was, from 0: the version of the weights it started from.
+        version: the version of the weights now.
+        applied: this worker's gradient counted.
+        reason: why it did not ("" when applied): the gradient was not finite, the server rejected
+            it, or it was only accumulated.
+        lr: the learning rate asked for.
+        compute_s: the user's own time: since the step before returned.
+        encode_s: from gradients to payloads handed to the link.
+        wire_s: waiting, for the network and for the other workers.
+        server_s: the server's own work on the round, as it reports it.
+        decode_s: from payloads to weights.
+        sent_bytes: on the wire since the step before, headers and heartbeats included.
+        received_bytes: likewise.
+    """
+
+    step: int
+    version: int
+    applied: bool
+    reason: str = ""
+    lr: float = 0.0
+    compute_s: float = 0.0
+    encode_s: float = 0.0
+    wire_s: float = 0.0
+    server_s: float = 0.0
+    decode_s: float = 0.0
+    sent_bytes: int = 0
+    received_bytes: int = 0
