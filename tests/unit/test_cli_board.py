@@ -53,10 +53,21 @@ def test_a_rank_outside_the_job_is_ignored():
 
 def test_a_rate_is_that_of_the_time_between_two_words():
     board = Board(1)
-    board.add(progress(step=1, samples=100, elapsed_s=1.0), 0.0)
-    assert board.samples_per_s == 100.0
-    board.add(progress(step=2, samples=400, elapsed_s=2.0), 0.0)
+    board.add(progress(step=1, samples=100, elapsed_s=0.001), 0.0)
+    assert board.samples_per_s == 0.0
+    board.add(progress(step=2, samples=200, elapsed_s=1.001), 0.0)
+    assert board.samples_per_s == pytest.approx(100.0)
+    board.add(progress(step=3, samples=500, elapsed_s=2.001), 0.0)
     assert 100.0 < board.samples_per_s < 300.0
+
+
+def test_a_worker_waits_until_it_speaks_again():
+    board = Board(2)
+    board.add(progress(1), 0.0)
+    board.waits(1, "waiting for rank 0 for 5 s")
+    assert board.ranks[1].state(5.0) == "waiting for rank 0 for 5 s"
+    board.add(progress(1, 11), 5.0)
+    assert board.ranks[1].state(5.0) == "training"
 
 
 def test_saved_bytes_are_what_fp32_both_ways_would_have_taken_more():
@@ -72,7 +83,7 @@ def test_saved_bytes_are_what_fp32_both_ways_would_have_taken_more():
         ([Started()], 1.0, "joining"),
         ([Started()], 9.0, "joining 9 s"),
         ([progress()], 1.0, "training"),
-        ([progress()], 12.4, "waiting 12 s"),
+        ([progress()], 12.4, "quiet 12 s"),
         ([progress(), summary()], 60.0, "done"),
     ],
 )

@@ -13,7 +13,8 @@ from psq_worker.events import PHASES, Evaluation, Event, Progress, Started, Summ
 __all__ = ["FP32_BITS", "Board", "Point", "RankState"]
 
 FP32_BITS: Final = 32
-QUIET_AFTER_S: Final = 2.0  # a worker silent for longer is shown as waiting
+QUIET_AFTER_S: Final = 2.0  # a worker silent for longer is shown as quiet
+NEW_RATE_WEIGHT: Final = 0.3  # of the newest in the running mean of samples per second
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Point:
 
 @dataclass(slots=True)
 class RankState:
-    """One worker as it was last heard of."""
+    """One worker as it was last heard of; `wait` is what it said it waits for."""
 
     rank: int
     progress: Progress = field(default_factory=Progress)
@@ -37,7 +38,7 @@ class RankState:
     summary: Summary | None = None
     samples_per_s: float = 0.0
     heard_s: float | None = None
-    words: str = ""
+    wait: str = ""
 
     def state(self, now_s: float) -> str:
         """In a word or two: what it does now."""
@@ -46,15 +47,22 @@ class RankState:
         if self.heard_s is None:
             return "starting"
         quiet_s = now_s - self.heard_s
-        if self.progress.step == 0:
-            return "joining" if quiet_s < QUIET_AFTER_S else f"joining {quiet_s:.0f} s"
-        return "training" if quiet_s < QUIET_AFTER_S else f"waiting {quiet_s:.0f} s"
+        busy = self.progress.doing if self.progress.step else "joining"
+        quiet = "quiet" if busy == "training" else busy
+        return self.wait or (busy if quiet_s < QUIET_AFTER_S else f"{quiet} {quiet_s:.0f} s")
 
 
 class Board:
-    """All workers of a job (or the one process of a baseline)."""
+    """All workers of a job.
 
-    def __init__(self, world_size: int) -> None:
+    Args:
+        world_size: how many there are.
+        alone: there is one process that sends nothing: the bytes it reports are what dense fp32
+            would take.
+    """
+
+    def __init__(self, world_size: int, *, alone: bool = False) -> None:
+        self.alone = alone
         self.ranks = [RankState(rank) for rank in range(world_size)]
         self.points: list[Point] = []
         self.evaluations: list[Evaluation] = []
@@ -64,7 +72,7 @@ class Board:
         if not 0 <= event.rank < len(self.ranks):
             return
         state = self.ranks[event.rank]
-        state.heard_s = now_s
+        state.heard_s, state.wait = now_s, ""
         match event:
             case Started():
                 state.started = event
@@ -74,6 +82,10 @@ class Board:
                 self.evaluations.append(event)
             case Summary():
                 state.summary = event
+
+    def waits(self, rank: int, words: str) -> None:
+        """A worker said whom it waits for; its next event ends that."""
+        self.ranks[rank].wait = words
 
     @property
     def steps(self) -> int:
@@ -134,9 +146,10 @@ class Board:
         old = state.progress
         state.progress = event
         seconds = event.elapsed_s - old.elapsed_s
-        if seconds > 0:
+        if old.step and seconds > 0:  # the first step's time is not known
             rate = (event.samples - old.samples) / seconds
-            state.samples_per_s += (rate - state.samples_per_s) * (0.3 if old.step else 1.0)
+            weight = NEW_RATE_WEIGHT if state.samples_per_s else 1.0
+            state.samples_per_s += weight * (rate - state.samples_per_s)
         if event.loss is not None and event.step > old.step:
             made = event.step - old.step
             self.points.append(Point(event.rank, event.step, made, event.loss, event.sent_bytes))

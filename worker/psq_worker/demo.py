@@ -57,7 +57,7 @@ def run_demo(told: WorkerConfig, *, output: str, words: tuple[str, ...], as_json
     console.print()
     console.print(comparison_table(numbers["psq"], numbers["baseline"]))
     console.print(_verdict(numbers))
-    console.print(f"\nPicture: {picture}\nNumbers: {folder / NUMBERS}", soft_wrap=True)
+    console.print(f"\nPicture: {picture}\nNumbers: {(folder / NUMBERS).resolve()}", soft_wrap=True)
 
 
 def _run_psq(told: WorkerConfig, words: tuple[str, ...]) -> Board:
@@ -128,8 +128,8 @@ def _draw(path: Path, ours: dict[str, Any], psq: Board, baseline: Board) -> str:
     title = f"{ours['task']}: psq with {ours['workers']} workers, beside plain fp32 Adam"
     subtitle = (
         f"recipe {ours['recipe']}, {ours['numel']:,} parameters, "
-        f"{wire['bits_per_parameter_up']:.2f} bits per parameter up and "
-        f"{wire['bits_per_parameter_down']:.2f} down as counted on the wire, headers included"
+        f"{wire['bits_per_parameter_up']:.2f} bits per parameter up, "
+        f"{wire['bits_per_parameter_down']:.2f} down, counted on the wire with headers"
     )
     label = f"psq ({wire['bits_per_parameter_up']:.1f} bits up)"
     curves: list[Curve] = [curve_of(label, psq), curve_of("plain Adam (fp32, 32 bits)", baseline)]

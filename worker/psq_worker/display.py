@@ -32,10 +32,15 @@ __all__ = [
 
 REDRAWS_PER_S: Final = 8
 PLAIN_EVERY_S: Final = 5.0
-LOG_LINES: Final = 1
 MINUTE_S: Final = 60
 HOUR_S: Final = 3600
-STATE_STYLES: Final = {"training": "green", "done": "bold green", "waiting": "yellow"}
+WIRE_COLUMNS: Final = ("sent", "received", "saved")
+STATE_STYLES: Final = {
+    "training": "green",
+    "evaluating": "cyan",
+    "done": "bold green",
+    "waiting": "yellow",
+}
 
 
 class View(Protocol):
@@ -208,7 +213,7 @@ def plain_line(board: Board) -> str:
         f"loss {format_loss(mean_loss(board))}",
         f"{board.samples_per_s:,.0f} samples/s",
     ]
-    if board.saved_bytes > 0:
+    if board.saved_bytes > 0 and not board.alone:
         words.append(f"{format_bytes(board.saved_bytes)} saved")
     if board.evaluations:
         words.append(_score_words(board))
@@ -265,28 +270,31 @@ def _score_words(board: Board) -> str:
 
 def _worker_table(board: Board, now_s: float) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("  worker", no_wrap=True)
-    for name in ("step", "loss", "samples/s", "sent", "received", "saved"):
+    table.add_column("  process" if board.alone else "  worker", no_wrap=True)
+    for name in ("step", "loss", "samples/s", *([] if board.alone else WIRE_COLUMNS)):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for state in board.ranks:
-        table.add_row(*_worker_row(state, now_s))
+        table.add_row(*_worker_row(state, now_s, alone=board.alone))
     return table
 
 
-def _worker_row(state: RankState, now_s: float) -> list[RenderableType]:
+def _worker_row(state: RankState, now_s: float, *, alone: bool) -> list[RenderableType]:
     progress = state.progress
     words = state.state(now_s)
     style = STATE_STYLES.get(words.split()[0], "dim")
     total = f"/{progress.steps}" if progress.steps else ""
-    return [
-        f"  rank {state.rank}",
-        f"{progress.step}{total}",
-        format_loss(progress.loss),
-        f"{state.samples_per_s:,.0f}",
+    wire = [
         format_bytes(progress.sent_bytes),
         format_bytes(progress.received_bytes),
         format_bytes(max(0, saved_bytes(progress))),
+    ]
+    return [
+        "  one" if alone else f"  rank {state.rank}",
+        f"{progress.step}{total}",
+        format_loss(progress.loss),
+        f"{state.samples_per_s:,.0f}",
+        *([] if alone else wire),
         Text(words, style=style),
     ]
 

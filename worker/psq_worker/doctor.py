@@ -6,7 +6,6 @@ needs no torch (it only asks for its version) and changes nothing.
 
 from __future__ import annotations
 
-import os
 import platform
 import socket
 import sys
@@ -59,7 +58,7 @@ def examine(environ: Mapping[str, str]) -> list[Check]:
     return [
         _python(),
         *_packages(),
-        *_kernels(),
+        *_kernels(environ),
         _libzmq(),
         _round_trip(),
         _cores(environ),
@@ -104,7 +103,7 @@ def _version(name: str) -> str:
         return ""
 
 
-def _kernels() -> Iterator[Check]:
+def _kernels(environ: Mapping[str, str]) -> Iterator[Check]:
     try:
         from psq import kernels  # noqa: PLC0415 - a level that was forced and is missing fails here
 
@@ -115,7 +114,7 @@ def _kernels() -> Iterator[Check]:
     found = f"{level} (this machine has {available})"
     if level == "reference":
         advice = "slow NumPy code, with the same bits: install a C++ compiler and psq-train again"
-        forced = " because PSQ_KERNEL says so" if os.environ.get("PSQ_KERNEL") else ""
+        forced = " because PSQ_KERNEL says so" if environ.get("PSQ_KERNEL") else ""
         yield Check("kernels", "note", found + forced, "" if forced else advice)
     else:
         yield Check("kernels", "ok", found)

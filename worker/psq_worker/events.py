@@ -64,6 +64,7 @@ class Progress:
         phases_s: seconds spent in each of PHASES during `timed_steps` steps: all but the first one
             and those right after an evaluation, which are no typical steps.
         skipped: steps to which this worker contributed nothing.
+        doing: "training", or "evaluating" when that is what comes next.
     """
 
     kind: ClassVar[str] = "progress"
@@ -79,6 +80,7 @@ class Progress:
     skipped: int = 0
     timed_steps: int = 0
     phases_s: dict[str, float] = field(default_factory=dict)
+    doing: str = "training"
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,10 @@ SERVER_END_S: Final = 15.0
 TICK_S: Final = 0.1
 THREADS_ENV: Final = "OMP_NUM_THREADS"
 SERVER: Final = "server"
-_READY: Final = re.compile(r"^psq-server ready .*?\bendpoint=(\S+)")
+PRINTED_WAIT_S: Final = 15.0  # shorter waits are shown in the table only
+_READY: Final = re.compile(r"psq-server ready .*?\bendpoint=(\S+).*?\bkernel=(\S+)")
+_WAIT: Final = re.compile(r"WARNING (waiting for .* for (\d+) s\b.*)")
+_SERVER_LINE: Final = re.compile(r"\S+ (info|warning|error) (event=.*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +89,8 @@ def launch(commands: Commands, view: View, env: Mapping[str, str]) -> Board:
         GaveUpError: the server did not become ready, or did not end after the workers.
     """
     board = Board(commands.workers)
-    watch = _Watch(board, view)
     ranks = [f"rank {rank}" for rank in range(commands.workers)]
+    watch = _Watch(board, view, ranks)
     with Children(watch.on_line) as children:
         children.start(SERVER, _server_command(commands), _without_pin(env))
         endpoint = watch.wait_ready(children)
@@ -103,8 +106,8 @@ def launch(commands: Commands, view: View, env: Mapping[str, str]) -> Board:
 
 def run_one(name: str, command: Sequence[str], view: View, env: Mapping[str, str]) -> Board:
     """Run one process that speaks in events, such as the baseline; raises as `launch`."""
-    board = Board(1)
-    watch = _Watch(board, view)
+    board = Board(1, alone=True)
+    watch = _Watch(board, view, [name])
     with Children(watch.on_line) as children:
         children.start(name, command, env)
         while children.running(name):
@@ -120,9 +123,13 @@ def cores() -> int:
 
 
 def child_env(workers: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """The children's environment: ours, their share of the cores, and unbuffered output."""
-    share = str(max(1, cores() // workers))
-    return {THREADS_ENV: share, **environ, "PYTHONUNBUFFERED": "1"}
+    """The children's environment: ours, their share of the cores, and unbuffered output.
+
+    Threads that wait sleep rather than spin: on two cores that others use too, spinning made plain
+    Adam's step eight times longer.
+    """
+    share = {THREADS_ENV: str(max(1, cores() // workers)), "OMP_WAIT_POLICY": "passive"}
+    return {**share, **environ, "PYTHONUNBUFFERED": "1"}
 
 
 def threads_words(env: Mapping[str, str]) -> str:
@@ -134,24 +141,38 @@ def threads_words(env: Mapping[str, str]) -> str:
 class _Watch:
     """Sorts what the children say: events go to the board, the rest to the view."""
 
-    def __init__(self, board: Board, view: View) -> None:
+    def __init__(self, board: Board, view: View, ranks: Sequence[str]) -> None:
         self._board = board
         self._view = view
+        self._ranks = list(ranks)
         self._endpoint = ""
 
     def on_line(self, name: str, text: str) -> None:
         """A child printed a line."""
-        event = parse_event(text) if name != SERVER else None
+        if name == SERVER:
+            self._on_server_line(text)
+            return
+        event = parse_event(text)
+        wait = _WAIT.fullmatch(text)
         if event is not None:
             self._board.add(event, time.monotonic())
             if isinstance(event, Started) and event.rank == 0 and event.text:
                 self._view.say("", f"{event.text}; {event.numel:,} parameters; {event.recipe}")
-            return
-        ready = _READY.match(text) if name == SERVER else None
+        elif wait and name in self._ranks:
+            self._board.waits(self._ranks.index(name), wait[1])
+            if float(wait[2]) >= PRINTED_WAIT_S:
+                self._view.say(name, wait[1])
+        else:
+            self._view.say(name, text)
+
+    def _on_server_line(self, text: str) -> None:
+        """The ready line is for us; of the log, what is no mere information is for the reader."""
+        ready, logged = _READY.match(text), _SERVER_LINE.match(text)
         if ready:
             self._endpoint = ready[1]
-            return
-        self._view.say(name, text)
+            self._view.say("", f"server on {ready[1]}, {ready[2]} kernels")
+        elif not logged or logged[1] != "info":
+            self._view.say(SERVER, text)
 
     def pump(self, children: Children) -> None:
         """Let the children speak for a moment, and show it."""

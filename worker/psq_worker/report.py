@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import click
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -79,15 +79,21 @@ def settings_tables(tables: Mapping[str, Resolved[Any]]) -> None:
         console.print(table)
 
 
-def summary_table(summary: Summary) -> Table:
+def summary_table(summary: Summary) -> RenderableType:
     """One job alone."""
-    return _table(["psq"], [summary], f"{summary['task']}: {_who(summary)}")
+    title = Text(f"{summary['task']}: {_who(summary)}", style="bold")
+    return Group(title, _table(["psq"], [summary]))
 
 
-def comparison_table(psq: Summary, baseline: Summary) -> Table:
+def comparison_table(psq: Summary, baseline: Summary) -> RenderableType:
     """A psq job beside the same job in plain single-process Adam."""
-    title = f"{psq['task']}: {_who(psq)}, beside plain Adam on the same samples"
-    return _table(["psq", "plain Adam"], [psq, baseline], title)
+    title = Text(f"{psq['task']}: {_who(psq)}", style="bold")
+    note = Text(
+        "Plain Adam is one process and sends nothing: its bytes are what dense fp32 gradients and "
+        "weights would take.",
+        style="dim",
+    )
+    return Group(title, _table(["psq", "plain Adam, fp32"], [psq, baseline]), note)
 
 
 def _who(summary: Summary) -> str:
@@ -95,23 +101,18 @@ def _who(summary: Summary) -> str:
     return f"{workers} worker{'s' if workers != 1 else ''}, {summary['recipe']}"
 
 
-def _table(names: Sequence[str], jobs: Sequence[Summary], title: str) -> Table:
-    table = Table(title=title, title_style="bold", title_justify="left", header_style="bold")
+def _table(names: Sequence[str], jobs: Sequence[Summary]) -> Table:
+    table = Table(header_style="bold")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
     for section in _sections(jobs[0]):
         for label, cell in section:
             style = "bold" if label.startswith("test ") else ""
-            shown = [Text(cell(job) if _has(job, label) else "-", style=style) for job in jobs]
+            shown = [Text(cell(job), style=style) for job in jobs]
             table.add_row(label, *shown)
         table.add_section()
     return table
-
-
-def _has(job: Summary, label: str) -> bool:
-    """Whether a row makes sense for a job: plain Adam sends nothing, so it has no phases."""
-    return not label.startswith("  ") or job["workers"] > 0
 
 
 def _sections(first: Summary) -> list[list[tuple[str, Cell]]]:
@@ -157,7 +158,8 @@ def _ratios(summary: Summary) -> str:
 
 
 def _ms(summary: Summary, phase: str) -> str:
-    return f"{1000 * summary['step_s'][phase]:.1f}"
+    seconds = summary["step_s"][phase]
+    return f"{1000 * seconds:.1f}" if seconds else "-"
 
 
 def _phase_cell(phase: str) -> Cell:

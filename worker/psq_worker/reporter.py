@@ -55,6 +55,7 @@ class Reporter:
         emit: where events go.
         every_s: least time between two progress events; the last step always makes one.
         clock: monotonic seconds.
+        evaluates_after: whether this process evaluates once so many steps are done.
         started: who this is; its `steps` is 0 where nobody knows how long a script will train.
     """
 
@@ -65,11 +66,13 @@ class Reporter:
         *,
         every_s: float,
         clock: Callable[[], float],
+        evaluates_after: Callable[[int], bool] = lambda _: False,
     ) -> None:
         self._emit = emit
         self._started = started
         self._every_s = every_s
         self._clock = clock
+        self._evaluates_after = evaluates_after
         self._totals = _Totals()
         self._phases_s = dict.fromkeys(PHASES, 0.0)
         self._since_s = clock()
@@ -96,7 +99,8 @@ class Reporter:
                 self._phases_s[phase] += getattr(numbers, f"{phase}_s")
         self._typical = True
         now_s = self._clock()
-        if now_s - self._said_s >= self._every_s or totals.step == self._started.steps:
+        pauses = self._evaluates_after(totals.step) or totals.step == self._started.steps
+        if pauses or now_s - self._said_s >= self._every_s:
             self._said_s = now_s
             self._emit(self._progress())
 
@@ -154,6 +158,7 @@ class Reporter:
             skipped=totals.skipped,
             timed_steps=totals.timed_steps,
             phases_s=dict(self._phases_s),
+            doing="evaluating" if self._evaluates_after(totals.step) else "training",
         )
         totals.loss_sum, totals.loss_count = 0.0, 0
         return progress

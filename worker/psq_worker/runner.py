@@ -25,6 +25,7 @@ import torch
 
 import psq.torch
 from psq.config import Given, WorkerConfig, use_given
+from psq.recipe import Recipe
 from psq_worker.baseline import PlainAdam
 from psq_worker.board import Board
 from psq_worker.events import Evaluation, Event, Progress, Started, Summary, format_event
@@ -57,9 +58,9 @@ def run_task(given: Given, config: WorkerConfig) -> None:
         rest = {key: value for key, value in given.values.items() if key != "lr"}
         with use_given(Given(rest, given.file)):
             worker = psq.torch.Worker(model, lr=job.lr_at)
-        watch = _Watch(config, emit, task=task.name, steps=job.steps, text=_description(task))
+        job = dataclasses.replace(job, start_step=min(worker.version, job.steps))
+        watch = _Watch(config, emit, task.name, job, _description(task))
         with worker, watch.installed():
-            job = dataclasses.replace(job, start_step=min(worker.version, job.steps))
             train(task, model, worker, job, watch.on_record(task.metric))
         watch.end()
 
@@ -73,7 +74,7 @@ def run_script(given: Given, config: WorkerConfig, script: str, arguments: tuple
     """
     with _process(config) as emit:
         emit(Started(rank=config.rank, world_size=config.world_size, task=script))
-        watch = _Watch(config, emit, task=script, steps=0)
+        watch = _Watch(config, emit, script)
         sys.argv = [script, *arguments]
         sys.path[0] = str(Path(script).resolve().parent)
         with use_given(given), watch.installed():
@@ -89,16 +90,10 @@ def run_baseline(config: WorkerConfig) -> None:
         job = _job_of(task, config)
         job = dataclasses.replace(job, batch_size=config.world_size * job.batch_size)
         model = task.model(job.seed)
-        started = Started(
-            task=task.name,
-            recipe=BASELINE_RECIPE,
-            steps=job.steps,
-            numel=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            text=_description(task),
-        )
-        watch = _Watch(config, emit, task=task.name, steps=job.steps)
-        watch.reporter = Reporter(emit, started, every_s=_every_s(config), clock=time.perf_counter)
-        stepper = _Watched(PlainAdam(model, job), watch.reporter)
+        watch = _Watch(config, emit, task.name, job, _description(task))
+        numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        reporter = watch.begin(rank=0, world_size=1, numel=numel, recipe=BASELINE_RECIPE)
+        stepper = _Watched(PlainAdam(model, job), reporter)
         train(task, model, stepper, job, watch.on_record(task.metric))
         watch.end()
 
@@ -107,15 +102,37 @@ class _Watch:
     """Makes a reporter at the first step, when the worker is known, and feeds it."""
 
     def __init__(
-        self, config: WorkerConfig, emit: Emit, *, task: str, steps: int, text: str = ""
+        self, config: WorkerConfig, emit: Emit, task: str, job: Job | None = None, text: str = ""
     ) -> None:
         self._config = config
         self._emit = emit
         self._task = task
-        self._steps = steps
+        self._job = job
         self._text = text
         self._worker: psq.torch.Worker | None = None
-        self.reporter: Reporter | None = None
+        self._reporter: Reporter | None = None
+
+    def begin(self, *, rank: int, world_size: int, numel: int, recipe: str) -> Reporter:
+        """Make the reporter."""
+        job = self._job
+        started = Started(
+            rank=rank,
+            world_size=world_size,
+            task=self._task,
+            recipe=recipe,
+            steps=job.steps if job else 0,
+            numel=numel,
+            text=self._text,
+        )
+        evaluates = job.is_evaluated if job and rank == 0 else lambda _: False
+        self._reporter = Reporter(
+            self._emit,
+            started,
+            every_s=_every_s(self._config),
+            clock=time.perf_counter,
+            evaluates_after=evaluates,
+        )
+        return self._reporter
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -130,15 +147,15 @@ class _Watch:
         """What the loop calls when it has evaluated."""
 
         def evaluated(record: Record) -> None:
-            if self.reporter is not None:
-                self.reporter.evaluated(metric, record.scores)
+            if self._reporter is not None:
+                self._reporter.evaluated(metric, record.scores)
 
         return evaluated
 
     def end(self) -> None:
         """Say the summary, if there was a step."""
-        if self.reporter is not None:
-            self._emit(self.reporter.summary())
+        if self._reporter is not None:
+            self._emit(self._reporter.summary())
 
     def _on_step(
         self,
@@ -147,16 +164,17 @@ class _Watch:
         loss: float | None,
         samples: int,
     ) -> None:
-        if self.reporter is None:
+        if self._reporter is None:
             self._worker = worker
-            self.reporter = Reporter(
-                self._emit,
-                _started(worker, self._task, self._steps, self._text),
-                every_s=_every_s(self._config),
-                clock=time.perf_counter,
+            self.begin(
+                rank=worker.rank,
+                world_size=worker.world_size,
+                numel=worker.plan.layout.numel,
+                recipe=_recipe_words(worker.plan.recipe),
             )
-        if worker is self._worker:  # a script with several models is shown by its first
-            self.reporter.step(report, loss, samples)
+        if worker is self._worker and self._reporter is not None:
+            # A script with several models is shown by its first.
+            self._reporter.step(report, loss, samples)
 
 
 class _Watched:
@@ -199,18 +217,9 @@ def _job_of(task: Task, config: WorkerConfig) -> Job:
     )
 
 
-def _started(worker: psq.torch.Worker, task: str, steps: int, text: str) -> Started:
-    recipe = worker.plan.recipe
-    codecs = f"{recipe.uplink.codec} up, {recipe.downlink.kind} {recipe.downlink.codec} down"
-    return Started(
-        rank=worker.rank,
-        world_size=worker.world_size,
-        task=task,
-        recipe=f"{recipe.name} ({codecs})",
-        steps=steps,
-        numel=worker.plan.layout.numel,
-        text=text,
-    )
+def _recipe_words(recipe: Recipe) -> str:
+    up, down = recipe.uplink.codec, recipe.downlink
+    return f"{recipe.name} ({up} up, {down.kind} {down.codec} down)"
 
 
 def _every_s(config: WorkerConfig) -> float:

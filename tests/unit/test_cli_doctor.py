@@ -1,0 +1,93 @@
+"""The doctor: what it finds, what it advises, and when it says no."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from psq import kernels, link
+from psq_worker import doctor
+from psq_worker.doctor import Check, examine, exit_code
+
+
+def found(environ=None):
+    return {check.name: check for check in examine(environ or {})}
+
+
+def test_this_machine_can_run_psq():
+    checks = examine({})
+    assert exit_code(checks) == 0, checks
+    assert {c.name for c in checks} >= {
+        "python",
+        "psq",
+        "torch",
+        "kernels",
+        "libzmq",
+        "loopback",
+        "cores",
+        "settings",
+    }
+
+
+def test_a_finding_that_psq_cannot_live_with_is_code_78():
+    assert exit_code([Check("a", "note", "")]) == 0
+    assert exit_code([Check("a", "ok", ""), Check("b", "fail", "")]) == 78
+
+
+def test_a_wrong_variable_is_found_before_it_stops_a_job():
+    check = found({"PSQ_LEASE": "-1"})["settings"]
+    assert check.verdict == "fail"
+    assert "lease (from PSQ_LEASE): expected a number > 0" in check.found
+
+
+def test_known_variables_are_shown_and_strange_ones_get_a_hint():
+    checks = found({"PSQ_RANK": "0", "PSQ_WORLDSIZE": "2", "PSQ_XYZZY": "1"})
+    assert checks["PSQ_RANK"] == Check("PSQ_RANK", "ok", "0")
+    assert checks["PSQ_WORLDSIZE"].advice == "did you mean PSQ_WORLD_SIZE?"
+    assert checks["PSQ_XYZZY"].verdict == "note"
+
+
+def test_a_missing_package_fails_and_a_missing_extra_is_a_note(monkeypatch):
+    real = doctor._version
+    missing = {"msgpack", "torch"}
+    monkeypatch.setattr(doctor, "_version", lambda name: "" if name in missing else real(name))
+    checks = found()
+    assert checks["msgpack"].verdict == "fail"
+    assert checks["torch"] == Check(
+        "torch", "note", "not installed", "workers need it: install psq-train[worker]"
+    )
+
+
+def test_an_old_libzmq_fails(monkeypatch):
+    monkeypatch.setattr(link, "libzmq_version", lambda: (4, 3, 4))
+    check = found()["libzmq"]
+    assert (check.verdict, check.found) == ("fail", "4.3.4")
+    assert "4.3.5" in check.advice
+
+
+def test_a_port_that_is_taken_is_a_note_with_a_way_out(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setattr(doctor, "DEFAULT_PORT", port)
+        check = found()[f"port {port}"]
+    assert check.verdict == "note"
+    assert "--bind tcp://127.0.0.1:0" in check.advice
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_the_reference_kernels_are_a_note_that_says_why(monkeypatch, forced):
+    monkeypatch.setattr(kernels, "level", lambda: "reference")
+    monkeypatch.setattr(kernels, "available", lambda: ("reference",))
+    environ = {"PSQ_KERNEL": "reference"} if forced else {}
+    check = found(environ)["kernels"]
+    assert check.verdict == "note"
+    assert ("PSQ_KERNEL" in check.found) == forced
+    assert ("compiler" in check.advice) != forced
+
+
+def test_a_connection_that_never_comes_about_fails(monkeypatch):
+    monkeypatch.setattr(link.WorkerLink, "wait_room", lambda *_: False)
+    assert found()["loopback"].verdict == "fail"

@@ -1,0 +1,117 @@
+"""Tables at the end of a job, and those of doctor and config show."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from rich.console import Console
+
+from psq.config import TABLES, Given, resolve
+from psq_worker.doctor import Check
+from psq_worker.events import PHASES
+from psq_worker.report import (
+    PHASE_WORDS,
+    check_lines,
+    comparison_table,
+    print_summary,
+    settings_tables,
+)
+
+SUMMARY = {
+    "task": "fashion-mnist",
+    "recipe": "server-adam (log up, delta sign down)",
+    "workers": 2,
+    "steps": 800,
+    "numel": 1000,
+    "samples": 51_200,
+    "samples_per_s": 1234.5,
+    "elapsed_s": 41.4,
+    "loss": 0.31,
+    "metric": "accuracy",
+    "score": 0.8712,
+    "scores": {"accuracy": 0.8712},
+    "skipped": 0,
+    "wire": {
+        "sent_bytes": 5.2e8,
+        "received_bytes": 1.3e8,
+        "bits_per_parameter_up": 4.13,
+        "bits_per_parameter_down": 1.04,
+        "compression_ratio_up": 7.75,
+        "compression_ratio_down": 30.8,
+        "compression_ratio": 12.4,
+    },
+    "step_s": {"total": 0.055, **dict.fromkeys(PHASES, 0.011)},
+}
+BASELINE = {
+    **SUMMARY,
+    "workers": 1,
+    "score": 0.87,
+    "step_s": {"total": 0.03, **dict.fromkeys(PHASES, 0.0), "compute": 0.03},
+}
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def cells(text, label):
+    line = next(line for line in text.splitlines() if label in line)
+    return [cell.strip() for cell in line.strip("│").split("│")][1:]
+
+
+def test_a_summary_shows_score_bits_ratios_and_phases(capsys):
+    print_summary(SUMMARY, as_json=False)
+    text = capsys.readouterr().out
+    assert "fashion-mnist: 2 workers, server-adam (log up, delta sign down)" in text
+    assert cells(text, "test accuracy") == ["87.12 %"]
+    assert cells(text, "bits per parameter, up") == ["4.13"]
+    assert cells(text, "bits per parameter, down") == ["1.04"]
+    assert cells(text, "compression, overall") == ["12.4x"]
+    assert cells(text, "sent per worker") == ["520 MB"]
+    assert cells(text, "milliseconds per step") == ["55.0"]
+    for phase, words in PHASE_WORDS.items():
+        assert cells(text, f"{phase}: {words}") == ["11.0"]
+
+
+def test_a_comparison_shows_both_jobs_and_no_phases_that_plain_adam_has_not(capsys):
+    Console().print(comparison_table(SUMMARY, BASELINE))
+    text = capsys.readouterr().out
+    assert cells(text, "test accuracy") == ["87.12 %", "87.00 %"]
+    assert cells(text, "encode:") == ["11.0", "-"]
+    assert cells(text, "compute:") == ["11.0", "30.0"]
+
+
+def test_a_job_without_scores_has_no_score_row(capsys):
+    print_summary({**SUMMARY, "metric": "", "score": None, "loss": None}, as_json=False)
+    text = capsys.readouterr().out
+    assert "test " not in text
+    assert cells(text, "last training loss") == ["-"]
+
+
+def test_json_is_the_summary_itself(capsys):
+    print_summary(SUMMARY, as_json=True)
+    assert json.loads(capsys.readouterr().out) == SUMMARY
+
+
+def test_a_job_that_said_nothing_prints_nothing(capsys):
+    print_summary({}, as_json=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_findings_are_lines_with_verdict_and_advice(capsys):
+    check_lines([Check("kernels", "ok", "v4"), Check("port", "note", "taken", "use another")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["ok", "kernels", "v4"], ["note", "port", "taken"], ["use", "another"]]
+
+
+def test_settings_are_shown_with_value_origin_and_variable(capsys):
+    environ = {"PSQ_LR": "0.5"}
+    resolved = {n: resolve(c, {}, given=Given(), environ=environ) for n, c in TABLES.items()}
+    settings_tables(resolved)
+    text = capsys.readouterr().out
+    for name in TABLES:
+        assert f"[{name}]" in text
+    assert cells(text, "│ lr ") == ["0.5", "PSQ_LR", "PSQ_LR"]
+    assert cells(text, "│ uplink ") == ["-", "default", "PSQ_UPLINK"]
