@@ -2,13 +2,14 @@
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from psq.errors import ConfigError, UsageError
+from psq.torch import StepReport
 from psq_worker.baseline import PlainAdam, train_baseline
 from psq_worker.job import History, Job, LossMeter, Record, job_for
 from psq_worker.loop import train
@@ -45,16 +46,16 @@ class Slope:
         return {"error": float((model.weight.detach() - torch.tensor([[2.0, -1.0]])).norm())}
 
 
-@dataclass
-class FakeReport:
-    applied: bool = True
-    sent_bytes: int = 10
-    received_bytes: int = 20
-    compute_s: float = 1.0
-    encode_s: float = 2.0
-    wire_s: float = 3.0
-    server_s: float = 4.0
-    decode_s: float = 5.0
+def report(step, *, applied):
+    sizes = {"sent_bytes": 10, "received_bytes": 20}
+    times = dict(
+        zip(
+            ("compute_s", "encode_s", "wire_s", "server_s", "decode_s"),
+            (1.0, 2.0, 3.0, 4.0, 5.0),
+            strict=True,
+        )
+    )
+    return StepReport(step, step + 1, applied=applied, **sizes, **times)
 
 
 class FakeWorker:
@@ -65,7 +66,7 @@ class FakeWorker:
 
     def step(self, loss=None, samples=0):
         self.calls.append((loss, samples))
-        return FakeReport(applied=len(self.calls) not in self.skip)
+        return report(len(self.calls) - 1, applied=len(self.calls) not in self.skip)
 
 
 def weights_of(model):

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import nn
 
 from psq.errors import UsageError
+from psq.torch import StepReport
 from psq_worker.job import History, Job, OnRecord
 from psq_worker.loop import train
 from psq_worker.tasks import Task, check_model
@@ -54,20 +54,6 @@ def train_baseline(
     return dataclasses.replace(history, world_size=world_size)
 
 
-@dataclass(frozen=True, slots=True)
-class _DenseReport:
-    """One step of plain Adam, in the terms of a worker's report."""
-
-    sent_bytes: int
-    received_bytes: int
-    compute_s: float
-    applied: bool = True
-    encode_s: float = 0.0
-    wire_s: float = 0.0
-    server_s: float = 0.0
-    decode_s: float = 0.0
-
-
 class PlainAdam:
     """`torch.optim.Adam` behind the interface of a worker: the only rank of a job of one."""
 
@@ -82,13 +68,22 @@ class PlainAdam:
         self._done = job.start_step
         self._since = time.perf_counter()
 
-    def step(self, loss: float | None = None, samples: int = 0) -> _DenseReport:  # noqa: ARG002 - a worker's signature
+    def step(self, loss: float | None = None, samples: int = 0) -> StepReport:  # noqa: ARG002 - a worker's signature
         """Adam's step with this step's learning rate; the gradients are cleared."""
+        step, lr = self._done, self._job.lr_at(self._done)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._job.lr_at(self._done)
+            group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._done += 1
         now = time.perf_counter()
         compute_s, self._since = now - self._since, now
-        return _DenseReport(self._dense_bytes, self._dense_bytes, compute_s)
+        return StepReport(
+            step=step,
+            version=self._done,
+            applied=True,
+            lr=lr,
+            compute_s=compute_s,
+            sent_bytes=self._dense_bytes,
+            received_bytes=self._dense_bytes,
+        )

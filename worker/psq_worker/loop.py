@@ -14,43 +14,28 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from psq.torch import StepReport
 from psq_worker.events import PHASES
 from psq_worker.job import History, Job, LossMeter, OnRecord, Record
 from psq_worker.tasks import Task, check_model
 
-__all__ = ["Report", "Stepper", "train"]
-
-
-class Report(Protocol):
-    """What the loop reads of a `psq.torch.StepReport`; bytes and seconds are of this step alone."""
-
-    @property
-    def applied(self) -> bool: ...
-    @property
-    def sent_bytes(self) -> int: ...
-    @property
-    def received_bytes(self) -> int: ...
-    @property
-    def compute_s(self) -> float: ...
-    @property
-    def encode_s(self) -> float: ...
-    @property
-    def wire_s(self) -> float: ...
-    @property
-    def server_s(self) -> float: ...
-    @property
-    def decode_s(self) -> float: ...
+__all__ = ["Stepper", "train"]
 
 
 class Stepper(Protocol):
     """What the loop needs of a `psq.torch.Worker`."""
 
     @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
+    def rank(self) -> int:
+        """This worker's number."""
+        ...
 
-    def step(self, loss: float | None = None, samples: int = 0) -> Report:
+    @property
+    def world_size(self) -> int:
+        """How many workers the job has."""
+        ...
+
+    def step(self, loss: float | None = None, samples: int = 0) -> StepReport:
         """Hands the gradients over, brings the new weights, clears the gradients."""
         ...
 
@@ -119,7 +104,7 @@ class _Trace:
         self._since = time.perf_counter()
         self.losses = LossMeter()
 
-    def add(self, report: Report) -> None:
+    def add(self, report: StepReport) -> None:
         """Counts one step, and makes a record when one is due."""
         self._done += 1
         self._skipped += not report.applied

@@ -30,7 +30,7 @@ from psq_worker.baseline import PlainAdam
 from psq_worker.board import Board
 from psq_worker.events import Evaluation, Event, Progress, Started, Summary, format_event
 from psq_worker.job import Job, Record, job_for
-from psq_worker.loop import Report, Stepper, train
+from psq_worker.loop import Stepper, train
 from psq_worker.reporter import Reporter
 from psq_worker.tasks import Task, get_task
 
@@ -186,7 +186,7 @@ class _Watched:
         self.rank: Final = stepper.rank
         self.world_size: Final = stepper.world_size
 
-    def step(self, loss: float | None = None, samples: int = 0) -> Report:
+    def step(self, loss: float | None = None, samples: int = 0) -> psq.torch.StepReport:
         """The stepper's step."""
         report = self._stepper.step(loss, samples)
         self._reporter.step(report, loss, samples)
