@@ -131,7 +131,7 @@ class _Histogram:
         self._sum_s += duration_s
 
     def add_to(self, family: HistogramMetricFamily, labels: list[str]) -> None:
-        bounds = [*(f"{bound:g}" for bound in BUCKETS_S), "+Inf"]
+        bounds = [*map(str, BUCKETS_S), "+Inf"]
         cumulative = [float(count) for count in accumulate(self._counts)]
         family.add_metric(labels, list(zip(bounds, cumulative, strict=True)), self._sum_s)
 

@@ -209,6 +209,8 @@ class ServerState:
         self._checked_version = world.version
         assert world.round.number == world.version, (world.round.number, world.version)
         assert world.counts.rounds == world.version, (world.counts.rounds, world.version)
+        if world.stopped:
+            return  # every conversation has ended
         self._check_members()
         self._check_round()
         strangers = len(world.peers) - sum(1 for _ in world.peers.joined())

@@ -1,0 +1,151 @@
+"""Random conversations: whatever workers, strangers, time and a slow reducer do, the rules hold."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from psq_proto.errors import UsageError
+from psq_proto.messages import NO_VERSION, Verdict
+from psq_server.state import PeerBehind, PeerGone, Reduce, Stop
+
+RANKS = st.integers(0, 2)
+EXAMPLES = 60
+STEPS = 50
+
+
+def machine_of(cluster, plan_of, reached):  # noqa: C901 - one class of many small rules
+    """A class, because hypothesis wants one; `reached` takes the version each run got to."""
+
+    class Conversation(RuleBasedStateMachine):
+        """Three ranks; `cluster` checks every invariant after every event."""
+
+        @initialize()
+        def begin(self):
+            self.job = cluster(plan_of(3), give_up_after_s=1e6)
+            self.job.hold_reductions = True
+            self.workers = dict(enumerate(self.job.started()))
+
+        def act(self, rank, name, *args, **fields):
+            """Let a worker say something, if its own session allows it now."""
+            if self.job.stop_action is not None:
+                return
+            try:
+                getattr(self.workers[rank], name)(*args, **fields)
+            except (UsageError, IndexError):
+                return  # a worker would not have said it, or was not answered
+            self.check_verdicts()
+
+        def check_verdicts(self):
+            for worker in self.workers.values():
+                for verdict in worker.take(Verdict):
+                    assert verdict.outcome == "rejected" or self.job.version > 0
+
+        # ---- ordinary life
+
+        @rule(ranks=st.permutations([0, 1, 2]))
+        def everybody_pushes(self, ranks):
+            for rank in ranks:
+                self.act(rank, "push_all")
+
+        @rule(rank=RANKS)
+        def one_pushes(self, rank):
+            self.act(rank, "push_all")
+
+        @rule(rank=RANKS, shard=st.integers(0, 1), late=st.integers(0, 2))
+        def one_shard_is_pushed(self, rank, shard, late):
+            self.act(rank, "push", shard, max(0, self.job.version - late))
+
+        @rule(rank=RANKS)
+        def one_skips(self, rank):
+            self.act(rank, "skip")
+
+        @precondition(lambda self: self.job.held)
+        @rule(all_of_them=st.booleans())
+        def the_reducer_works(self, all_of_them):
+            while self.job.held and self.job.stop_action is None:
+                action = self.job.held.pop(0)
+                assert action.round == self.job.version
+                self.job.reduce(action)
+                if not all_of_them:
+                    break
+            self.check_verdicts()
+
+        @rule(seconds=st.floats(0, 12))
+        def time_passes(self, seconds):
+            for rank in self.workers:
+                self.act(rank, "beat", self.job.version)
+            self.job.tick(seconds)
+
+        @rule(lineage=st.integers(10, 12))
+        def whoever_is_lost_comes_back(self, lineage):
+            for rank, worker in self.workers.items():
+                if not worker.session.joined and self.job.stop_action is None:
+                    self.workers[rank] = self.job.connect(rank)
+                    self.act(rank, "join", lineage, self.job.version - 1, self.job.version)
+                    self.act(rank, "pull")
+
+        # ---- trouble
+
+        @rule(rank=RANKS, lineage=st.integers(9, 13), known=st.integers(-1, 3))
+        def another_process_takes_a_rank(self, rank, lineage, known):
+            if self.job.stop_action is None:
+                self.workers[rank] = self.job.connect(rank)
+                self.act(rank, "join", lineage, known, known)
+
+        @rule(rank=RANKS, name=st.sampled_from(["hello", "join", "init", "leave"]))
+        def one_says_something_odd(self, rank, name):
+            self.act(rank, name)
+
+        @rule(rank=RANKS, have=st.sampled_from([0, 1, 2, NO_VERSION]))
+        def one_pulls(self, rank, have):
+            self.act(rank, "pull", have)
+
+        @rule(
+            rank=RANKS,
+            fields=st.sampled_from(
+                [{"variant": 1}, {"rate": 0.2}, {"seq": 9}, {"body": b"x"}, {"round_": 99}]
+            ),
+        )
+        def one_pushes_rubbish(self, rank, fields):
+            self.act(rank, "push", 0, **fields)
+
+        @rule(junk=st.binary(max_size=120), rank=RANKS)
+        def junk_arrives(self, junk, rank):
+            self.job.frame(self.workers[rank].name, junk)
+
+        @rule(rank=RANKS, kind=st.sampled_from([PeerGone, PeerBehind]))
+        def a_connection_fails(self, rank, kind):
+            self.job.handle(kind(self.workers[rank].name))
+
+        def teardown(self):
+            if not hasattr(self, "job"):
+                return
+            reduced = [(action.round, action.shard) for action in self.job.of(Reduce)]
+            assert len(reduced) == len(set(reduced)), "a shard was reduced twice in a round"
+            assert len(self.job.of(Stop)) <= 1
+            reached.append(self.job.version)
+
+    return Conversation
+
+
+def test_no_conversation_breaks_an_invariant(cluster, plan_of):
+    reached = []
+    run_state_machine_as_test(
+        machine_of(cluster, plan_of, reached),
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=STEPS,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    assert max(reached) >= 2, "the conversations were too wild to get anywhere"

@@ -1,0 +1,411 @@
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from psq.codec import get_codec
+from psq.errors import RemotePayloadError, RemoteProtocolError
+from psq.recipe import preset
+from psq_proto.frames import HEADER_BYTES
+from psq_proto.messages import NO_VERSION, MessageType, Status, Verdict
+from psq_server.state import Broadcast, Initialize, PeerBehind, Reduce, SendFull
+
+NAN = struct.pack("<f", float("nan"))
+
+
+def verdicts(worker):
+    return [(v.outcome, v.reason) for v in worker.take(Verdict)]
+
+
+# ---- initial weights
+
+
+def test_pulls_are_parked_until_the_last_initial_part_is_there(cluster):
+    job = cluster()
+    first, second = job.connect(0).join(), job.connect(1).join()
+    first.pull()
+    second.pull()
+    assert not job.of(SendFull)
+    first.init()
+    assert [a.version for a in job.of(SendFull)] == [0]
+    assert sorted(job.of(SendFull)[0].peers) == sorted([first.name, second.name])
+
+
+def test_every_initial_part_is_passed_on_once(cluster):
+    job = cluster()
+    worker = job.connect(0).join()
+    worker.init()
+    worker.init()
+    assert [(a.shard, a.part) for a in job.of(Initialize)] == [(0, p) for p in range(4)] + [(1, 0)]
+
+
+def test_initial_weights_from_another_rank_are_refused(cluster):
+    job = cluster()
+    job.connect(0).join()
+    other = job.connect(1).join()
+    other.send(MessageType.INIT, bytes(40), shard=1, part=0)
+    (error,) = other.errors
+    assert isinstance(error, RemoteProtocolError)
+    assert "rank 1 sent initial weights: only rank 0" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("body", "fields", "words"),
+    [
+        (bytes(44), {"shard": 1}, "expected 40 bytes by the plan, got 44"),
+        (bytes(40), {"shard": 1, "part": 1}, "expected part 0..0 by the plan, got part 1"),
+        (bytes(40), {"shard": 2}, "expected shard 0..1 by the plan, got shard 2"),
+        (NAN * 10, {"shard": 1}, "NaN"),
+    ],
+)
+def test_initial_weights_that_do_not_fit_are_refused_by_name(cluster, body, fields, words):
+    job = cluster()
+    worker = job.connect(0).join()
+    worker.send(MessageType.INIT, body, **fields)
+    (error,) = worker.errors
+    assert isinstance(error, RemotePayloadError)
+    assert "initial weights" in str(error)
+    assert words in str(error)
+    assert not job.of(Initialize)
+
+
+def test_another_process_for_rank_0_gives_all_initial_weights_anew(cluster):
+    job = cluster()
+    worker = job.connect(0).join()
+    worker.send(MessageType.INIT, bytes(40), shard=1, part=0)
+    again = job.connect(0).join()
+    again.init()
+    assert len(job.of(Initialize)) == 1 + 5
+    assert job.world.has_weights
+
+
+# ---- a round
+
+
+def test_a_round_closes_when_every_rank_has_pushed_every_shard(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.push_all()
+    second.push(1)
+    assert not job.of(Reduce)
+    second.push(0)
+    assert [(a.round, a.shard, a.rate) for a in job.of(Reduce)] == [(0, 0, 0.1), (0, 1, 0.1)]
+    assert job.version == 1
+
+
+def test_payloads_are_reduced_in_rank_order_whoever_came_first(cluster):
+    job = cluster()
+    first, second = job.started()
+    second.push_all(variant=2)
+    first.push_all(variant=1)
+    for action in job.of(Reduce):
+        assert [payload[-1] for payload in action.payloads] == [1, 2]
+
+
+def test_nobody_has_a_verdict_before_the_round_is_committed(cluster):
+    job = cluster()
+    job.hold_reductions = True
+    workers = job.started()
+    for worker in workers:
+        worker.push_all()
+    job.reduce(job.held[0])
+    assert [verdicts(worker) for worker in workers] == [[], []]
+    assert job.version == 0
+    job.reduce(job.held[1])
+    assert [verdicts(worker) for worker in workers] == [[("applied", "")]] * 2
+    assert job.version == 1
+
+
+def test_a_verdict_says_what_the_servers_work_took(cluster):
+    job = cluster()
+    workers = job.started()
+    for worker in workers:
+        worker.push_all()
+    assert [v.server_s for v in workers[0].take(Verdict)] == [0.5]
+
+
+def test_the_same_frames_go_to_everybody_who_has_weights(cluster):
+    job = cluster()
+    workers = job.started()
+    for worker in workers:
+        worker.push_all()
+    (broadcast,) = job.of(Broadcast)
+    assert broadcast.frames == (b"w", b"w")
+    assert sorted(broadcast.peers) == sorted(worker.name for worker in workers)
+
+
+def test_shards_sent_again_are_counted_once(cluster):
+    job = cluster()
+    first, second = job.started()
+    for _ in range(3):
+        first.push(0)
+    first.push(1)
+    second.push_all()
+    assert job.version == 1
+    assert job.state.counts.pushes["duplicate"] == 2
+
+
+def test_a_push_of_the_committed_round_gets_its_verdict_again(cluster):
+    job = cluster()
+    workers = job.started()
+    for worker in workers:
+        worker.push_all()
+    workers[0].take(Verdict)
+    workers[0].push(0, 0)
+    assert verdicts(workers[0]) == [("applied", "")]
+    assert job.version == 1
+
+
+def test_a_late_push_that_never_counted_is_rejected(cluster):
+    job = cluster()
+    for worker in job.started():
+        worker.push_all()
+    newcomer = job.connect(0).join(lineage=77)
+    newcomer.push(0, 0)
+    ((outcome, reason),) = verdicts(newcomer)
+    assert outcome == "rejected"
+    assert "rank 0 pushed round 0, which was closed without it" in reason
+
+
+def test_rounds_follow_one_another(cluster):
+    job = cluster()
+    workers = job.started()
+    for number in range(5):
+        for worker in workers:
+            worker.push_all(number)
+    assert job.version == 5
+    assert [a.version for a in job.of(Broadcast)] == [1, 2, 3, 4, 5]
+
+
+# ---- skipping
+
+
+def test_a_rank_that_skips_contributes_nothing_and_holds_up_nobody(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.push_all()
+    second.skip()
+    assert [len(a.payloads) for a in job.of(Reduce)] == [1, 1]
+    assert verdicts(second) == [("applied", "")]
+    assert job.state.counts.skipped == 1
+
+
+def test_a_round_that_all_ranks_skip_still_makes_a_version(cluster):
+    job = cluster()
+    for worker in job.started():
+        worker.skip()
+    assert [(a.payloads, a.rate) for a in job.of(Reduce)] == [((), 0.0), ((), 0.0)]
+    assert job.version == 1
+    assert job.state.counts.skipped == 2
+
+
+def test_a_skip_takes_back_what_was_staged_of_the_round(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.push(0)
+    first.skip()
+    second.push_all(variant=2)
+    assert [[p[-1] for p in a.payloads] for a in job.of(Reduce)] == [[2], [2]]
+
+
+def test_a_skip_after_a_whole_contribution_changes_nothing(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.push_all(variant=1)
+    first.skip()
+    second.push_all(variant=2)
+    assert [[p[-1] for p in a.payloads] for a in job.of(Reduce)] == [[1, 2], [1, 2]]
+
+
+# ---- what does not fit
+
+
+def reject(job, worker, words):
+    ((outcome, reason),) = verdicts(worker)
+    assert outcome == "rejected"
+    assert words in reason
+    assert worker.session.joined, "a payload that does not fit ends no conversation"
+    assert job.world.round.staged_bytes == 0, "nothing is kept of a rejected contribution"
+    assert not worker.errors
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"body": bytes(7)}, "rank 0 shard 0 of round 0: expected 135168 bytes by the plan, got 7"),
+        ({"shard": 9, "body": bytes(8)}, "shard 9 of round 0: expected shard 0..1 by the plan"),
+        ({"codec": get_codec("bf16").wire_id}, "expected codec 0x"),
+        ({"body": NAN * 33792}, "rank 0 shard 0 of round 0: "),
+    ],
+)
+def test_a_push_that_does_not_fit_is_rejected_with_what_was_expected(cluster, fields, words):
+    job = cluster()
+    worker, _ = job.started()
+    worker.push(1)
+    worker.push(**{"shard": 0, **fields})
+    reject(job, worker, words)
+
+
+def test_other_bytes_for_a_staged_shard_are_rejected(cluster):
+    job = cluster()
+    worker, _ = job.started()
+    worker.push(0, variant=1)
+    worker.push(0, variant=2)
+    reject(job, worker, "a worker encodes a shard once a round")
+
+
+def test_after_a_rejection_only_a_skip_is_taken_and_the_round_goes_on(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.push(0, body=bytes(7))
+    first.push(1)
+    assert [outcome for outcome, _ in verdicts(first)] == ["rejected", "rejected"]
+    first.skip()
+    second.push_all()
+    assert job.version == 1
+    assert [len(a.payloads) for a in job.of(Reduce)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("round_", "fields", "words"),
+    [
+        (7, {}, "rank 1 shard 0 of round 7: this server is at round 0"),
+        (0, {"seq": 3}, "expected seq 0 (the round's number), got seq 3"),
+        (0, {"rate": 0.5}, "learning rate 0.5, but rank 0 pushes with 0.1"),
+    ],
+)
+def test_a_push_that_shows_a_broken_job_ends_the_conversation(cluster, round_, fields, words):
+    job = cluster()
+    first, second = job.started()
+    first.push_all()
+    second.push(0, round_, **fields)
+    (error,) = second.errors
+    assert isinstance(error, RemoteProtocolError)
+    assert words in str(error)
+    assert job.world.round.get(1) is None
+    assert job.world.members[1].peer is None
+
+
+def test_the_rank_whose_rate_was_refused_can_be_replaced(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.push_all()
+    second.push(0, rate=0.5)
+    job.connect(1).join().push_all()
+    assert job.version == 1
+
+
+def test_a_push_before_there_are_weights_is_refused(cluster):
+    job = cluster()
+    worker = job.connect(0).join()
+    worker.push(0)
+    assert "no weights yet" in str(worker.errors[0])
+
+
+def test_damaged_bytes_are_dropped_and_the_shard_stays_missing(cluster):
+    job = cluster()
+    worker, _ = job.started()
+    frame = worker.session.send(
+        MessageType.PUSH,
+        worker.payload(0),
+        codec=get_codec(job.plan.recipe.uplink.codec).wire_id,
+    )
+    frame[HEADER_BYTES + 5] ^= 1
+    job.frame(worker.name, frame)
+    assert job.state.counts.refused["RemoteWireError"] == 1
+    assert 0 in worker.beat(0).missing
+    worker.push_all()
+    assert worker.beat(0).missing == ()
+
+
+# ---- pull
+
+
+def test_a_worker_one_version_behind_gets_the_last_round_again(cluster):
+    job = cluster()
+    workers = job.started()
+    for worker in workers:
+        worker.push_all()
+    workers[0].weights.clear()
+    workers[0].pull(0)
+    assert workers[0].weights == [("round", 1)]
+
+
+def test_a_worker_further_behind_gets_everything(cluster):
+    job = cluster()
+    workers = job.started()
+    for number in range(2):
+        for worker in workers:
+            worker.push_all(number)
+    for have in (0, NO_VERSION):
+        workers[0].weights.clear()
+        workers[0].pull(have)
+        assert workers[0].weights == [("full", 2)]
+
+
+def test_where_a_round_replaces_the_weights_its_frames_serve_everybody(cluster, plan_of):
+    job = cluster(plan_of(recipe=preset("qadam").with_codecs(uplink="sign")))
+    for worker in job.started():
+        worker.push_all()
+    newcomer = job.connect(0).join()
+    newcomer.pull()
+    assert newcomer.weights == [("round", 1)]
+
+
+def test_a_worker_that_has_the_newest_weights_gets_nothing(cluster):
+    job = cluster()
+    worker, _ = job.started()
+    worker.weights.clear()
+    worker.pull(0)
+    assert worker.weights == []
+
+
+def test_a_worker_ahead_of_the_server_is_told_of_the_rollback(cluster):
+    job = cluster()
+    worker, _ = job.started()
+    worker.pull(9)
+    assert "rank 0 has version 9, this server is at 0" in str(worker.errors[0])
+
+
+def test_a_slow_reader_gets_no_more_broadcasts_before_it_pulls(cluster):
+    job = cluster()
+    workers = job.started()
+    job.handle(PeerBehind(workers[1].name))
+    for worker in workers:
+        worker.push_all()
+    # A push shows that the worker has the newest weights after all: it follows again.
+    assert workers[1].weights[-1] == ("round", 1)
+    job.handle(PeerBehind(workers[1].name))
+    assert workers[1].name not in {m.peer for m in job.world.members.values() if m.synced}
+    workers[1].pull(0)
+    assert workers[1].weights[-1] == ("round", 1)
+
+
+@pytest.mark.parametrize("pulls", [False, True])
+def test_a_worker_that_came_back_follows_the_rounds_once_it_has_pulled(cluster, pulls):
+    job = cluster()
+    first, second = job.started()
+    second.push_all()
+    again = job.connect(1).join(lineage=11, pending=0)
+    if pulls:
+        again.pull()
+    first.push_all()
+    assert job.version == 1
+    assert again.weights == ([("full", 0), ("round", 1)] if pulls else [])
+
+
+# ---- status
+
+
+def test_status_names_the_missing_shards_of_the_asker_and_who_is_waited_for(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.push_all()
+    second.push(1)
+    job.now_s += 3
+    status = first.beat(0)
+    assert isinstance(status, Status)
+    assert (status.round, status.version, status.missing) == (0, 0, ())
+    assert status.waiting == ((1, 3.0),)
+    assert second.beat(0).missing == (0,)
