@@ -25,7 +25,7 @@ from psq_worker.launch import Commands, child_env, cores, launch, run_one, threa
 from psq_worker.picture import Curve, curve_of, draw
 from psq_worker.report import comparison_table
 
-__all__ = ["run_demo"]
+__all__ = ["run_demo", "shared_words", "verdict"]
 
 PICTURE: Final = "demo.png"
 NUMBERS: Final = "demo.json"
@@ -56,7 +56,7 @@ def run_demo(told: WorkerConfig, *, output: str, words: tuple[str, ...], as_json
     console = Console()
     console.print()
     console.print(comparison_table(numbers["psq"], numbers["baseline"]))
-    console.print(_verdict(numbers))
+    console.print(verdict(numbers))
     console.print(f"\nPicture: {picture}\nNumbers: {(folder / NUMBERS).resolve()}", soft_wrap=True)
 
 
@@ -72,12 +72,12 @@ def _run_baseline(told: WorkerConfig, words: tuple[str, ...]) -> Board:
     env = child_env(1, os.environ)
     title = f"2 of 2: the same job by plain Adam in one process, {threads_words(env)}"
     flags = ["--world-size", str(told.world_size), "--progress", "json", "--json"]
-    command = [sys.executable, "-m", "psq_worker.cli", "baseline", *flags, *_shared(words)]
+    command = [sys.executable, "-m", "psq_worker.cli", "baseline", *flags, *shared_words(words)]
     with make_view(title) as view:
         return run_one("baseline", command, view, env)
 
 
-def _shared(words: tuple[str, ...]) -> list[str]:
+def shared_words(words: tuple[str, ...]) -> list[str]:
     """The typed flags that plain Adam understands too: all but those about messages."""
     about_messages = {"--recipe", "--uplink", "--downlink", "--give-up-after"}
     pairs = iter(words)
@@ -110,7 +110,7 @@ def _numbers(psq: Board, baseline: Board) -> dict[str, Any]:
     }
 
 
-def _verdict(numbers: dict[str, Any]) -> str:
+def verdict(numbers: dict[str, Any]) -> str:
     """The comparison in one sentence."""
     ours, difference = numbers["psq"], numbers["score_difference"]
     ratio = ours["wire"]["compression_ratio"]

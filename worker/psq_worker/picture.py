@@ -135,9 +135,11 @@ def _label(axes: Any, metric: str) -> None:
         axis.set_xlabel("step")
         axis.set_xlim(left=0)
     for axis in axes[:, 1]:
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_xlabel("sent by each worker, MB (logarithmic)")
+        axis.set_xlabel("sent by each worker, MB")
+        if any(max(line.get_xdata(), default=0) > 0 for line in axis.lines):
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.set_xlabel("sent by each worker, MB (logarithmic)")
     axes[0, 0].legend(loc="upper right")
 
 

@@ -1,0 +1,215 @@
+"""The commands: help at once, one-line errors, documented codes, nothing typed is ignored."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from psq.config import DemoConfig, Given, LaunchConfig, ServerConfig, WorkerConfig, settings_of
+from psq.config.options import run
+from psq_worker.cli import FOR_SERVER, SAID_BY_LAUNCHER, flag_words, psq, script_words, worker
+from psq_worker.demo import shared_words, verdict
+
+DEADLINE_S = 60.0
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def calling(command, *words):
+        with pytest.raises(SystemExit) as ended:
+            run(command, command.name or "psq", list(words))
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return calling
+
+
+def keys(*classes):
+    return {item.flag for cls in classes for item in settings_of(cls)}
+
+
+def flags_in(text):
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) - {"--help", "--config"}
+
+
+def positive(flags):
+    return {flag for flag in flags if not flag.startswith("--no-")}
+
+
+def test_help_says_what_there_is_and_which_codes_a_command_ends_with(call):
+    code, out, _ = call(psq, "--help")
+    assert code == 0
+    for words in ("launch", "demo", "doctor", "config", "baseline", "75 gave up", "130 Ctrl-C"):
+        assert words in out
+
+
+def test_the_worker_takes_every_setting_of_a_worker(call):
+    code, out, _ = call(worker, "--help")
+    assert code == 0
+    assert positive(flags_in(out)) >= keys(WorkerConfig)
+
+
+def test_launch_takes_the_settings_of_all_but_what_it_says_itself(call):
+    _, out, _ = call(psq, "launch", "--help")
+    taken = positive(flags_in(out))
+    own = {"--" + key.replace("_", "-") for key in SAID_BY_LAUNCHER}
+    server = {"--" + key.replace("_", "-") for key in FOR_SERVER}
+    assert taken >= keys(LaunchConfig) | server | (keys(WorkerConfig) - own)
+    assert not taken & (own | {"--bind", "--insecure-plaintext"})
+
+
+def test_the_demo_takes_its_folder_beside_the_settings_of_launch_and_worker(call):
+    _, out, _ = call(psq, "demo", "--help")
+    assert positive(flags_in(out)) >= keys(DemoConfig, LaunchConfig)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["launch", "--help"], ["doctor", "--json"]])
+def test_torch_is_not_imported_by_what_trains_nothing(words):
+    code = (
+        "import sys; from psq_worker.cli import psq; "
+        f"psq.main({words!r}, standalone_mode=False); "
+        "sys.exit('torch was imported' if 'torch' in sys.modules else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_flag_that_does_not_exist_is_wrong_use(call):
+    code, _, err = call(worker, "--rnak", "1")
+    assert code == 64
+    assert "No such option '--rnak'" in err
+
+
+def test_a_wrong_value_is_one_line_with_the_flag_and_what_was_expected(call):
+    code, out, err = call(worker, "--rank", "one")
+    assert (code, out) == (78, "")
+    assert err == (
+        "psq-worker: error: rank (from --rank): expected a whole number >= 0 and <= 4095, "
+        "got 'one'\n"
+    ).replace("psq-worker", worker.name)
+
+
+def test_a_script_that_is_not_there_is_wrong_use(call):
+    code, _, err = call(worker, "nowhere.py")
+    assert code == 64
+    assert "no script 'nowhere.py'" in err
+
+
+@pytest.mark.parametrize("flag", ["--task", "--steps", "--batch-size", "--eval-every", "--data"])
+def test_a_flag_for_tasks_is_refused_beside_a_script(call, tmp_path, flag):
+    script = tmp_path / "train.py"
+    script.write_text("")
+    code, _, err = call(psq, "launch", flag, "3", str(script))
+    assert code == 64
+    assert f"{flag} is for built-in tasks" in err
+
+
+def test_a_file_with_a_wrong_key_is_refused_by_every_command(call, tmp_path):
+    file = tmp_path / "psq.toml"
+    file.write_text("[worker]\nlearning_rate = 1\n")
+    for words in (["launch"], ["demo"], ["baseline"], ["worker"], ["config", "show"]):
+        code, _, err = call(psq, *words, "--config", str(file))
+        assert code == 78, words
+        assert "[worker] has no key 'learning_rate'" in err
+
+
+def test_debug_lets_the_error_itself_through():
+    with pytest.raises(Exception, match="expected a whole number"):
+        run(worker, "psq-worker", ["--rank", "one", "--debug"])
+
+
+def test_config_show_says_where_each_value_came_from(call, monkeypatch, tmp_path):
+    file = tmp_path / "psq.toml"
+    file.write_text("[server]\nlease = 3\n")
+    monkeypatch.setenv("PSQ_SEED", "5")
+    code, out, _ = call(psq, "config", "show", "--config", str(file), "--lr", "0.5", "--json")
+    assert code == 0
+    shown = json.loads(out)
+    assert shown["worker"]["lr"] == {"value": 0.5, "origin": "--lr", "variable": "PSQ_LR"}
+    assert shown["worker"]["seed"] == {"value": 5, "origin": "PSQ_SEED", "variable": "PSQ_SEED"}
+    assert shown["server"]["lease"]["origin"] == f"{file} [server] lease"
+    assert shown["launch"]["workers"]["origin"] == "default"
+
+
+def test_config_show_prints_tables(call):
+    code, out, _ = call(psq, "config", "show")
+    assert code == 0
+    assert "[worker]" in out
+    assert "PSQ_GIVE_UP_AFTER" in out
+
+
+def test_doctor_ends_with_what_it_found(call, monkeypatch):
+    code, out, _ = call(psq, "doctor", "--json")
+    found = json.loads(out)
+    assert (code, found["ok"]) == (0, True)
+    assert {"name", "verdict", "found", "advice"} == set(found["checks"][0])
+    monkeypatch.setenv("PSQ_RANK", "-1")
+    code, out, _ = call(psq, "doctor")
+    assert code == 78
+    assert "rank (from PSQ_RANK)" in out
+
+
+def test_what_was_typed_is_handed_on_as_it_was_typed():
+    given = Given(
+        {
+            "lr": "0.5",
+            "recipe": "qadam",
+            "debug": False,
+            "workers": "3",
+            "json": True,
+            "lease": "2",
+        },
+        "psq.toml",
+    )
+    assert flag_words(given, WorkerConfig) == (
+        "--config",
+        "psq.toml",
+        "--recipe",
+        "qadam",
+        "--lr",
+        "0.5",
+        "--no-debug",
+    )
+    assert flag_words(given, ServerConfig, only=FOR_SERVER) == (
+        "--config",
+        "psq.toml",
+        "--lease",
+        "2",
+    )
+
+
+def test_only_the_first_double_dash_is_the_commands():
+    assert script_words(("--", "--epochs", "--", "3")) == ("--epochs", "--", "3")
+    assert script_words(("--epochs", "3")) == ("--epochs", "3")
+
+
+def test_plain_adam_gets_what_was_typed_but_nothing_about_messages():
+    words = ("--config", "f", "--recipe", "qadam", "--lr", "1", "--debug", "--uplink", "sign")
+    assert shared_words(words) == ["--config", "f", "--lr", "1", "--debug"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "difference", "words"),
+    [
+        ("accuracy", -0.0012, "test accuracy differs by -0.12 points."),
+        ("val_loss", 0.01, "val loss differs by +0.0100."),
+        ("", None, "fewer bytes than fp32."),
+    ],
+)
+def test_the_demos_verdict_is_a_sentence(metric, difference, words):
+    ours = {"metric": metric, "wire": {"compression_ratio": 12.44}}
+    said = verdict({"psq": ours, "score_difference": difference})
+    assert said.startswith("psq sent 12.4 times fewer bytes than fp32")
+    assert said.endswith(words)
