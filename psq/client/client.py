@@ -207,8 +207,11 @@ class Client:
                 return
             self._flush()
             self._report(wait)
-            due_s = wait.due_s if self._blocked else min(wait.due_s, machine.due_s)
-            self._link.wait(max(0.0, due_s - self._clock()), room=self._blocked)
+            now_s = self._clock()
+            due_s = machine.due_s
+            if self._blocked and due_s <= now_s:
+                due_s = wait.due_s  # it is due already and waits for room
+            self._link.wait(max(0.0, min(wait.due_s, due_s) - now_s), room=self._blocked)
             self._inbox.extend(self._link.drain())
 
     def _flush(self) -> None:
@@ -217,6 +220,7 @@ class Client:
         self._blocked = False
         while (frame := self._machine.next_frame(now_s)) is not None:
             if not self._link.send(frame):
+                self._machine.not_sent(now_s)
                 self._blocked = True
                 return
             self._machine.sent(now_s)

@@ -29,6 +29,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +74,13 @@ from psq_proto.messages import (
 )
 from psq_proto.session import State, WorkerSession
 
-__all__ = ["Hooks", "Machine"]
+__all__ = ["ALONE_S", "FAREWELL_BEAT_S", "Hooks", "Machine"]
+
+FAREWELL_BEAT_S: Final = 0.1
+"""Between two heartbeats of a worker that has said goodbye: their answer lets it go."""
+ALONE_S: Final = 0.5
+"""Without a connection for so long after its goodbye, a worker takes it that the server ended: one
+that is still there would have been found again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +155,7 @@ class Machine:
         self._status: Status | None = None
         self._leave: Leave | None = None
         self._old_answers_at_leave = 0
+        self._alone_since_s: float | None = None
 
     @property
     def joined(self) -> bool:
@@ -156,7 +164,9 @@ class Machine:
 
     @property
     def due_s(self) -> float:
-        """When `next_frame` may have something to say although nothing came."""
+        """When something will have to happen although nothing came."""
+        if self._alone_since_s is not None:
+            return self._alone_since_s + ALONE_S
         return self._beat_at_s if self.joined else self._hello_at_s
 
     def waited_for(self) -> str:
@@ -229,8 +239,17 @@ class Machine:
     def sent(self, now_s: float) -> None:
         """The link has taken what `next_frame` gave."""
         self._outbox.popleft()
+        self._alone_since_s = None
         if self.session.state is State.GREETED:
             self._hello_at_s = now_s + self._backoff.next_s()
+
+    def not_sent(self, now_s: float) -> None:
+        """The link has no room for what `next_frame` gave, or no connection."""
+        if self.session.state is not State.LEAVING:
+            return
+        if self._alone_since_s is None:
+            self._alone_since_s = now_s
+        self.left = self.left or now_s - self._alone_since_s >= ALONE_S
 
     def _queue_due(self, now_s: float) -> None:
         if self.session.state in (State.CLOSED, State.FENCED):
@@ -243,7 +262,8 @@ class Machine:
         if self.session.state is State.JOINED:
             self._queue_work()
         if not self._outbox and now_s >= self._beat_at_s:
-            self._beat_at_s = now_s + self._heartbeat_s
+            leaving = self.session.state is State.LEAVING
+            self._beat_at_s = now_s + (FAREWELL_BEAT_S if leaving else self._heartbeat_s)
             self._queue_heartbeat()
 
     def _queue_work(self) -> None:
@@ -254,7 +274,7 @@ class Machine:
         elif self._leave is not None:
             self._outbox.append(self.session.send(MessageType.LEAVE, self._leave))
             self._old_answers_at_leave = self._unanswered
-            self._queue_heartbeat()  # its answer says that the goodbye arrived
+            self._beat_at_s = 0.0  # a heartbeat follows: its answer says that the goodbye arrived
         elif self._pull:
             self._pull = False
             have = self.replica.version
