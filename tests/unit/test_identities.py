@@ -25,6 +25,15 @@ UPLINKS = ["sign", "log:k=6,block=256", "uniform:bits=4", "lloyd-max:bits=2", "b
 STOCHASTIC = "uniform:bits=4,stochastic=true"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread():
+    """Vectors of a few thousand values: a second thread of torch only waits, and slowly."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_plan(recipe="server-adam", world_size=2, adam=None, specs=SPECS, **codecs):
     return Plan.of(specs, preset(recipe, adam).with_codecs(**codecs), world_size)
 

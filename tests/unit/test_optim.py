@@ -28,6 +28,15 @@ LONG_RUN_ULP = 16
 LONG_RUN_DECAY_ULP = 64
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread():
+    """Vectors of a few thousand values: a second thread of torch only waits, and slowly."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def ulps(a, b, size):
     """Largest distance in units of the last place of `size`."""
     return float(np.max(np.abs(a.astype(np.float64) - b) / np.spacing(size)))
