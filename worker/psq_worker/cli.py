@@ -71,12 +71,12 @@ def worker(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     watch_parent()
     check_script(given, script)
     config = given.resolve(WorkerConfig).config
-    from psq_worker import runner  # noqa: PLC0415 - imports torch
+    from psq_worker.runner import run_script, run_task  # noqa: PLC0415 - imports torch
 
     if script is None:
-        runner.run_task(given, config)
+        run_task(given, config)
     else:
-        runner.run_script(given, config, script, script_words(arguments))
+        run_script(given, config, script, script_words(arguments))
 
 
 @psq.command(context_settings=SCRIPT_SETTINGS, epilog=EPILOG)
@@ -87,29 +87,29 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
 
     What comes after "--" is the script's own command line.
     """
-    from psq_worker import launch as launching  # noqa: PLC0415 - --help needs no rich
+    from psq_worker.launch import Commands, run_launch  # noqa: PLC0415 - --help needs no rich
 
     check_script(given, script)
     config = given.resolve(LaunchConfig).config
     told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
     words = [script, "--", *script_words(arguments)] if script is not None else []
-    commands = launching.Commands(
+    commands = Commands(
         config.workers,
         server_words=flag_words(given, ServerConfig, only=FOR_SERVER),
         worker_words=(*flag_words(given, WorkerConfig), *words),
     )
-    launching.run_launch(commands, script or told.task, as_json=config.json)
+    run_launch(commands, script or told.task, as_json=config.json)
 
 
 @psq.command(epilog=EPILOG)
 @options(LaunchConfig, DemoConfig, WorkerConfig, skip=SAID_BY_LAUNCHER)
 def demo(given: Given) -> None:
     """Show what psq does: train a task through it and by plain Adam, compare, draw a picture."""
-    from psq_worker import demo as demonstration  # noqa: PLC0415 - --help needs no rich
+    from psq_worker.demo import run_demo  # noqa: PLC0415 - --help needs no rich
 
     config = given.resolve(LaunchConfig).config
     told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
-    demonstration.run_demo(
+    run_demo(
         told,
         output=given.resolve(DemoConfig).config.output,
         words=flag_words(given, WorkerConfig),
@@ -128,20 +128,20 @@ def baseline(given: Given) -> None:
 
     watch_parent()
     config = given.resolve(WorkerConfig, rank=0).config
-    from psq_worker import runner  # noqa: PLC0415 - imports torch
+    from psq_worker.runner import run_baseline  # noqa: PLC0415 - imports torch
 
-    runner.run_baseline(config)
+    run_baseline(config)
 
 
 @psq.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(*, as_json: bool) -> int:
     """Say whether this machine can run psq, and what it would run with; ends with 0 or 78."""
-    from psq_worker import doctor as examination  # noqa: PLC0415 - --help needs no rich
+    from psq_worker.doctor import examine, exit_code  # noqa: PLC0415 - --help needs no rich
     from psq_worker.report import check_lines  # noqa: PLC0415 - as above
 
-    checks = examination.examine(os.environ)
-    code = examination.exit_code(checks)
+    checks = examine(os.environ)
+    code = exit_code(checks)
     if as_json:
         found = [{name: getattr(c, name) for name in c.__slots__} for c in checks]
         click.echo(json.dumps({"ok": code == 0, "checks": found}, indent=2))

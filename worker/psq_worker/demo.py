@@ -21,7 +21,8 @@ from psq.config import WorkerConfig
 from psq.errors import StateError
 from psq_worker.board import Board
 from psq_worker.display import make_view
-from psq_worker.launch import Commands, child_env, cores, launch, run_one, threads_words
+from psq_worker.doctor import cores
+from psq_worker.launch import Commands, child_env, launch, run_one, threads_words
 from psq_worker.picture import Curve, curve_of, draw
 from psq_worker.report import comparison_table
 

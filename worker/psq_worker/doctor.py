@@ -6,6 +6,7 @@ needs no torch (it only asks for its version) and changes nothing.
 
 from __future__ import annotations
 
+import os
 import platform
 import socket
 import sys
@@ -25,9 +26,8 @@ from psq.config import (
     stray_variables,
 )
 from psq.errors import EXIT_CONFIG, PsqError
-from psq_worker.launch import cores
 
-__all__ = ["Check", "examine", "exit_code"]
+__all__ = ["Check", "cores", "examine", "exit_code"]
 
 Verdict = Literal["ok", "note", "fail"]
 
@@ -71,6 +71,13 @@ def examine(environ: Mapping[str, str]) -> list[Check]:
 def exit_code(checks: list[Check]) -> int:
     """0 when psq can run, else 78."""
     return EXIT_CONFIG if any(check.verdict == "fail" for check in checks) else 0
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _python() -> Check:

@@ -22,12 +22,12 @@ from psq.errors import GaveUpError
 from psq_worker.board import Board
 from psq_worker.children import Children
 from psq_worker.display import View, make_view
+from psq_worker.doctor import cores
 from psq_worker.events import Started, parse_event
 
 __all__ = [
     "Commands",
     "child_env",
-    "cores",
     "launch",
     "run_launch",
     "run_one",
@@ -113,13 +113,6 @@ def run_one(name: str, command: Sequence[str], view: View, env: Mapping[str, str
         while children.running(name):
             watch.pump(children)
     return board
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def child_env(workers: int, environ: Mapping[str, str]) -> dict[str, str]:
