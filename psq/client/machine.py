@@ -188,6 +188,7 @@ class Machine:
             raise UsageError(msg)
         if self.joined:
             self._outbox.clear()  # copies of a round that is over: their buffers are needed now
+        self._weights_since_status = False
         self.round = Round(self.replica.version, rate)
         return self.round
 

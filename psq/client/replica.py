@@ -58,10 +58,10 @@ class ReplicaVersions:
         have = self._versions[header.shard]
         if Flags.DELTA in header.flags:
             return have != NONE and header.version == have + 1
-        if header.version <= have:
-            return False
         version, parts = self._parts.get(header.shard, (NONE, set()))
-        return version != header.version or header.part not in parts
+        if version == header.version:
+            return header.part not in parts
+        return header.version > max(have, version)
 
     def took(self, header: Header) -> None:
         """Note that this frame, which `wants` allowed, is in the weights now."""
@@ -73,6 +73,7 @@ class ReplicaVersions:
             parts = set()
         parts.add(header.part)
         self._parts[header.shard] = (header.version, parts)
+        self._versions[header.shard] = NONE  # half of one version and half of another is neither
         if len(parts) == part_count(self._numels[header.shard]):
             del self._parts[header.shard]
             self._versions[header.shard] = header.version

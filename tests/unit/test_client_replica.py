@@ -1,0 +1,146 @@
+"""Which WEIGHTS frames are applied."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psq.client.replica import ReplicaVersions
+from psq.codec import ShardCodec, get_codec
+from psq.errors import RemotePayloadError
+from psq.layout import PART_NUMEL
+from psq.plan import Plan
+from psq.recipe import preset
+from psq_proto.frames import Header
+from psq_proto.messages import Flags, MessageType
+
+NUMEL = PART_NUMEL + 10  # one shard in one bit, two parts in f32
+DENSE = get_codec("fp32").wire_id
+
+
+def replica(recipe: str = "server-adam", numel: int = NUMEL) -> tuple[ReplicaVersions, Plan]:
+    plan = Plan.of([("w", (numel,)), ("b", (3,))], preset(recipe), 1)
+    return ReplicaVersions(plan), plan
+
+
+def weights(version: int, shard: int = 0, part: int = 0, **fields) -> Header:
+    defaults = {"flags": Flags.FULL, "codec": DENSE}
+    return Header(
+        MessageType.WEIGHTS, version=version, shard=shard, part=part, **{**defaults, **fields}
+    )
+
+
+def delta(version: int, shard: int = 0) -> Header:
+    return weights(version, shard, flags=Flags.DELTA, codec=get_codec("sign").wire_id)
+
+
+def payload_bytes(plan: Plan, shard: int = 0) -> int:
+    codec = get_codec(plan.recipe.downlink.codec)
+    return ShardCodec(codec, plan.layout.shards[shard]).nbytes
+
+
+def take_full(versions: ReplicaVersions, version: int) -> None:
+    for part, numel in enumerate((PART_NUMEL, 13)):
+        header = weights(version, part=part)
+        assert versions.wants(header, 4 * numel)
+        versions.took(header)
+
+
+def test_a_new_replica_has_nothing():
+    versions, _ = replica()
+    assert versions.version == -1
+
+
+def test_dense_weights_count_when_every_part_is_there():
+    versions, _ = replica()
+    first, second = weights(4, part=0), weights(4, part=1)
+    versions.took(second)
+    assert versions.version == -1
+    assert not versions.wants(second, 4 * 13)
+    assert versions.wants(first, 4 * PART_NUMEL)
+    versions.took(first)
+    assert versions.version == 4
+
+
+def test_parts_of_another_version_do_not_mix():
+    versions, _ = replica()
+    versions.took(weights(4, part=0))
+    versions.took(weights(5, part=1))
+    assert versions.version == -1
+    assert not versions.wants(weights(4, part=1), 4 * 13)
+    assert versions.wants(weights(5, part=0), 4 * PART_NUMEL)
+
+
+def test_a_replica_that_is_half_overwritten_has_no_version_to_add_to():
+    versions, plan = replica()
+    take_full(versions, 2)
+    versions.took(weights(3, part=0))
+    assert versions.version == -1
+    assert not versions.wants(delta(3), payload_bytes(plan))
+
+
+def test_a_delta_is_applied_to_the_version_before_it_and_once():
+    versions, plan = replica()
+    nbytes = payload_bytes(plan)
+    assert not versions.wants(delta(1), nbytes)  # nothing to add to
+    take_full(versions, 0)
+    assert not versions.wants(delta(2), nbytes)  # a gap
+    assert versions.wants(delta(1), nbytes)
+    versions.took(delta(1))
+    assert not versions.wants(delta(1), nbytes)  # a copy
+    assert versions.version == 1
+
+
+def test_whole_weights_close_a_gap_and_old_ones_are_left():
+    versions, _ = replica()
+    take_full(versions, 2)
+    assert not versions.wants(weights(2), 4 * PART_NUMEL)
+    assert not versions.wants(weights(1), 4 * PART_NUMEL)
+    take_full(versions, 7)
+    assert versions.version == 7
+
+
+def test_quantized_weights_replace_any_version():
+    versions, plan = replica("qadam")
+    codec = get_codec(plan.recipe.downlink.codec).wire_id
+    for version in (0, 3):
+        header = weights(version, codec=codec)
+        assert versions.wants(header, payload_bytes(plan))
+        versions.took(header)
+    assert versions.version == 3
+
+
+@pytest.mark.parametrize(
+    ("header", "nbytes", "words"),
+    [
+        (weights(0, shard=1), 12, "shard 1 came, the plan has 1 shards"),
+        (weights(0, part=2), 12, "part 2 came with 12 bytes, the plan says 0"),
+        (weights(0), 12, "came with 12 bytes, the plan says 1048576"),
+        (delta(0), 12, "came with 12 bytes"),
+        (weights(0, codec=get_codec("sign").wire_id), 12, "came as weights in codec"),
+        (weights(0, flags=Flags.DELTA), 12, "came as a delta in codec"),
+    ],
+)
+def test_a_frame_that_does_not_fit_the_plan_is_refused(header, nbytes, words):
+    versions, _ = replica()
+    with pytest.raises(RemotePayloadError, match=words):
+        versions.wants(header, nbytes)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 6), st.integers(0, 1)), max_size=40))
+def test_no_delta_is_ever_applied_twice_or_to_the_wrong_version(frames):
+    versions, plan = replica()
+    nbytes = payload_bytes(plan)
+    values = [None, None]  # the version whose changes each half of the shard holds
+    for is_delta, version, part in frames:
+        header = delta(version) if is_delta else weights(version, part=part)
+        size = nbytes if is_delta else 4 * (PART_NUMEL, 13)[part]
+        if not versions.wants(header, size):
+            continue
+        versions.took(header)
+        if is_delta:
+            assert values == [version - 1] * 2
+            values = [version] * 2
+        else:
+            values[part] = version
+        whole = values[0] is not None and values[0] == values[1]
+        assert versions.version == (values[0] if whole else -1)
