@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from psq.errors import ConfigError
-from psq_proto.messages import MAX_PAYLOAD_BYTES
+from psq_proto.messages import INIT_PART_NUMEL, MAX_PAYLOAD_BYTES
 
 __all__ = [
     "MAX_SHARD_NUMEL",
@@ -42,7 +42,7 @@ MAX_SHARD_NUMEL: Final = 1 << 20
 SPLIT_NUMEL: Final = (
     8192  # a tensor is split only at multiples of this, the largest block: full blocks stay full
 )
-PART_NUMEL: Final = MAX_PAYLOAD_BYTES // 4  # dense f32 weights travel in parts of this many values
+PART_NUMEL: Final = INIT_PART_NUMEL  # dense f32 weights travel in parts of this many values
 
 PayloadSize = Callable[[int], int]
 
