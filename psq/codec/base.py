@@ -7,9 +7,11 @@ seed, and all its parameters are in its spec and in its wire id. The arithmetic 
 Laws, tested for each codec on every kernel level:
 
     nbytes(n) bytes exactly; encode writes all of them, decode takes any content
-    decode(encode_ef(x, e)) + e' == x + e     exactly for sign of 0, log, uniform, fp32, otherwise
-                                              to the rounding of one float32 subtraction
-    |c - decode(c)|^2 <= |c|^2                except stochastic, whose mean is c instead
+    decode(encode_ef(x, e)) + e' == x + e     exactly for log, uniform, bf16, fp32; otherwise to
+                                              half a unit in the last place of the larger term
+    |c - decode(c)|^2 <= |c|^2                except stochastic, which is c on average instead, and
+                                              sign:norm=l2, which only stays below 2 |c|^2
+    encode(decode(p)) == p                    for log, uniform, bf16, fp32
     a block of zeros has scale 0 and decodes to 0; a block with NaN or Inf has the scale NaN, which
     `check` refuses, and leaves its residual alone
 """

@@ -9,6 +9,8 @@
 
 `block` values share a scale; 0 means the whole segment, as the papers have it. A scale of its own
 for every thousand values costs 0.03 bits a value and is far more accurate on real gradients.
+Prefer norm=l1 to norm=l2: the l2 scale overshoots where few values dominate a block, and what it
+leaves in the residual can be larger than what was there.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from psq.codec.base import Codec
 from psq.codec.families import FAMILIES
 from psq.errors import ConfigError, RemotePayloadError
 
-__all__ = ["codec_of_wire_id", "codec_specs", "get_codec"]
+__all__ = ["all_codecs", "codec_of_wire_id", "codec_specs", "get_codec"]
 
 _FAMILIES: Final = {family.name: family for family in FAMILIES}
 
@@ -56,7 +56,7 @@ def _value(spec: str, name: str, key: str, text: str) -> Any:
 @functools.cache
 def codec_specs() -> tuple[str, ...]:
     """Canonical specs of all codecs with the default block, in the order of their wire ids."""
-    return tuple(codec.spec for codec in _every_codec() if "block=" not in codec.spec)
+    return tuple(codec.spec for codec in all_codecs() if "block=" not in codec.spec)
 
 
 def codec_of_wire_id(wire_id: int) -> Codec:
@@ -74,10 +74,12 @@ def codec_of_wire_id(wire_id: int) -> Codec:
 
 @functools.cache
 def _by_wire_id() -> dict[int, Codec]:
-    return {codec.wire_id: codec for codec in _every_codec()}
+    return {codec.wire_id: codec for codec in all_codecs()}
 
 
-def _every_codec() -> list[Codec]:
+@functools.cache
+def all_codecs() -> tuple[Codec, ...]:
+    """Return every codec with every value of every option, in the order of their wire ids."""
     codecs = [
         get_codec(family.name + (":" + ",".join(options) if options else ""))
         for family in FAMILIES
@@ -85,4 +87,4 @@ def _every_codec() -> list[Codec]:
             *([f"{key}={text}" for text in values] for key, values in family.choices.items())
         )
     ]
-    return sorted(codecs, key=lambda codec: codec.wire_id)
+    return tuple(sorted(codecs, key=lambda codec: codec.wire_id))

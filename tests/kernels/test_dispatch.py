@@ -1,0 +1,129 @@
+"""Which kernels a process gets, and that every one of them needs no other."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from psq import kernels
+from psq.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SHOW = "from psq import kernels; print(kernels.level(), *kernels.available())"
+HIDE = "import sys; sys.modules['psq.kernels._native'] = None; "
+ROUND_TRIP = """
+import numpy as np
+from psq.codec import get_codec
+codec = get_codec('uniform:bits=4')
+values, out = np.linspace(-1, 1, 700, dtype=np.float32), np.zeros(700, np.float32)
+payload = bytearray(codec.nbytes(700))
+codec.encode(values, payload)
+codec.check(payload, 700)
+codec.decode(payload, out)
+print(round(float(abs(out - values).max()), 2))
+"""
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_best_level_is_the_default():
+    assert run(SHOW, PSQ_KERNEL="").stdout.split()[0] == kernels.available()[0]
+
+
+@pytest.mark.parametrize("name", kernels.available())
+def test_the_environment_forces_a_level(name):
+    assert run(SHOW, PSQ_KERNEL=name).stdout.split()[0] == name
+
+
+def test_a_level_that_cannot_run_here_fails_and_says_which_can():
+    process = run(SHOW, PSQ_KERNEL="v9")
+    assert process.returncode != 0
+    assert "kernel level 'v9' cannot run here" in process.stderr
+    assert ", ".join(kernels.available()) in process.stderr
+
+
+def test_without_native_code_the_reference_does_everything():
+    process = run(HIDE + SHOW)
+    assert process.stdout.split() == ["reference", "reference"]
+    assert run(HIDE + ROUND_TRIP).stdout == run(ROUND_TRIP).stdout == "0.07\n"
+
+
+def test_without_native_code_a_forced_level_fails_and_says_why():
+    process = run(HIDE + SHOW, PSQ_KERNEL="v2")
+    assert process.returncode != 0
+    assert "installed without native code" in process.stderr
+
+
+def test_importing_kernels_needs_neither_torch_nor_zmq():
+    code = "import sys, psq.codec; print(sorted({'torch', 'zmq'} & set(sys.modules)))"
+    assert run(code).stdout == "[]\n"
+
+
+def test_use_changes_the_level_and_changes_it_back():
+    before = kernels.level()
+    with kernels.use("reference") as inside:
+        assert kernels.active() is inside
+        assert kernels.level() == "reference"
+    assert kernels.level() == before
+
+
+def test_use_of_an_unknown_level_changes_nothing():
+    before = kernels.level()
+    with pytest.raises(ConfigError, match="cannot run here"), kernels.use("v9"):
+        pass
+    assert kernels.level() == before
+
+
+# ---- object files of the build, where there is one -----------------------------------------------
+
+
+def object_file(level):
+    found = sorted(ROOT.glob(f"build/*/CMakeFiles/_native.dir/psq/native/level_{level}.cpp.o"))
+    if not found:
+        pytest.skip(f"no object file of level {level} under build/: nothing was compiled here")
+    return found[0]
+
+
+def output_of(tool, *arguments):
+    path = shutil.which(tool)
+    if path is None:
+        pytest.skip(f"{tool} is not installed")
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("level", "registers"),
+    [
+        ("v2", r"%[yz]mm\d|%k[0-7]\b|\bv[a-z]+ps\b"),
+        ("v3", r"%zmm\d|%k[0-7]\b|%ymm(1[6-9]|2\d|3[01])"),
+    ],
+)
+def test_a_level_uses_no_instruction_of_a_higher_one(level, registers):
+    code = output_of("objdump", "-d", "--no-show-raw-insn", str(object_file(level)))
+    found = re.search(registers, code)
+    assert found is None, code[max(found.start() - 200, 0) : found.end()]
+    assert "%xmm" in code
+
+
+@pytest.mark.parametrize("level", ["v2", "v3", "v4", "neon"])
+def test_a_level_shares_no_function_with_another(level):
+    symbols = [line.split()[-2:] for line in output_of("nm", str(object_file(level))).splitlines()]
+    exported = [name for kind, name in symbols if kind.isupper() and kind != "U"]
+    assert exported == [f"psq_kernels_{level}"]
+    needed = {name for kind, name in symbols if kind == "U"}
+    assert needed <= {"memcpy", "memset", "memmove", "__stack_chk_fail", "_GLOBAL_OFFSET_TABLE_"}
