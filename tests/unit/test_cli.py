@@ -125,6 +125,24 @@ def test_a_file_with_a_wrong_key_is_refused_by_every_command(call, tmp_path):
         assert "[worker] has no key 'learning_rate'" in err
 
 
+@pytest.mark.parametrize("command", ["launch", "demo"])
+@pytest.mark.parametrize(
+    ("flag", "value", "complaint"),
+    [
+        ("--recipe", "qadm", "no recipe 'qadm'; there are: server-adam"),
+        ("--uplink", "sgn", "codec 'sgn'"),
+        ("--downlink", "delta:sgn", "codec 'sgn'"),
+    ],
+)
+def test_a_recipe_that_does_not_exist_is_refused_before_anything_starts(
+    call, command, flag, value, complaint
+):
+    code, _, err = call(psq, command, flag, value)
+    assert code == 78
+    assert complaint in err
+    assert "1 server" not in err
+
+
 def test_debug_lets_the_error_itself_through():
     with pytest.raises(Exception, match="expected a whole number"):
         run(worker, "psq-worker", ["--rank", "one", "--debug"])

@@ -60,7 +60,7 @@ class InterruptedByError(PsqError):
 
     def __init__(self, number: int) -> None:
         self.exit_code = 128 + number
-        super().__init__(f"ended by {signal.Signals(number).name}")
+        super().__init__(f"stopped by {signal.Signals(number).name}; its processes have ended")
 
 
 @dataclass(slots=True)

@@ -38,7 +38,8 @@ NOT_FOR_LAUNCH: Final = (
     - set(FOR_SERVER),
 )
 # Everything after the script's name belongs to the script.
-SCRIPT_SETTINGS: Final = {"allow_interspersed_args": False}
+HELP_SETTINGS: Final = {"help_option_names": ["-h", "--help"]}
+SCRIPT_SETTINGS: Final = {**HELP_SETTINGS, "allow_interspersed_args": False}
 EPILOG: Final = """\
 Exit codes: 0 done, 64 wrong use, 65 state unusable, 75 gave up waiting, 76 fenced by a newer
 process, 77 refused by the server, 78 wrong configuration, 130 Ctrl-C. Each setting may be a flag, a
@@ -52,7 +53,7 @@ def script_arguments(function: Any) -> Any:
     return click.argument("script", required=False)(take_rest(function))
 
 
-@click.group(epilog=EPILOG)
+@click.group(context_settings=HELP_SETTINGS, epilog=EPILOG)
 @click.version_option(package_name="psq-train", prog_name="psq")
 def psq() -> None:
     """Train PyTorch models through a parameter server that speaks in a few bits."""
@@ -92,6 +93,7 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     check_script(given, script)
     config = given.resolve(LaunchConfig).config
     told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
+    check_recipe(told)
     words = [script, "--", *script_words(arguments)] if script is not None else []
     commands = Commands(
         config.workers,
@@ -109,6 +111,7 @@ def demo(given: Given) -> None:
 
     config = given.resolve(LaunchConfig).config
     told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
+    check_recipe(told)
     run_demo(
         told,
         output=given.resolve(DemoConfig).config.output,
@@ -196,6 +199,20 @@ def check_script(given: Given, script: str | None) -> None:
         flag = "--" + wrong[0].replace("_", "-")
         msg = f"{flag} is for built-in tasks: give it to {script} after --, if it takes it"
         raise UsageError(msg)
+
+
+def check_recipe(told: WorkerConfig) -> None:
+    """Refuse a recipe or a codec that does not exist before anything is started.
+
+    Raises:
+        ConfigError: the message lists what there is.
+    """
+    from psq.codec import get_codec  # noqa: PLC0415 - --help needs no numpy
+    from psq.recipe import preset  # noqa: PLC0415 - as above
+
+    recipe = preset(told.recipe).with_codecs(uplink=told.uplink, downlink=told.downlink)
+    get_codec(recipe.uplink.codec)
+    get_codec(recipe.downlink.codec)
 
 
 def script_words(arguments: tuple[str, ...]) -> tuple[str, ...]:
