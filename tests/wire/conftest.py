@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from psq_proto.messages import (
@@ -27,6 +28,10 @@ from psq_proto.messages import (
     Welcome,
 )
 from psq_proto.session import ServerSession, WorkerSession
+
+# A deadline per example says how busy the machine is, not whether the code is right.
+settings.register_profile("wire", deadline=None)
+settings.load_profile("wire")
 
 U64 = st.integers(0, U64_MAX)
 U64_OR_NONE = st.integers(NONE, U64_MAX)
