@@ -1,0 +1,119 @@
+"""A real server in a thread, for tests of what talks to one."""
+
+import io
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from psq.link import ServerLink
+from psq_server.line_log import LineLog
+from psq_server.loop import Loop
+from psq_server.state import ServerState, Settings
+
+END_S = 10.0
+
+
+class Wishes:
+    """Stands for the process's signals: the loop polls `fd` and takes what was wished."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self.fd = self._reader.fileno()
+        self._wish: str | None = None
+
+    def say(self, wish: str) -> None:
+        self._wish = wish
+        self._writer.send(b"!")
+
+    def take(self) -> str | None:
+        wish, self._wish = self._wish, None
+        return wish
+
+    def close(self) -> None:
+        self._reader.close()
+        self._writer.close()
+
+
+class Deaf:
+    """An observer that does not care how long things took."""
+
+    def observe_step(self, duration_s: float) -> None:
+        pass
+
+    def observe_phase(self, phase: str, duration_s: float) -> None:
+        pass
+
+
+class Served:
+    """One psq-server, without its process: the loop runs in a thread."""
+
+    def __init__(self, bind: str = "tcp://127.0.0.1:0", save: Path | None = None) -> None:
+        self.link = ServerLink(bind)
+        self.endpoint = self.link.endpoint
+        self.state = ServerState(Settings(run_id=os.urandom(16)), 0.0)
+        self._log = io.StringIO()
+        self._wishes = Wishes()
+        self.loop = Loop(
+            self.link,
+            self.state,
+            log=LineLog(self._log),
+            signals=self._wishes,
+            observer=Deaf(),
+            save=save,
+        )
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def log(self) -> str:
+        """What it has logged so far."""
+        return self._log.getvalue()
+
+    def wait(self) -> None:
+        """Until it has ended by itself."""
+        self._thread.join(END_S)
+        assert not self._thread.is_alive(), self.state.story()
+
+    def vanish(self) -> None:
+        """Stop serving; whoever is connected hears BYE at most."""
+        if self._thread.is_alive():
+            self._wishes.say("the test is over")
+        self.wait()
+        self._wishes.close()
+
+    def _run(self) -> None:
+        with self.link:
+            self.loop.run()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Served]]:
+    """Make servers, as `serve()`; they end with the test."""
+    made: list[Served] = []
+
+    def start(**options) -> Served:
+        made.append(Served(**options))
+        return made[-1]
+
+    yield start
+    for served in made:
+        served.vanish()
+
+
+def eventually(condition: Callable[[], object], what: str) -> None:
+    """Wait for something that another thread does."""
+    pause = threading.Event()
+    for _ in range(1000):
+        if condition():
+            return
+        pause.wait(0.01)
+    pytest.fail(f"{what} did not happen")
+
+
+@pytest.fixture(name="eventually")
+def _eventually() -> Callable[[Callable[[], object], str], None]:
+    return eventually
