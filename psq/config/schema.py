@@ -144,7 +144,7 @@ class WorkerConfig:
     )
     progress_every_s: float | None = setting(
         None,
-        "least time between two reports, s (default: 5 for text, 0.5 for json)",
+        "least time between two reports, s (default: 5 for text, 0.2 for json)",
         key="progress_every",
         low=0,
         high=3600,

@@ -127,6 +127,17 @@ def test_the_plain_view_does_not_repeat_a_step():
     assert console.file.getvalue().count("step 10/100") == 1
 
 
+def test_the_plain_view_ends_with_the_last_scores_even_if_no_step_was_made_since():
+    console, clock = make_console(terminal=False), Clock()
+    board = filled(10)
+    with PlainView(console, "", every_s=1.0, clock=clock) as view:
+        clock.now_s += 2.0
+        view.refresh(board)
+        board.add(Evaluation(step=10, metric="accuracy", scores={"accuracy": 0.8}), 50.0)
+        view.refresh(board)
+    assert console.file.getvalue().splitlines()[-1].endswith("accuracy 80.00 % at step 10")
+
+
 def test_the_live_view_shows_every_worker_the_bar_and_what_was_said():
     console, clock = make_console(terminal=True), Clock()
     with LiveView(console, "the title", clock=clock) as view:

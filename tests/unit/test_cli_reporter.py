@@ -118,6 +118,25 @@ def test_a_rank_that_does_not_evaluate_says_nothing_but_leaves_the_pause_out():
     assert said[-1].timed_steps == 0
 
 
+def test_a_pause_for_evaluation_is_no_reason_to_speak_after_a_single_step():
+    reporter, said, clock = make(every_s=10.0)
+    reporter.step(Step(), 1.0, 1)
+    clock.now_s += 60.0
+    reporter.evaluated("accuracy", {"accuracy": 0.5})
+    clock.now_s += 1.0
+    reporter.step(Step(), 1.0, 1)
+    assert [event.step for event in said if isinstance(event, Progress)] == [1]
+
+
+def test_it_says_that_an_evaluation_comes_next():
+    said, clock = [], Clock()
+    due = {3}.__contains__
+    reporter = Reporter(said.append, Started(), every_s=10.0, clock=clock, evaluates_after=due)
+    for _ in range(4):
+        reporter.step(Step(), 1.0, 1)
+    assert [(e.step, e.doing) for e in said[1:]] == [(1, "training"), (3, "evaluating")]
+
+
 def test_the_summary_repeats_the_last_numbers_and_scores():
     reporter, _, clock = make()
     reporter.step(Step(), 1.5, 8)

@@ -57,7 +57,7 @@ def run_demo(told: WorkerConfig, *, output: str, words: tuple[str, ...], as_json
     console = Console()
     console.print()
     console.print(comparison_table(numbers["psq"], numbers["baseline"]))
-    console.print(verdict(numbers))
+    console.print(verdict(numbers), style="bold", soft_wrap=True)
     console.print(f"\nPicture: {picture}\nNumbers: {(folder / NUMBERS).resolve()}", soft_wrap=True)
 
 

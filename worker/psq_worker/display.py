@@ -119,6 +119,7 @@ class PlainView:
         self._clock = clock
         self._said_s = clock()
         self._said_step = 0
+        self._said = ""
         self._board = Board(0)
 
     def __enter__(self) -> Self:
@@ -131,16 +132,17 @@ class PlainView:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._board.step != self._said_step:
-            self._print(plain_line(self._board))
+        last = plain_line(self._board)
+        if self._board.step and last != self._said:
+            self._print(last)
 
     def refresh(self, board: Board) -> None:
         """A line, if the last one is old enough and a step was made since."""
         self._board = board
         now_s = self._clock()
         if now_s - self._said_s >= self._every_s and board.step != self._said_step:
-            self._said_s, self._said_step = now_s, board.step
-            self._print(plain_line(board))
+            self._said_s, self._said_step, self._said = now_s, board.step, plain_line(board)
+            self._print(self._said)
 
     def say(self, name: str, text: str) -> None:
         """The line as it came, with the name of who said it."""

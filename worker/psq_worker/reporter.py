@@ -107,6 +107,7 @@ class Reporter:
     def evaluated(self, metric: str, scores: Mapping[str, float]) -> None:
         """The model was scored after the last step; the next step's times are not counted."""
         self._typical = False
+        self._said_s = self._clock()  # else the pause itself would be a reason to speak
         self._metric, self._scores = metric, dict(scores)
         if scores:
             self._emit(

@@ -37,7 +37,7 @@ from psq_worker.tasks import Task, get_task
 __all__ = ["run_baseline", "run_script", "run_task"]
 
 TEXT_EVERY_S: Final = 5.0
-JSON_EVERY_S: Final = 0.5
+JSON_EVERY_S: Final = 0.2
 BASELINE_RECIPE: Final = "plain torch Adam, one process"
 
 Emit = Callable[[Event], None]
