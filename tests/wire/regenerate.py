@@ -49,7 +49,7 @@ def frame_of(entry: dict[str, Any]) -> bytes:
 
 
 def refused_of(entry: dict[str, Any], base: bytes) -> bytes:
-    """The frame that `entry` makes of another one: cut, added to, overwritten, or with a new body."""
+    """The frame that `entry` makes of a good one: cut, added to, overwritten, or given a body."""
     frame = bytearray(base)
     if "body_hex" in entry:
         body = bytes.fromhex(entry["body_hex"])
