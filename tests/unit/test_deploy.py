@@ -21,7 +21,8 @@ DEPLOY = ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
-OURS = {name: service for name, service in SERVICES.items() if "build" in service}
+OURS = {name: it for name, it in SERVICES.items() if it["image"].startswith("psq-")}
+BUILT = {name: it for name, it in OURS.items() if "build" in it}
 WORKERS = {name: service for name, service in OURS.items() if name.startswith("worker")}
 
 
@@ -90,9 +91,16 @@ def test_every_container_restarts_and_stops_within_bounds(name):
     assert re.fullmatch(r"\d+s", SERVICES[name]["stop_grace_period"])
 
 
-@pytest.mark.parametrize("name", OURS)
+def test_our_images_are_built_once_each_and_never_looked_up_in_a_registry():
+    images = [service["image"] for service in BUILT.values()]
+    assert sorted(images) == sorted({service["image"] for service in OURS.values()})
+    for name, service in OURS.items():
+        assert service["pull_policy"] == ("build" if name in BUILT else "never")
+
+
+@pytest.mark.parametrize("name", BUILT)
 def test_every_image_is_a_target_of_the_dockerfile_and_runs_without_root(name):
-    build = OURS[name]["build"]
+    build = BUILT[name]["build"]
     assert (DEPLOY / build["context"]).resolve() == ROOT
     assert (ROOT / build["dockerfile"]).read_text() == DOCKERFILE
     assert stages()[build["target"]] == "runtime"
@@ -202,10 +210,10 @@ def test_prometheus_scrapes_the_server_where_compose_puts_it():
 
 def test_dashboard_draws_only_metrics_that_exist():
     totals = Totals(pushes={"applied": 1}, workers={"joined": 1})
-    shown = Metrics(
-        role="server", version="0", kernel="reference", read=lambda: totals
-    ).exposition()
-    known = set(re.findall(r"^(psq_\w+)", shown.decode(), re.MULTILINE))
+    metrics = Metrics(role="server", version="0", kernel="reference", read=lambda: totals)
+    metrics.observe_step(1.0)
+    metrics.observe_phase("reduce", 1.0)
+    known = set(re.findall(r"^(psq_\w+)", metrics.exposition().decode(), re.MULTILINE))
     dashboard = json.loads((DEPLOY / "grafana" / "psq-server.json").read_text())
     for panel in dashboard["panels"]:
         for target in panel["targets"]:
