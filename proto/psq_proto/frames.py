@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final, NamedTuple, TypeAlias
 
@@ -64,6 +64,8 @@ _CRC: Final = struct.Struct("<I")
 HEADER_BYTES: Final = _LAYOUT.size
 MAX_FRAME_BYTES: Final = HEADER_BYTES + MAX_PAYLOAD_BYTES
 _CRC_OFFSET: Final = HEADER_BYTES - _CRC.size
+# Plain numbers: `&` of two IntFlags takes a microsecond, and every frame is asked.
+_SKIP: Final = int(Flags.SKIP)
 _ALL_FLAGS: Final = int(Flags.SKIP | Flags.DELTA | Flags.FULL)
 _RUN_ID_BYTES: Final = 16
 
@@ -137,7 +139,7 @@ def _misuse_of_others(header: Header, flags: int) -> str:
 
 
 def _misuse_of_push(header: Header, flags: int) -> str:
-    if flags & ~int(Flags.SKIP) or header.part:
+    if flags & ~_SKIP or header.part:
         return f"PUSH has no flag but SKIP and no part, got flags {flags} part {header.part}"
     if flags:
         if header.codec or header.shard != NO_SHARD:
@@ -166,7 +168,7 @@ def _misfit(header: Header, body_len: int) -> str:
     """What is wrong with a body of this length for this header, in words; empty when nothing is."""
     kind = header.type
     limit = MAX_PAYLOAD_BYTES if kind in DATA_TYPES else MAX_CONTROL_BYTES
-    empty = kind is MessageType.PULL or bool(header.flags & Flags.SKIP)
+    empty = kind is MessageType.PULL or bool(int(header.flags) & _SKIP)
     if empty and body_len:
         return f"{kind.name} has no body here, got {body_len} bytes"
     if not empty and not 0 < body_len <= limit:
@@ -210,17 +212,21 @@ def _pack(header: Header, body_len: int, body_crc: int = 0) -> bytearray:
 
 
 def pack_header(header: Header) -> bytes:
-    """The 100 bytes of a header whose body_len and body_crc are already right, header CRC included.
+    """The 100 bytes of a header whose body_len and body_crc are already right, CRC included.
 
     Raises:
         UsageError: a body of that length does not go with that header.
     """
-    fault = _misfit(header, header.body_len)
+    return bytes(_pack_whole(header, header.body_len, header.body_crc))
+
+
+def _pack_whole(header: Header, body_len: int, body_crc: int) -> bytearray:
+    fault = _misfit(header, body_len)
     if fault:
         raise UsageError(fault)
-    packed = _pack(header, header.body_len, header.body_crc)
+    packed = _pack(header, body_len, body_crc)
     _CRC.pack_into(packed, _CRC_OFFSET, crc32c(memoryview(packed)[:_CRC_OFFSET]))
-    return bytes(packed)
+    return packed
 
 
 def seal(frame: bytearray | memoryview, header: Header) -> None:
@@ -236,7 +242,7 @@ def seal(frame: bytearray | memoryview, header: Header) -> None:
         msg = f"a frame needs {HEADER_BYTES} bytes for its header, got {view.nbytes}"
         raise UsageError(msg)
     body = view[HEADER_BYTES:]
-    view[:HEADER_BYTES] = pack_header(replace(header, body_len=body.nbytes, body_crc=crc32c(body)))
+    view[:HEADER_BYTES] = _pack_whole(header, body.nbytes, crc32c(body))
 
 
 def encode_frame(header: Header, body: Buffer = b"") -> bytearray:
