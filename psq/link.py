@@ -10,7 +10,8 @@ What the options are for (all measured against libzmq 4.3.5):
   dead hosts, and the protocol's own heartbeats find dead processes.
 - `IMMEDIATE`: nothing queues for a server that is not connected, and what was queued for a
   connection that broke is dropped with it. A `send` that finds no connection says so, and a
-  restarted server meets no stale frames.
+  restarted server meets no stale frames. The price: what came just before the connection broke, and
+  was not taken yet, is dropped as well; a goodbye may never be read.
 - `ROUTER_MANDATORY`, and sends that never block: a full or vanished worker is an answer.
 - `MAXMSGSIZE` and the high-water marks bound one frame and one queue. They do not bound a message
   of many frames, so psq's messages have exactly one: any other is dropped and counted in `refused`.

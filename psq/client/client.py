@@ -206,6 +206,8 @@ class Client:
             if done():
                 return
             self._flush()
+            if done():  # to find nobody there may be the end of a goodbye
+                return
             self._report(wait)
             now_s = self._clock()
             due_s = machine.due_s

@@ -4,6 +4,7 @@ import io
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class Served:
     def __init__(self, bind: str = "tcp://127.0.0.1:0", save: Path | None = None) -> None:
         self.link = ServerLink(bind)
         self.endpoint = self.link.endpoint
-        self.state = ServerState(Settings(run_id=os.urandom(16)), 0.0)
+        self.state = ServerState(Settings(run_id=os.urandom(16)), time.monotonic())
         self._log = io.StringIO()
         self._wishes = Wishes()
         self.loop = Loop(

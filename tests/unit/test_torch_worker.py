@@ -1,0 +1,456 @@
+"""`psq.torch.Worker` on ordinary training loops, against a server in a thread."""
+
+import contextlib
+import logging
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import psq.torch
+from psq.errors import ConfigError, GaveUpError, RemotePlanError, UsageError
+from psq.recipe import AdamConfig, preset
+
+LR = 0.05
+
+
+def make_model(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def batch(step: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(step)
+    x = torch.from_numpy(rng.standard_normal((size, 4), np.float32))
+    return x, torch.sin(x[:, :2])
+
+
+def loss_of(model: nn.Module, step: int, part: slice = slice(None)) -> torch.Tensor:
+    x, y = batch(step)
+    return nn.functional.mse_loss(model(x[part]), y[part])
+
+
+def parameters(model: nn.Module) -> np.ndarray:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy().copy()
+
+
+@pytest.fixture
+def join(serve, monkeypatch):
+    """Make workers that are closed when the test ends; one server for all of a test's."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    servers = []
+    with contextlib.ExitStack() as stack:
+
+        def start(model: nn.Module, **options) -> psq.torch.Worker:
+            if not servers:
+                servers.append(serve())
+            settings = {"lr": LR, "recipe": "fp32", "connect": servers[0].endpoint, "rank": 0}
+            worker = psq.torch.Worker(model, **{**settings, "world_size": 1, **options})
+            stack.callback(worker.close, "error", "the test is over")
+            return worker
+
+        yield start
+
+
+@pytest.fixture
+def adam():
+    """A twin of `make_model` trained by torch alone."""
+    model = make_model()
+    return model, torch.optim.Adam(model.parameters(), lr=LR)
+
+
+def test_without_compression_a_worker_is_torch_adam(join, adam):
+    """Each step within 2 units in the last place of float32, so a few after ten steps."""
+    twin, optimizer = adam
+    model = make_model()
+    worker = join(model)
+    for step in range(10):
+        optimizer.zero_grad()
+        loss_of(twin, step).backward()
+        optimizer.step()
+        loss_of(model, step).backward()
+        report = worker.step()
+        assert report.applied
+        np.testing.assert_allclose(parameters(model), parameters(twin), rtol=2e-6, atol=2e-7)
+
+
+def test_adams_settings_reach_the_server(join):
+    twin, model = make_model(), make_model()
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=LR, betas=(0.8, 0.9), weight_decay=0.1)
+    worker = join(model, adam=AdamConfig(beta=0.8, theta=0.9, weight_decay=0.1))
+    for step in range(5):
+        optimizer.zero_grad()
+        loss_of(twin, step).backward()
+        optimizer.step()
+        loss_of(model, step).backward()
+        worker.step()
+    np.testing.assert_allclose(parameters(model), parameters(twin), rtol=2e-6, atol=2e-7)
+
+
+def test_weight_decay_on_the_worker_is_adamws(join):
+    twin, model = make_model(), make_model()
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=LR, weight_decay=0.1)
+    recipe = preset("qadam", AdamConfig(weight_decay=0.1)).with_codecs(
+        uplink="fp32", downlink="weights:fp32"
+    )
+    worker = join(model, recipe=recipe)
+    for step in range(5):
+        optimizer.zero_grad()
+        loss_of(twin, step).backward()
+        optimizer.step()
+        loss_of(model, step).backward()
+        worker.step()
+    np.testing.assert_allclose(parameters(model), parameters(twin), rtol=5e-6, atol=5e-7)
+
+
+def test_gradients_are_zero_and_in_place_after_a_step(join):
+    model = make_model()
+    worker = join(model)
+    loss_of(model, 0).backward()
+    address = model[0].weight.grad.data_ptr()
+    worker.step()
+    assert not model[0].weight.grad.any()
+    assert model[0].weight.grad.data_ptr() == address
+
+
+def test_a_loop_that_sets_gradients_to_none_itself_works_the_same(join, serve):
+    model, other = make_model(), make_model()
+    worker, second = join(model), join(other, connect=serve().endpoint)
+    for step in range(3):
+        for each, its in ((model, worker), (other, second)):
+            if each is other:
+                each.zero_grad(set_to_none=True)
+            loss_of(each, step).backward()
+            its.step()
+    assert parameters(model).tobytes() == parameters(other).tobytes()
+
+
+def test_accumulation_under_no_sync_is_one_step_of_the_sum(join, adam):
+    twin, optimizer = adam
+    model = make_model()
+    worker = join(model)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(twin, step).backward()
+        optimizer.step()
+        for micro in range(4):
+            last = micro == 3
+            with contextlib.nullcontext() if last else worker.no_sync():
+                (loss_of(model, step, slice(2 * micro, 2 * micro + 2)) / 4).backward()
+                report = worker.step()
+            assert report.applied == last
+    assert worker.version == 3
+    np.testing.assert_allclose(parameters(model), parameters(twin), rtol=1e-4, atol=1e-5)
+
+
+def test_no_sync_ends_with_its_block_even_by_an_error(join):
+    model = make_model()
+    worker = join(model)
+    with pytest.raises(ValueError, match="inside"), worker.no_sync():
+        raise ValueError("inside")  # noqa: EM101 - the shortest error there is
+    loss_of(model, 0).backward()
+    assert worker.step().applied
+
+
+def test_clipping_works_as_with_any_optimizer(join, adam):
+    twin, optimizer = adam
+    model = make_model()
+    worker = join(model)
+    for step in range(3):
+        for each in (twin, model):
+            (100.0 * loss_of(each, step)).backward()
+            nn.utils.clip_grad_norm_(each.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        worker.step()
+    np.testing.assert_allclose(parameters(model), parameters(twin), rtol=2e-6, atol=2e-7)
+
+
+def test_the_learning_rate_may_be_a_function_and_may_be_set(join):
+    model = make_model()
+    worker = join(model, lr=lambda step: 0.1 / (1 + step))
+    rates = []
+    for step in range(3):
+        loss_of(model, step).backward()
+        rates.append(worker.step().lr)
+    assert rates == [0.1, 0.05, 0.1 / 3]
+    worker.lr = 0.02
+    loss_of(model, 3).backward()
+    assert worker.step().lr == worker.lr == 0.02
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf")])
+def test_a_learning_rate_that_is_none_is_refused_and_nothing_is_sent(join, rate):
+    model = make_model()
+    worker = join(model)
+    worker.lr = rate
+    loss_of(model, 0).backward()
+    with pytest.raises(UsageError, match="lr must be a finite number >= 0"):
+        worker.step()
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_with_the_residual_and_moments_intact(
+    join, caplog
+):
+    caplog.set_level(logging.WARNING, "psq.torch")
+    model = make_model()
+    worker = join(model, recipe="qadam-1bit")
+    for step in range(3):
+        loss_of(model, step).backward()
+        worker.step()
+    state = {k: v.copy() for k, v in worker._compressor.state_arrays().items()}
+    weights = parameters(model)
+    loss_of(model, 3).backward()
+    model[2].bias.grad[1] = float("inf")
+    report = worker.step()
+    assert (report.applied, worker.skipped, worker.version) == (False, 1, 4)
+    assert "'2.bias' is not finite" in report.reason
+    assert "the gradient of '2.bias' is not finite; rank 0 sits this round out" in caplog.text
+    assert parameters(model).tobytes() == weights.tobytes()
+    for name, array in worker._compressor.state_arrays().items():
+        assert array.tobytes() == state[name].tobytes(), name
+    loss_of(model, 4).backward()
+    assert worker.step().applied
+
+
+def test_a_step_without_any_gradient_is_warned_of(join, caplog):
+    worker = join(make_model())
+    worker.step()
+    assert "no parameter has a gradient; was backward called?" in caplog.text
+
+
+def test_reports_say_where_time_and_bytes_went(join):
+    model = make_model()
+    worker = join(model)
+    loss_of(model, 0).backward()
+    before = (worker.sent_bytes, worker.received_bytes)
+    report = worker.step()
+    assert (report.step, report.version, report.applied, report.reason) == (0, 1, True, "")
+    assert min(report.compute_s, report.encode_s, report.decode_s, report.server_s) > 0
+    assert report.wire_s >= 0
+    assert report.sent_bytes >= worker.sent_bytes - before[0] > 4 * parameters(model).size
+    assert report.received_bytes >= worker.received_bytes - before[1] > 4 * parameters(model).size
+
+
+def test_observers_hear_of_each_step(join, monkeypatch):
+    heard = []
+    monkeypatch.setattr("psq.torch.observers", psq.torch.observers)
+    psq.torch.observers.append(lambda *said: heard.append(said))
+    try:
+        model = make_model()
+        worker = join(model)
+        loss = loss_of(model, 0)
+        loss.backward()
+        report = worker.step(loss=loss, samples=8)
+        worker.step()
+    finally:
+        psq.torch.observers.pop()
+    assert heard[0] == (worker, report, pytest.approx(loss.item()), 8)
+    assert heard[1][2:] == (None, 0)
+
+
+def test_buffers_and_modes_are_left_alone(join):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    worker = join(model)
+    loss_of(model, 0).backward()
+    mean = model[1].running_mean.clone()
+    worker.step()
+    assert torch.equal(model[1].running_mean, mean)
+    assert model.training
+
+
+def train_two(join, recipe: str, steps: int, **options) -> list[nn.Module]:
+    """Two workers in two threads, with different weights at first."""
+    models = [make_model(seed) for seed in range(2)]
+    endpoint = options["connect"]
+    failures: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            worker = join(models[rank], recipe=recipe, rank=rank, world_size=2, connect=endpoint)
+            for step in range(steps):
+                part = slice(4 * rank, 4 * rank + 4)
+                loss_of(models[rank], step, part).backward()
+                worker.step()
+        except BaseException as error:  # noqa: BLE001 - told to the test below
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    return models
+
+
+@pytest.mark.parametrize("recipe", ["server-adam", "qadam", "qadam-1bit", "fp32"])
+def test_replicas_are_equal_byte_for_byte(join, serve, recipe):
+    server = serve()
+    first, second = train_two(join, recipe, 4, connect=server.endpoint)
+    assert parameters(first).tobytes() == parameters(second).tobytes()
+    if recipe != "qadam":
+        server_weights = server.loop._weights.reducer.weights()
+        for name, parameter in first.named_parameters():
+            assert parameter.detach().numpy().tobytes() == server_weights[name].tobytes()
+
+
+def test_two_workers_are_one_with_twice_the_batch(join, serve, adam):
+    twin, optimizer = adam
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(twin, step).backward()
+        optimizer.step()
+    first, _ = train_two(join, "fp32", 4, connect=serve().endpoint)
+    np.testing.assert_allclose(parameters(first), parameters(twin), rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_models_train_like_others(join, serve):
+    def convolution() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+
+    plain, last = convolution(), convolution().to(memory_format=torch.channels_last)
+    workers = [join(plain, recipe="qadam-1bit", connect=serve().endpoint),
+               join(last, recipe="qadam-1bit", connect=serve().endpoint)]  # fmt: skip
+    for step in range(4):
+        x = torch.from_numpy(np.random.default_rng(step).standard_normal((3, 2, 4, 4), np.float32))
+        grads = []
+        for model in (plain, last):
+            model(x).pow(2).mean().backward()
+            grads.append([p.grad for p in model.parameters()])
+        for a, b in zip(*grads, strict=True):
+            b.copy_(a)  # convolution kernels differ in the last bits between the formats
+        for worker in workers:
+            worker.step()
+    assert parameters(plain).tobytes() == parameters(last).tobytes()
+
+
+def test_tied_weights_train_like_torch(join):
+    def tied() -> nn.Sequential:
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        model[2].weight = model[0].weight
+        return model
+
+    twin, model = tied(), tied()
+    optimizer = torch.optim.Adam(twin.parameters(), lr=LR)
+    worker = join(model)
+    for step in range(4):
+        x, _ = batch(step)
+        for each in (twin, model):
+            each(x).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        worker.step()
+    assert model[2].weight is model[0].weight
+    np.testing.assert_allclose(parameters(model), parameters(twin), rtol=2e-6, atol=2e-7)
+
+
+def test_a_replaced_parameter_is_refused_and_nothing_is_lost(join):
+    model = make_model()
+    worker = join(model)
+    kept = model[0].weight
+    model[0].weight = nn.Parameter(torch.zeros(8, 4))
+    with pytest.raises(UsageError, match=r"'0\.weight' was replaced"):
+        worker.step()
+    model[0].weight = kept
+    loss_of(model, 0).backward()
+    assert worker.step().version == 1
+
+
+def test_a_closed_worker_says_so(join):
+    model = make_model()
+    worker = join(model)
+    worker.close()
+    worker.close()
+    with pytest.raises(UsageError, match="this worker is closed"):
+        worker.step()
+
+
+def test_a_context_leaves_with_the_reason_of_its_end(join, serve):
+    servers = [serve(), serve(), serve()]
+    errors: tuple[type[BaseException] | None, ...] = (None, KeyboardInterrupt, RuntimeError)
+    for server, error in zip(servers, errors, strict=True):
+        caught = pytest.raises(error) if error else contextlib.nullcontext()
+        with caught, join(make_model(), connect=server.endpoint):
+            if error:
+                raise error
+    servers[0].wait()
+    for server in servers[1:]:
+        server.vanish()
+    reasons = ["reason=done", "reason=interrupted", "reason=error"]
+    assert [reason in server.log for reason, server in zip(reasons, servers, strict=True)]
+    assert all(reason in server.log for reason, server in zip(reasons, servers, strict=True))
+
+
+def test_after_an_error_the_worker_says_to_close_it_and_leaves_as_failed(join, serve):
+    server = serve()
+    model = make_model()
+    worker = join(model, connect=server.endpoint, give_up_after_s=0.2, world_size=2)
+    with pytest.raises(GaveUpError, match="waiting for rank 1"):
+        worker.step()
+    with pytest.raises(UsageError, match=r"stopped working [(]GaveUpError"):
+        worker.step()
+    worker.close()
+    server.vanish()
+    assert "reason=error" in server.log
+
+
+def test_a_recipe_may_be_a_value_and_then_has_its_own_settings(join):
+    recipe = preset("server-adam").with_codecs(uplink="sign", downlink="weights:bf16")
+    assert join(make_model(), recipe=recipe).plan.recipe == recipe
+    with pytest.raises(ConfigError, match=r"use recipe\.with_adam"):
+        psq.torch.Worker(make_model(), recipe=recipe, adam=AdamConfig())
+
+
+def test_settings_come_from_the_environment(serve, join, monkeypatch):
+    server = serve()
+    settings = {
+        "PSQ_CONNECT": server.endpoint,
+        "PSQ_RECIPE": "qadam",
+        "PSQ_UPLINK": "sign",
+        "PSQ_LR": "0.25",
+        "PSQ_RANK": "0",
+        "PSQ_WORLD_SIZE": "1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with psq.torch.Worker(make_model()) as worker:
+        assert worker.plan.recipe.uplink.codec == "sign"
+        assert worker.plan.recipe.name == "qadam"
+        assert worker.lr == 0.25
+    del join
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank": 3, "world_size": 2}, "rank: expected 0 to 1"),
+        ({"recipe": "adamw"}, "no recipe 'adamw'; there are: server-adam"),
+        ({"connect": "nowhere"}, "connect"),
+        ({"lr": -1.0}, "lr"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_by_name(options, words):
+    with pytest.raises(ConfigError, match=words):
+        psq.torch.Worker(make_model(), **options)
+
+
+def test_a_worker_with_another_model_is_told_the_first_difference(join):
+    join(make_model(), world_size=2)
+    other = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 2))
+    with pytest.raises(RemotePlanError, match=r"tensor 0: the job has '0.weight' \[8, 4\]"):
+        join(other, rank=1, world_size=2)
+
+
+def test_workers_left_open_can_all_be_closed_at_once(join, serve):
+    server = serve()
+    join(make_model(), connect=server.endpoint)
+    psq.torch.close_workers("interrupted", "Ctrl-C")
+    server.vanish()
+    assert "reason=interrupted text=Ctrl-C" in server.log
