@@ -40,19 +40,16 @@ PSQ_INLINE F accumulate(F total, F c) {
 }
 
 // The norm of a block: mean |c|, root mean square, or max |c|. Not finite iff a value, or the sum, is not.
-// Fetches `ahead` values further on meanwhile: see row_code.
 template <Statistic kStatistic, bool kFeedback>
-PSQ_OUTLINE float norm(const float* values, const float* residual, size_t numel, size_t ahead) {
+PSQ_OUTLINE float norm(const float* values, const float* residual, size_t numel) {
   double total = 0.0;
   uint32_t largest = 0;
   for (size_t from = 0; from < numel; from += kChunk) {
     const size_t count = at_most(kChunk, numel - from), whole = count & ~size_t(15);
     const float *x = values + from, *e = residual + (kFeedback ? from : 0);
     F sums = splat(0.0f);
-    for (size_t i = 0; i < whole; i += 16) {
-      __builtin_prefetch(x + i + ahead);
+    for (size_t i = 0; i < whole; i += 16)
       sums = accumulate<kStatistic>(sums, compensated<kFeedback>(x + i, e + (kFeedback ? i : 0)));
-    }
     if (whole < count)
       sums = accumulate<kStatistic>(sums, short_row<kFeedback>(x + whole, e + (kFeedback ? whole : 0), count - whole));
     if constexpr (kStatistic == kMaxAbs) {
@@ -79,8 +76,7 @@ PSQ_OUTLINE float best_scale(const Q& q, const float* values, const float* resid
       const size_t here = at_most(16, count - i), at = kFeedback ? i : 0;
       const F size = absolute(here == 16 ? compensated<kFeedback>(x + i, e + at)
                                          : short_row<kFeedback>(x + i, e + at, here));
-      I level;
-      F point = q.centroid(size * q.inverse, level);
+      F point = q.centroid(q.nearest(size * splat(q.inverse)));
       if (here < 16) point = select(less(as_i(lanes()), splat(int32_t(here))), point, splat(0.0f));
       product = product + size * point;
       square = square + point * point;
@@ -98,9 +94,8 @@ constexpr bool kIsLloydMax<LloydMax<kWidth>> = true;
 
 // Makes the quantizer of a block and its scale for the wire. False: the block is not finite, its scale a NaN.
 template <class Q, bool kFeedback>
-PSQ_INLINE bool fit(Q& q, float& scale, const float* values, const float* residual, size_t numel, int32_t parameter,
-                    size_t ahead) {
-  const float size = norm<Q::kStatistic, kFeedback>(values, residual, numel, ahead);
+PSQ_INLINE bool fit(Q& q, float& scale, const float* values, const float* residual, size_t numel, int32_t parameter) {
+  const float size = norm<Q::kStatistic, kFeedback>(values, residual, numel);
   scale = float_of(kNaN);
   if (!is_finite(size)) {
     q.set(0.0f, parameter);
@@ -116,10 +111,11 @@ PSQ_INLINE bool fit(Q& q, float& scale, const float* values, const float* residu
 
 // ---- groups and words ------------------------------------------------------------------------------------------
 
-// Quantizes one row, leaves the rest in the residual. Memory must not idle while a block is worked on in L1: the first
-// pass fetches the next block's values, the second its residual.
+// Quantizes one row, leaves the rest in the residual. This is the pass that runs in L1, and memory must not idle
+// meanwhile: it fetches the next block.
 template <class Q, bool kFeedback>
 PSQ_INLINE U row_code(const Q& q, const float* values, float* residual, U index, size_t ahead) {
+  __builtin_prefetch(values + ahead);
   if (kFeedback) __builtin_prefetch(residual + ahead);
   const F c = compensated<kFeedback>(values, residual);
   U top;
@@ -301,7 +297,7 @@ PSQ_OUTLINE void encode_segment(const PsqEncode& a) {
         float scale;
         live[part] = fit<Q, kFeedback>(parts[part], scale, a.values + from + at,
                                        kFeedback ? a.residual + from + at : nullptr, at_most(block, count - at),
-                                       a.format.parameter, ahead);
+                                       a.format.parameter);
         put_scale(a.payload, scales++, scale);
       }
     }
@@ -366,30 +362,36 @@ void decode_with(const PsqDecode& a) {
 
 // ---- fp32: the values themselves, no words, no padding ---------------------------------------------------------
 
-void fp32_encode(const PsqEncode& a) {
-  for (size_t i = 0; i < a.numel; i += 16) {
-    const size_t here = at_most(16, a.numel - i);
-    float c[16] = {}, e[16] = {};
-    __builtin_memcpy(c, a.values + i, here * sizeof(float));
-    if (a.residual != nullptr) {
-      __builtin_memcpy(e, a.residual + i, here * sizeof(float));
-      for (int lane = 0; lane < 16; ++lane) {
-        c[lane] += e[lane];
-        e[lane] = is_finite(c[lane]) ? 0.0f : e[lane];
-      }
-      __builtin_memcpy(a.residual + i, e, here * sizeof(float));
-    }
-    for (int lane = 0; lane < 16; ++lane) c[lane] = c[lane] == c[lane] ? c[lane] : float_of(kNaN);
-    __builtin_memcpy(a.payload + 4 * i, c, here * sizeof(float));
-  }
+template <bool kFeedback>
+PSQ_INLINE void fp32_row(const float* values, float* residual, uint8_t* payload) {
+  const F c = compensated<kFeedback>(values, residual);
+  const I size = as_i(absolute(c));
+  store_words(payload, select(is_nan(size), splat(kNaN), as_u(c)));
+  if (kFeedback) store(residual, as_f(drop(less(size, splat(int32_t(kInfinity))), as_u(load(residual)))));
 }
 
-void fp32_decode(const PsqDecode& a) {
+template <bool kFeedback>
+PSQ_OUTLINE void fp32_encode(const PsqEncode& a) {
+  const size_t whole = a.numel & ~size_t(15), rest = (a.numel - whole) * sizeof(float);
+  for (size_t i = 0; i < whole; i += 16)
+    fp32_row<kFeedback>(a.values + i, kFeedback ? a.residual + i : nullptr, a.payload + 4 * i);
+  float x[16] = {}, e[16] = {};
+  uint8_t last[64];
+  __builtin_memcpy(x, a.values + whole, rest);
+  if (kFeedback) __builtin_memcpy(e, a.residual + whole, rest);
+  fp32_row<kFeedback>(x, e, last);
+  __builtin_memcpy(a.payload + 4 * whole, last, rest);
+  if (kFeedback) __builtin_memcpy(a.residual + whole, e, rest);
+}
+
+PSQ_OUTLINE void fp32_decode(const PsqDecode& a) {
   if (!a.add) {
     __builtin_memcpy(a.out, a.payload, a.numel * sizeof(float));
     return;
   }
-  for (size_t i = 0; i < a.numel; ++i) {
+  const size_t whole = a.numel & ~size_t(15);
+  for (size_t i = 0; i < whole; i += 16) store(a.out + i, load(a.out + i) + as_f(load_words(a.payload + 4 * i)));
+  for (size_t i = whole; i < a.numel; ++i) {
     float value;
     __builtin_memcpy(&value, a.payload + 4 * i, 4);
     a.out[i] += value;
@@ -424,7 +426,7 @@ void codec_encode(const PsqEncode& a) {
       X(PSQ_STOCHASTIC, 8, Uniform<8 PSQ_COMMA true>)
 #undef X
     case PSQ_KEY(PSQ_FP32, 32):
-      return fp32_encode(a);
+      return a.residual == nullptr ? fp32_encode<false>(a) : fp32_encode<true>(a);
   }
 }
 
@@ -447,7 +449,7 @@ void codec_decode(const PsqDecode& a) {
 bool all_finite_f32(const uint8_t* values, size_t numel) {
   const float* x = (const float*)values;
   for (size_t from = 0; from < numel; from += kChunk) {
-    const float largest = norm<kMaxAbs, false>(x + from, nullptr, at_most(kChunk, numel - from), 0);
+    const float largest = norm<kMaxAbs, false>(x + from, nullptr, at_most(kChunk, numel - from));
     if (!is_finite(largest)) return false;
   }
   return true;

@@ -1,11 +1,11 @@
 // Quantizers: one row of 16 values to 16 codes and back. Formats: psq/kernels/reference.py.
 //
-// A quantizer holds one scale's constants as rows. It has
-//   kBits, kStatistic        bits of a code; which norm of a block its scale comes from
-//   set(norm, parameter)     takes that norm, returns the scale for the wire
+// A quantizer holds one scale's constants, as scalars: the compiler makes rows of them outside its loops. It has
+//   kBits, kStatistic          bits of a code; which norm of a block its scale comes from
+//   set(norm, parameter)       takes that norm, returns the scale for the wire
 //   restore(scale, parameter)  what a decoder needs
-//   quantize(c, index, top)  the code in the top kBits of `top`, zeros below; returns the value the decoder will see
-//   value(top)               that value from a code in the top kBits, anything below
+//   quantize(c, index, top)    the code in the top kBits of `top`, zeros below; returns the value the decoder will see
+//   value(top)                 that value from a code in the top kBits, anything below
 
 namespace {
 
@@ -16,63 +16,60 @@ constexpr float kTiny = 0x1p-100f;  // a block below this is a zero block: 1 / s
 
 enum Statistic { kNone, kMeanAbs, kRootMeanSquare, kMaxAbs };
 
+PSQ_INLINE U sign_of(U bits) { return bits & splat(kSignBit); }
+PSQ_INLINE U is_nan(I size) { return less(splat(int32_t(kInfinity)), size); }
+PSQ_INLINE float inverse_of(float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; }
+
 template <Statistic kNorm>
 struct Sign {
   static constexpr int kBits = 1;
   static constexpr Statistic kStatistic = kNorm;
-  U scale;
+  float scale;
 
-  PSQ_METHOD float set(float norm, int32_t) {
-    const float value = norm < kTiny ? 0.0f : norm;
-    restore(value, 0);
-    return value;
-  }
-  PSQ_METHOD void restore(float value, int32_t) { scale = splat(bits_of(value)); }
+  PSQ_METHOD float set(float norm, int32_t) { return scale = norm < kTiny ? 0.0f : norm; }
+  PSQ_METHOD void restore(float value, int32_t) { scale = value; }
   PSQ_METHOD F quantize(F c, U, U& top) const {
-    top = as_u(c) & splat(kSignBit);
-    return as_f(top ^ scale);
+    top = sign_of(as_u(c));
+    return value(top);
   }
-  PSQ_METHOD F value(U top) const { return as_f((top & splat(kSignBit)) ^ scale); }
+  PSQ_METHOD F value(U top) const { return as_f(sign_of(top) ^ splat(bits_of(scale))); }
 };
 
 template <int kWidth>
 struct Log {
   static constexpr int kBits = kWidth;
   static constexpr Statistic kStatistic = kMaxAbs;
-  F scale, inverse;
-  I threshold, bias;
+  float scale, inverse;
+  int32_t threshold;  // bits of the smallest size that is not 0
+  int32_t bias;       // level + bias is the exponent of 2^(level - 1 - k), as a float has it
 
   PSQ_METHOD float set(float largest, int32_t k) {
-    const float value = largest < kTiny ? 0.0f : largest;
-    const float smallest = value * float_of(uint32_t(127 - (k + 1)) << 23);
-    inverse = splat(value > 0.0f ? 1.0f / value : 0.0f);
-    threshold = splat(int32_t(value > 0.0f ? bits_of(smallest) : kInfinity));
-    restore(value, k);
-    return value;
+    restore(largest < kTiny ? 0.0f : largest, k);
+    inverse = inverse_of(scale);
+    threshold = int32_t(scale > 0.0f ? bits_of(scale * float_of(uint32_t(126 - k) << 23)) : kInfinity);
+    return scale;
   }
   PSQ_METHOD void restore(float value, int32_t k) {
-    scale = splat(value);
-    bias = splat(int32_t(126 - k));
-  }
-  // scale * 2^(level - 1 - k), and 0 for level 0.
-  PSQ_METHOD F magnitude(I level, U is_zero) const {
-    const U power = as_u((level + bias) << 23);
-    return as_f(select(is_zero, splat(0u), power)) * scale;
+    scale = value;
+    bias = 126 - k;
   }
   PSQ_METHOD F quantize(F c, U, U& top) const {
-    const U sign = as_u(c) & splat(kSignBit);
+    const U sign = sign_of(as_u(c));
     const U size = as_u(c) ^ sign;
-    const U ratio = as_u(as_f(size) * inverse);
-    const I nearest = as_i((ratio + splat(0x00400000u)) >> 23) - bias;
-    const U is_zero = less(as_i(size), threshold);
-    const I level = maximum(nearest, splat(int32_t(1)));
-    top = sign | (select(is_zero, splat(0u), as_u(level)) << (32 - kBits));
-    return as_f(as_u(magnitude(level, is_zero)) ^ sign);
+    const U ratio = as_u(as_f(size) * splat(inverse));
+    // Half a mantissa more, and the exponent is that of the nearest power of two, ties upwards.
+    const U nearest = (ratio + splat(0x00400000u)) & splat(kInfinity);
+    const I least = splat((bias + 1) << 23);
+    const U power = drop(less(as_i(size), splat(threshold)), as_u(maximum(as_i(nearest), least)));
+    const I level = maximum(as_i(power >> 23) - splat(bias), splat(int32_t(0)));
+    top = sign | (as_u(level) << (32 - kBits));
+    return as_f(as_u(as_f(power) * splat(scale)) ^ sign);
   }
   PSQ_METHOD F value(U top) const {
-    const U sign = top & splat(kSignBit);
+    const U sign = sign_of(top);
     const I level = as_i((top ^ sign) >> (32 - kBits));
-    return as_f(as_u(magnitude(level, less(level, splat(int32_t(1))))) ^ sign);
+    const U power = keep(less(splat(int32_t(0)), level), as_u((level + splat(bias)) << 23));
+    return as_f(as_u(as_f(power) * splat(scale)) ^ sign);
   }
 };
 
@@ -81,29 +78,27 @@ struct Uniform {
   static constexpr int kBits = kWidth;
   static constexpr Statistic kStatistic = kMaxAbs;
   static constexpr int32_t kLevels = (1 << (kWidth - 1)) - 1;
-  F step, inverse;
+  float step, inverse;
 
   // The step keeps 16 significant bits, rounded up: code * step is exact, so the product has one meaning everywhere.
   PSQ_METHOD float set(float largest, int32_t) {
-    uint32_t bits = (bits_of(largest / float(kLevels)) + 0xffu) & ~0xffu;
-    if (bits > 0x7f7fff00u) bits = 0x7f7fff00u;
-    const float value = largest < kTiny ? 0.0f : float_of(bits);
-    inverse = splat(value > 0.0f ? 1.0f / value : 0.0f);
-    restore(value, 0);
-    return value;
+    const uint32_t rounded = (bits_of(largest / float(kLevels)) + 0xffu) & ~0xffu;
+    step = largest < kTiny ? 0.0f : float_of(rounded < 0x7f7fff00u ? rounded : 0x7f7fff00u);
+    inverse = inverse_of(step);
+    return step;
   }
-  PSQ_METHOD void restore(float value, int32_t) { step = splat(value); }
+  PSQ_METHOD void restore(float value, int32_t) { step = value; }
   PSQ_METHOD F quantize(F c, U index, U& top) const {
     if constexpr (kStochastic) {
       const I code = draw(c, index);
       top = as_u(code) << (32 - kBits);
-      return to_f(code) * step;
+      return to_f(code) * splat(step);
     } else {
       // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
       const F shifter = splat(12582912.0f);
-      const F rounded = c * inverse + shifter;
+      const F rounded = c * splat(inverse) + shifter;
       top = as_u(rounded) << (32 - kBits);
-      return (rounded - shifter) * step;
+      return (rounded - shifter) * splat(step);
     }
   }
   // Rounds |c| / step up with the probability of its fraction, then restores the sign.
@@ -112,7 +107,7 @@ struct Uniform {
     hash = (hash ^ (hash >> 16)) * splat(0x7feb352du);
     hash = (hash ^ (hash >> 15)) * splat(0x846ca68bu);
     hash = hash ^ (hash >> 16);
-    const F size = absolute(c) * inverse;
+    const F size = absolute(c) * splat(inverse);
     const I below = to_i(size);
     const I fraction = to_i((size - to_f(below)) * splat(16777216.0f));
     const I up = as_i(less(as_i(hash >> 8), fraction));
@@ -120,10 +115,10 @@ struct Uniform {
     const I sign = as_i(c) >> 31;
     return (code ^ sign) - sign;
   }
-  PSQ_METHOD F value(U top) const { return to_f(as_i(top) >> (32 - kBits)) * step; }
+  PSQ_METHOD F value(U top) const { return to_f(as_i(top) >> (32 - kBits)) * splat(step); }
 };
 
-// Centroids of a unit Gaussian by size, and the midpoints between them.
+// Centroids of a unit Gaussian, by size.
 template <int kBits>
 struct Centroids;
 template <>
@@ -149,37 +144,40 @@ struct LloydMax {
   static constexpr Statistic kStatistic = kRootMeanSquare;
   static constexpr int kLevels = 1 << (kWidth - 1);
   typedef Centroids<kWidth> Table;
-  F inverse, scale;
+  float inverse, scale;
 
+  // The scale on the wire comes later: see best_scale.
   PSQ_METHOD float set(float root_mean_square, int32_t) {
-    inverse = splat(root_mean_square < kTiny ? 0.0f : 1.0f / root_mean_square);
-    return root_mean_square < kTiny ? 0.0f : root_mean_square;
+    scale = root_mean_square < kTiny ? 0.0f : root_mean_square;
+    inverse = inverse_of(scale);
+    return scale;
   }
-  PSQ_METHOD void restore(float value, int32_t) { scale = splat(value); }
-  PSQ_METHOD F centroid(F size, I& level) const {
-    F point = splat(Table::kPoints[0]);
-    level = splat(int32_t(0));
-    for (int i = 1; i < kLevels; ++i) {
-      const U beyond = less_equal(splat((Table::kPoints[i - 1] + Table::kPoints[i]) * 0.5f), size);
-      point = select(beyond, splat(Table::kPoints[i]), point);
-      level = level - as_i(beyond);
+  PSQ_METHOD void restore(float value, int32_t) { scale = value; }
+  PSQ_METHOD I nearest(F size) const {
+    I level = splat(int32_t(0));
+    for (int i = 1; i < kLevels; ++i)
+      level = level - as_i(less_equal(splat((Table::kPoints[i - 1] + Table::kPoints[i]) * 0.5f), size));
+    return level;
+  }
+  PSQ_METHOD F centroid(I level) const {
+    if constexpr (kLevels <= kTableLanes) {
+      return lookup(Table::kPoints, kLevels, level);
+    } else {
+      F point = splat(Table::kPoints[0]);
+      for (int i = 1; i < kLevels; ++i)
+        point = select(less(splat(int32_t(i - 1)), level), splat(Table::kPoints[i]), point);
+      return point;
     }
-    return point;
   }
   PSQ_METHOD F quantize(F c, U, U& top) const {
-    const U sign = as_u(c) & splat(kSignBit);
-    I level;
-    const F point = centroid(absolute(c) * inverse, level);
+    const U sign = sign_of(as_u(c));
+    const I level = nearest(absolute(c) * splat(inverse));
     top = sign | (as_u(level) << (32 - kBits));
-    return as_f(as_u(point * scale) ^ sign);
+    return as_f(as_u(centroid(level) * splat(scale)) ^ sign);
   }
   PSQ_METHOD F value(U top) const {
-    const U sign = top & splat(kSignBit);
-    const I level = as_i((top ^ sign) >> (32 - kBits));
-    F point = splat(Table::kPoints[0]);
-    for (int i = 1; i < kLevels; ++i)
-      point = select(less(level, splat(int32_t(i))), point, splat(Table::kPoints[i]));
-    return as_f(as_u(point * scale) ^ sign);
+    const U sign = sign_of(top);
+    return as_f(as_u(centroid(as_i((top ^ sign) >> (32 - kBits))) * splat(scale)) ^ sign);
   }
 };
 
@@ -190,14 +188,13 @@ struct Bf16 {
 
   PSQ_METHOD void restore(float, int32_t) {}
   PSQ_METHOD F quantize(F c, U, U& top) const {
-    const U sign = as_u(c) & splat(kSignBit);
-    const U size = as_u(c) ^ sign;
-    const U even = (size >> 16) & splat(1u);
-    const U rounded = as_u(minimum(as_i(size + splat(0x7fffu) + even), splat(int32_t(0x7f7fffff))));
-    const U is_finite = less(as_i(size), splat(int32_t(kInfinity)));
-    const U is_number = less(as_i(size), splat(int32_t(kInfinity + 1)));
-    const U special = select(is_number, as_u(c), splat(kNaN));
-    top = select(is_finite, sign | rounded, special) & splat(0xffff0000u);
+    const U sign = sign_of(as_u(c));
+    const I size = as_i(as_u(c) ^ sign);
+    const I even = (size >> 16) & splat(int32_t(1));
+    const I rounded = minimum(size + splat(int32_t(0x7fff)) + even, splat(int32_t(0x7f7fffff)));
+    const U finite = less(size, splat(int32_t(kInfinity)));
+    const U special = select(is_nan(size), splat(kNaN), sign | splat(kInfinity));
+    top = select(finite, sign | as_u(rounded), special) & splat(0xffff0000u);
     return as_f(top);
   }
   PSQ_METHOD F value(U top) const { return as_f(top & splat(0xffff0000u)); }

@@ -144,6 +144,15 @@ PSQ_INLINE U splat(uint32_t value) {
   return row;
 }
 
+// a where the mask is set, or is not, and 0 elsewhere.
+#if PSQ_VECTOR_BYTES == 64
+PSQ_INLINE U keep(U mask, U a) { return mask ? a : U{}; }
+PSQ_INLINE U drop(U mask, U a) { return mask ? U{} : a; }
+#else
+PSQ_INLINE U keep(U mask, U a) { return mask & a; }
+PSQ_INLINE U drop(U mask, U a) { return (mask & a) ^ a; }
+#endif
+
 // Rows from and to any address.
 PSQ_INLINE void get(NativeF& row, const void* from) { row = *(const LooseF*)from; }
 PSQ_INLINE void get(NativeU& row, const void* from) { row = *(const LooseU*)from; }
@@ -177,6 +186,23 @@ PSQ_INLINE F absolute(F row) { return as_f(as_u(row) & splat(0x7fffffffu)); }
 PSQ_INLINE uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
 PSQ_INLINE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 PSQ_INLINE bool is_finite(float value) { return (bits_of(value) & 0x7f800000u) != 0x7f800000u; }
+
+// Entries 0 to `count` of a small table, by lane; for tables of at most kTableLanes entries.
+#if PSQ_VECTOR_BYTES >= 32
+constexpr int kTableLanes = PSQ_VECTOR_BYTES / 4;
+PSQ_INLINE NativeF look_up(NativeF table, NativeI at) { return __builtin_shuffle(table, at); }
+PSQ_INLINE Pair<NativeF> look_up(NativeF table, Pair<NativeI> at) {
+  return {look_up(table, at.lo), look_up(table, at.hi)};
+}
+PSQ_INLINE F lookup(const float* entries, int count, I at) {
+  NativeF table = {};
+  for (int i = 0; i < count; ++i) table[i] = entries[i];
+  return look_up(table, at);
+}
+#else
+constexpr int kTableLanes = 0;
+PSQ_INLINE F lookup(const float*, int, I) { return splat(0.0f); }
+#endif
 
 // Lanes to one value by halving: lane i takes lane i + 8, then i + 4, i + 2, i + 1. This order is part of the formats.
 PSQ_INLINE float sum(F row) {
