@@ -222,7 +222,7 @@ def test_plain_adam_gets_what_was_typed_but_nothing_about_messages():
     ("metric", "difference", "words"),
     [
         ("accuracy", -0.0012, "test accuracy differs by -0.12 points."),
-        ("val_loss", 0.01, "val loss differs by +0.0100."),
+        ("val_loss", 0.01, "test loss differs by +0.0100."),
         ("", None, "fewer bytes than fp32."),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from psq_worker.events import PHASES, Evaluation, Event, Progress, Started, Summary
 
-__all__ = ["FP32_BITS", "Board", "Point", "RankState"]
+__all__ = ["FP32_BITS", "Board", "Point", "RankState", "metric_words", "saved_bytes"]
 
 FP32_BITS: Final = 32
 QUIET_AFTER_S: Final = 2.0  # a worker silent for longer is shown as quiet
@@ -108,7 +108,12 @@ class Board:
         return sum(state.samples_per_s for state in self.ranks)
 
     @property
-    def saved_bytes(self) -> int:
+    def metric_words(metric: str) -> str:
+    """What a score is, in words: "test accuracy", "test loss"."""
+    return f"test {metric.removeprefix('test_').removeprefix('val_').replace('_', ' ')}"
+
+
+def saved_bytes(self) -> int:
         """What fp32 both ways would have taken beyond what was taken, all workers together."""
         return sum(saved_bytes(state.progress) for state in self.ranks)
 
@@ -153,6 +158,11 @@ class Board:
         if event.loss is not None and event.step > old.step:
             made = event.step - old.step
             self.points.append(Point(event.rank, event.step, made, event.loss, event.sent_bytes))
+
+
+def metric_words(metric: str) -> str:
+    """What a score is, in words: "test accuracy", "test loss"."""
+    return f"test {metric.removeprefix('test_').removeprefix('val_').replace('_', ' ')}"
 
 
 def saved_bytes(progress: Progress) -> int:

@@ -19,7 +19,7 @@ from rich.console import Console
 from psq import __version__
 from psq.config import WorkerConfig
 from psq.errors import StateError
-from psq_worker.board import Board
+from psq_worker.board import Board, metric_words
 from psq_worker.display import make_view
 from psq_worker.doctor import cores
 from psq_worker.launch import Commands, child_env, launch, run_one, threads_words
@@ -118,9 +118,9 @@ def verdict(numbers: dict[str, Any]) -> str:
     words = f"psq sent {ratio:.1f} times fewer bytes than fp32"
     if difference is None:
         return f"{words}."
-    if ours["metric"] == "accuracy":
-        return f"{words}; test accuracy differs by {100 * difference:+.2f} points."
-    return f"{words}; {ours['metric'].replace('_', ' ')} differs by {difference:+.4f}."
+    accuracy = ours["metric"] == "accuracy"
+    shown = f"{100 * difference:+.2f} points" if accuracy else f"{difference:+.4f}"
+    return f"{words}; {metric_words(ours['metric'])} differs by {shown}."
 
 
 def _draw(path: Path, ours: dict[str, Any], psq: Board, baseline: Board) -> str:

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from psq_worker.board import Board, RankState, saved_bytes
+from psq_worker.board import Board, RankState, metric_words, saved_bytes
 
 __all__ = [
     "LiveView",
@@ -260,14 +260,15 @@ def _said(name: str, text: str) -> Text:
     line = Text()
     if name:
         line.append(f"{name} | ", style="dim")
-    # Processes may print colours of their own.
-    return line.append_text(Text.from_ansi(text))
+        # Processes may print colours of their own.
+        return line.append_text(Text.from_ansi(text))
+    return line.append(text, style="dim")
 
 
 def _score_words(board: Board) -> str:
     last = board.evaluations[-1]
     shown = format_score(last.metric, last.scores.get(last.metric, float("nan")))
-    return f"{last.metric} {shown} at step {last.step}"
+    return f"{metric_words(last.metric)} {shown} at step {last.step}"
 
 
 def _worker_table(board: Board, now_s: float) -> Table:

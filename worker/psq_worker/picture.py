@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from psq_worker.board import Board, Point
+from psq_worker.board import Board, Point, metric_words
 
 __all__ = ["Curve", "curve_of", "draw"]
 
@@ -161,6 +161,4 @@ def _megabytes(counts: Sequence[float]) -> list[float]:
 
 
 def _metric_words(metric: str) -> str:
-    if metric == "accuracy":
-        return ACCURACY
-    return f"Test {metric.removeprefix('test_').replace('_', ' ')}" if metric else "Score"
+    return metric_words(metric).capitalize() if metric else "Score"

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from psq.config import TABLES, Resolved, settings_of
+from psq_worker.board import metric_words
 from psq_worker.display import format_bytes, format_loss, format_score, format_seconds
 from psq_worker.doctor import Check
 from psq_worker.events import PHASES
@@ -118,7 +119,7 @@ def _table(names: Sequence[str], jobs: Sequence[Summary]) -> Table:
 def _sections(first: Summary) -> list[list[tuple[str, Cell]]]:
     scores: list[tuple[str, Cell]] = [("last training loss", lambda s: format_loss(s["loss"]))]
     if first["metric"]:
-        scores.insert(0, (_metric_label(first["metric"]), _score))
+        scores.insert(0, (metric_words(first["metric"]), _score))
     wire: list[tuple[str, Cell]] = [
         ("bits per parameter, up", lambda s: _bits(s, "up")),
         ("bits per parameter, down", lambda s: _bits(s, "down")),
@@ -137,10 +138,6 @@ def _sections(first: Summary) -> list[list[tuple[str, Cell]]]:
         ("time", lambda s: format_seconds(s["elapsed_s"])),
     ]
     return [scores, wire, phases, size]
-
-
-def _metric_label(metric: str) -> str:
-    return f"test {metric.removeprefix('test_').replace('_', ' ')}"
 
 
 def _score(summary: Summary) -> str:
