@@ -108,17 +108,16 @@ class Board:
         return sum(state.samples_per_s for state in self.ranks)
 
     @property
-    def metric_words(metric: str) -> str:
-    """What a score is, in words: "test accuracy", "test loss"."""
-    return f"test {metric.removeprefix('test_').removeprefix('val_').replace('_', ' ')}"
-
-
-def saved_bytes(self) -> int:
+    def saved_bytes(self) -> int:
         """What fp32 both ways would have taken beyond what was taken, all workers together."""
         return sum(saved_bytes(state.progress) for state in self.ranks)
 
     def summary(self) -> dict[str, Any]:
-        """The job in numbers, as `psq launch --json` prints it; bytes and times are a mean."""
+        """The job in numbers, as `psq launch --json` prints it.
+
+        Bytes are those of one worker, times those of one step, both averaged over the workers.
+        Steps right after an evaluation are left out of the times, and so of `samples_per_s`.
+        """
         ends = [state.summary for state in self.ranks if state.summary is not None]
         if not ends:
             return {}
