@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from psq.config.schema import DEFAULT_PORT, TABLES, WorkerConfig
 from psq.config.setting import ENV_PREFIX, Setting, settings_of
-from psq.errors import ConfigError
+from psq.errors import ConfigError, UsageError
 
 __all__ = [
     "CONFIG_ENV",
@@ -82,16 +82,28 @@ def use_given(given: Given) -> Iterator[None]:
         _GIVEN.reset(token)
 
 
-def worker_config(arguments: Mapping[str, Any] | None = None) -> WorkerConfig:
+def worker_config(
+    arguments: Mapping[str, Any] | None = None, *, settled: Collection[str] = ()
+) -> WorkerConfig:
     """The config of a worker that a script makes, from everything that was said.
 
     Args:
         arguments: field name to value; None means "not said".
+        settled: keys that the script has settled in a way no flag can express, such as a learning
+            rate that is a function; a flag for one of them would be ignored, so it is refused.
 
     Raises:
         ConfigError: a value is wrong; the message names it and where it came from.
+        UsageError: a flag was typed for what the script has settled.
     """
     given = _GIVEN.get() or Given()
+    for item in settings_of(WorkerConfig):
+        if item.key in settled and given.values.get(item.key) is not None:
+            msg = (
+                f"{item.flag} {given.values[item.key]} would have no effect: the script itself "
+                f"settles {item.key}; leave the flag out, or let the script take it from psq"
+            )
+            raise UsageError(msg)
     return resolve(WorkerConfig, arguments or {}, given=given, environ=os.environ).config
 
 

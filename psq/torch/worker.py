@@ -111,7 +111,10 @@ class Worker:
             "seed": seed,
             "give_up_after_s": give_up_after_s,
         }
-        config = worker_config(said)
+        settled = ["lr"] if callable(lr) else []
+        if isinstance(recipe, Recipe):
+            settled += ["recipe", "uplink", "downlink"]
+        config = worker_config(said, settled=settled)
         self.skipped = 0
         self._lr: LearningRate = lr if callable(lr) else (config.lr or DEFAULT_LR)
         self._table = ParameterTable(model)

@@ -29,7 +29,7 @@ from psq.config import (
 )
 from psq.config.options import options
 from psq.config.setting import setting
-from psq.errors import ConfigError
+from psq.errors import ConfigError, UsageError
 
 EVERY_SETTING = [
     pytest.param(name, item, id=f"{name}-{item.key}")
@@ -293,6 +293,16 @@ def test_a_script_gets_the_flags_of_psq_worker_before_its_own_arguments(
         config = worker_config({"lr": 0.1, "recipe": "fp32", "seed": None})
     assert (config.lr, config.rank, config.recipe, config.seed) == (0.5, 1, "fp32", 11)
     assert worker_config({"lr": 0.1}).lr == 0.1
+
+
+def test_a_flag_for_what_a_script_settles_itself_is_refused_not_ignored() -> None:
+    with (
+        use_given(Given({"lr": "0.5"})),
+        pytest.raises(UsageError, match=r"--lr 0\.5 would have no effect"),
+    ):
+        worker_config(settled=["lr"])
+    with use_given(Given({"seed": "5"})):
+        assert worker_config(settled=["lr"]).seed == 5
 
 
 def test_an_argument_that_is_no_setting_is_a_mistake() -> None:
