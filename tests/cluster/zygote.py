@@ -5,6 +5,7 @@ One JSON object a line on stdin, {"id", "argv", "env", "cwd", "stdout", "stderr"
 stdout: {"id", "pid"} when it is started, {"pid", "code"} when it has ended. End of input ends it.
 """
 
+import atexit
 import json
 import os
 import runpy
@@ -88,5 +89,20 @@ def say(message: dict) -> None:
     os.write(1, json.dumps(message).encode() + b"\n")
 
 
-sys.argv = main()
-runpy.run_path(sys.argv[0], run_name="__main__")
+def run(argv: list[str]) -> int:
+    """Run a script as `python script` would; an error ends this process just as it would there."""
+    sys.argv = argv
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+code = run(main())
+# The script is over: what it left for the end runs now. Taking down an interpreter that shares its
+# memory with the zygote would take seconds, for nothing.
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
