@@ -22,7 +22,7 @@ from psq.errors import StateError
 from psq_worker.board import Board, metric_words
 from psq_worker.display import make_view
 from psq_worker.doctor import cores
-from psq_worker.launch import Commands, child_env, launch, run_one, threads_words
+from psq_worker.launch import Commands, cast_words, child_env, launch, run_one, threads_words
 from psq_worker.picture import Curve, curve_of, draw
 from psq_worker.report import comparison_table
 
@@ -64,7 +64,7 @@ def run_demo(told: WorkerConfig, *, output: str, words: tuple[str, ...], as_json
 def _run_psq(told: WorkerConfig, words: tuple[str, ...]) -> Board:
     workers = told.world_size
     env = child_env(workers, os.environ)
-    title = f"1 of 2: {told.task} through psq, 1 server, {workers} workers, {threads_words(env)}"
+    title = f"1 of 2: {told.task} through psq, 1 server, {cast_words(workers, env)}"
     with make_view(title) as view:
         return launch(Commands(workers, worker_words=words), view, env)
 

@@ -27,6 +27,7 @@ from psq_worker.events import Started, parse_event
 
 __all__ = [
     "Commands",
+    "cast_words",
     "child_env",
     "launch",
     "run_launch",
@@ -66,7 +67,7 @@ def run_launch(commands: Commands, name: str, *, as_json: bool) -> None:
     from psq_worker.report import print_summary  # noqa: PLC0415 - not before the job is done
 
     env = child_env(commands.workers, os.environ)
-    title = f"psq launch {name}: 1 server, {commands.workers} workers, {threads_words(env)}"
+    title = f"psq launch {name}: 1 server, {cast_words(commands.workers, env)}"
     with make_view(title) as view:
         board = launch(commands, view, env)
     print_summary(board.summary(), as_json=as_json)
@@ -125,10 +126,16 @@ def child_env(workers: int, environ: Mapping[str, str]) -> dict[str, str]:
     return {**share, **environ, "PYTHONUNBUFFERED": "1"}
 
 
+def cast_words(workers: int, env: Mapping[str, str]) -> str:
+    """How many workers there are, and how many CPU threads each has, in words."""
+    each = threads_words(env) + (" each" if workers > 1 else "")
+    return f"{workers} worker{'s' if workers > 1 else ''}, {each}"
+
+
 def threads_words(env: Mapping[str, str]) -> str:
-    """How many CPU threads each worker has, in words."""
+    """How many CPU threads a process has, in words."""
     count = env[THREADS_ENV]
-    return f"{count} CPU thread{'' if count == '1' else 's'} each"
+    return f"{count} CPU thread{'' if count == '1' else 's'}"
 
 
 class _Watch:
