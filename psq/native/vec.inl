@@ -188,7 +188,7 @@ PSQ_INLINE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits
 PSQ_INLINE bool is_finite(float value) { return (bits_of(value) & 0x7f800000u) != 0x7f800000u; }
 
 // Entries 0 to `count` of a small table, by lane; for tables of at most kTableLanes entries.
-#if PSQ_VECTOR_BYTES >= 32
+#if PSQ_VECTOR_BYTES >= 32 && !defined(__clang__)  // clang has no shuffle by a variable
 constexpr int kTableLanes = PSQ_VECTOR_BYTES / 4;
 PSQ_INLINE NativeF look_up(NativeF table, NativeI at) { return __builtin_shuffle(table, at); }
 PSQ_INLINE Pair<NativeF> look_up(NativeF table, Pair<NativeI> at) {
