@@ -21,7 +21,7 @@ from psq.errors import RemoteError
 from psq.layout import PART_NUMEL, part_count
 from psq.plan import Plan
 from psq.recipe import preset
-from psq_proto.messages import NO_VERSION, Hello, Join, Leave, MessageType, Verdict
+from psq_proto.messages import NO_VERSION, Flags, Hello, Join, Leave, MessageType, Verdict
 from psq_proto.session import WorkerSession
 
 DEADLINE_S = 30.0
@@ -97,14 +97,16 @@ class Raw:
         return self
 
     def frames(self, version):
-        """The WEIGHTS of every shard and part of a version: {(shard, part): (header, bytes)}."""
+        """All WEIGHTS of a version: {(shard, part): (header, bytes)}."""
         found = {}
-        wanted = {(s.index, 0) for s in self.plan.layout.shards}
-        while not wanted <= found.keys():
+        while True:
             header, body = self.wait_for(MessageType.WEIGHTS)
             assert header.version == version
             found[header.shard, header.part] = (header, bytes(body))
-        return found
+            dense = Flags.FULL in header.flags and header.codec == get_codec("fp32").wire_id
+            parts = [part_count(s.numel) if dense else 1 for s in self.plan.layout.shards]
+            if len(found) == sum(parts):
+                return found
 
     def encode(self, gradient):
         """The payload of each shard of a gradient, f32[numel]."""
