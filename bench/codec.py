@@ -3,8 +3,8 @@
 A kernel that reads two arrays and writes one in place cannot be faster than the plain stream that
 does so and nothing else: `r2w1` is `e += x`, 12 bytes a value; `r1w1` is `x += 1`, 8 bytes; `w1` is
 a fill, 4 bytes. Every round measures the streams and all kernels in turn, so that a slow moment of
-the machine hits both, and the best of all rounds counts. Ratio = stream time / kernel time: 1.00 is
-the speed of memory. encode only reads, and is shown without a ratio.
+the machine hits both, and the best of all rounds counts, shard by shard. Ratio = stream time /
+kernel time: 1.00 is the speed of memory. encode only reads, and is shown without a ratio.
 
     python bench/codec.py [--numel 25000000] [--rounds 15] [--threads 1] [--json]
                           [--levels v4,v3] [--codecs "sign log:k=2"] [--verbs encode_ef,decode]
@@ -30,44 +30,36 @@ STREAM_OF = {"encode_ef": "r2w1", "encode": "", "decode": "w1", "decode_add": "r
 STREAMS_EVERY = 4  # cases
 
 
+PerShard = Callable[[int], object]  # one shard's work, by index
+
+
 class Case(NamedTuple):
     level: str
     codec: str
     verb: str
-    call: Callable[[], None]
+    call: PerShard
 
 
 def main() -> None:
     options = parse()
-    numel = -(-options.numel // SHARD) * SHARD
-    rng = np.random.default_rng(1)
-    x, e = aligned(numel), aligned(numel)
-    x[:] = rng.standard_normal(numel, dtype=np.float32)
-    slices = [slice(at, at + SHARD) for at in range(0, numel, SHARD)]
-    with ThreadPoolExecutor(options.threads) as pool:
-
-        def each(call: Callable[[int, Floats, Floats], object]) -> Callable[[], None]:
-            if options.threads == 1:
-                return lambda: [call(i, x[at], e[at]) for i, at in enumerate(slices)] and None
-            return lambda: (
-                list(pool.map(lambda i: call(i, x[slices[i]], e[slices[i]]), range(len(slices))))
-                and None
-            )
-
-        streams = {
-            "r2w1": each(lambda _, a, b: np.add(b, a, out=b)),
-            "r1w1": each(lambda _, __, b: np.add(b, np.float32(1e-9), out=b)),
-            "w1": each(lambda _, __, b: b.fill(0.01)),
-        }
-        cases = [
-            case
-            for level in options.levels.split(",")
-            for spec in options.codecs.split()
-            for case in cases_of(level, spec, numel, each)
-            if case.verb in options.verbs.split(",")
-        ]
-        best = measure(streams, cases, options.rounds)
-    report(streams, cases, {key: numel / seconds / 1e9 for key, seconds in best.items()}, options)
+    shards = -(-options.numel // SHARD)
+    x, e = aligned(shards * SHARD), aligned(shards * SHARD)
+    x[:] = np.random.default_rng(1).standard_normal(x.size, dtype=np.float32)
+    pairs = list(zip(x.reshape(shards, SHARD), e.reshape(shards, SHARD), strict=True))
+    streams: dict[str, PerShard] = {
+        "r2w1": lambda i: np.add(pairs[i][1], pairs[i][0], out=pairs[i][1]),
+        "r1w1": lambda i: np.add(pairs[i][1], np.float32(1e-9), out=pairs[i][1]),
+        "w1": lambda i: pairs[i][1].fill(0.01),
+    }
+    cases = [
+        case
+        for level in options.levels.split(",")
+        for spec in options.codecs.split()
+        for case in cases_of(level, spec, pairs)
+        if case.verb in options.verbs.split(",")
+    ]
+    seconds = measure(streams, cases, shards, options)
+    report(streams, cases, {key: x.size / s / 1e9 for key, s in seconds.items()}, options)
 
 
 def parse() -> argparse.Namespace:
@@ -89,54 +81,52 @@ def aligned(numel: int) -> Floats:
     return raw[first : first + numel]
 
 
-def cases_of(
-    level: str,
-    spec: str,
-    numel: int,
-    each: Callable[[Callable[[int, Floats, Floats], object]], Callable[[], None]],
-) -> list[Case]:
+def cases_of(level: str, spec: str, pairs: list[tuple[Floats, Floats]]) -> list[Case]:
     codec = get_codec(spec)
-    size = codec.nbytes(SHARD)
-    payload = np.zeros(size * (numel // SHARD), np.uint8)
-    parts = [payload[at : at + size] for at in range(0, payload.size, size)]
-
-    def at_level(call: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            with kernels.use(level):
-                call()
-
-        return run
-
-    calls = {
-        "encode_ef": each(lambda i, a, b: codec.encode_ef(a, b, parts[i], seed=i)),
-        "encode": each(lambda i, a, _: codec.encode(a, parts[i], seed=i)),
-        "decode": each(lambda i, _, b: codec.decode(parts[i], b)),
-        "decode_add": each(lambda i, _, b: codec.decode_add(parts[i], b)),
+    payloads = np.zeros((len(pairs), codec.nbytes(SHARD)), np.uint8)
+    calls: dict[str, PerShard] = {
+        "encode_ef": lambda i: codec.encode_ef(*pairs[i], payloads[i], seed=i),
+        "encode": lambda i: codec.encode(pairs[i][0], payloads[i], seed=i),
+        "decode": lambda i: codec.decode(payloads[i], pairs[i][1]),
+        "decode_add": lambda i: codec.decode_add(payloads[i], pairs[i][1]),
     }
-    return [Case(level, codec.spec, verb, at_level(call)) for verb, call in calls.items()]
+    return [Case(level, codec.spec, verb, call) for verb, call in calls.items()]
 
 
 def measure(
-    streams: dict[str, Callable[[], None]], cases: list[Case], rounds: int
+    streams: dict[str, PerShard], cases: list[Case], shards: int, options: argparse.Namespace
 ) -> dict[object, float]:
-    best: dict[object, float] = {}
+    """Seconds of one sweep over all shards: each part's best of all rounds."""
+    best: dict[object, np.ndarray] = {}
 
-    def timed(key: object, call: Callable[[], None]) -> None:
-        start = time.perf_counter()
-        call()
-        best[key] = min(best.get(key, float("inf")), time.perf_counter() - start)
+    def sweep(key: object, call: PerShard) -> None:
+        if options.threads == 1:  # by shard: what another process takes away costs one shard
+            took = [clocked(call, i) for i in range(shards)]
+        else:
+            start = time.perf_counter()
+            list(pool.map(call, range(shards)))
+            took = [time.perf_counter() - start]
+        best[key] = np.minimum(best.get(key, np.inf), took)
 
-    for _ in range(rounds):
-        for index, case in enumerate(cases):
-            if index % STREAMS_EVERY == 0:
-                for name, call in streams.items():  # the last one leaves e small and finite
-                    timed(name, call)
-            timed(case[:3], case.call)
-    return best
+    with ThreadPoolExecutor(options.threads) as pool:
+        for _ in range(options.rounds):
+            for index, case in enumerate(cases):
+                if index % STREAMS_EVERY == 0:
+                    for name, call in streams.items():  # the last one leaves e small and finite
+                        sweep(name, call)
+                with kernels.use(case.level):
+                    sweep(case[:3], case.call)
+    return {key: float(parts.sum()) for key, parts in best.items()}
+
+
+def clocked(call: PerShard, index: int) -> float:
+    start = time.perf_counter()
+    call(index)
+    return time.perf_counter() - start
 
 
 def report(
-    streams: dict[str, Callable[[], None]],
+    streams: dict[str, PerShard],
     cases: list[Case],
     speed: dict[object, float],
     options: argparse.Namespace,
