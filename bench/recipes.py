@@ -1,7 +1,8 @@
 """Compares recipes in one process: real codecs, residuals and server arithmetic, no wire.
 
-    python bench/recipes.py --task char-lm --recipe server-adam --recipe qadam-1bit --seeds 0 1 2
-    python bench/recipes.py --task fashion-mnist --downlink delta:log:k=2 --workers 4
+    python bench/recipes.py                 every preset beside plain Adam, 100 steps: half a minute
+    python bench/recipes.py --task char-lm --recipe server-adam --steps 600 --seeds 0 1 2
+    python bench/recipes.py --recipe server-adam --downlink delta:lloyd-max:bits=2 --workers 4
 
 W workers' gradients are computed one after another on one copy of the weights, pushed through
 `psq.feedback.Compressor`, reduced by `psq_server.reduce.Reducer`, and the answer is decoded into
@@ -30,7 +31,7 @@ from psq.codec import ShardCodec, get_codec
 from psq.feedback import Compressor
 from psq.layout import PART_NUMEL, Shard
 from psq.plan import Plan
-from psq.recipe import Recipe, preset
+from psq.recipe import PRESETS, Recipe, preset
 from psq_server.reduce import Reducer
 from psq_worker.baseline import train_baseline
 from psq_worker.job import Job, job_for
@@ -182,7 +183,7 @@ def main() -> None:
     parser.add_argument("--downlink", default="", help='as in "delta:sign" or "weights:fp32"')
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch-size", type=int, help="samples per worker")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--schedule", choices=("constant", "linear"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -192,7 +193,7 @@ def main() -> None:
     task = get_task(options.task, subset=not options.full)
     chosen = {n: getattr(options, n) for n in ("batch_size", "steps", "lr", "schedule")}
     found = _read(options.out)
-    for recipe in options.recipe or ["server-adam"]:
+    for recipe in options.recipe or ["adam", *PRESETS]:
         for seed in options.seeds:
             job = job_for(task, **chosen, seed=seed)
             run = Run(options.task, recipe, options.uplink, options.downlink, options.workers, job)
