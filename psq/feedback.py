@@ -138,11 +138,17 @@ class Compressor:
         """Fold a payload that was not applied back: residual += what it says.
 
         Without error feedback there is nowhere to keep it and nothing happens: the step is lost,
-        as a lost message is in any scheme without a residual.
+        as a lost message is in any scheme without a residual. A block that says NaN took nothing
+        from the residual, and gives nothing back.
+
+        Cost: one shard of memory for the time of the call; pushes are rarely rejected.
         """
         residual = self._residual_of(shard)
-        if residual is not None:
-            self._codecs[shard].decode_add(payload, residual)
+        if residual is None:
+            return
+        said = np.empty_like(residual)
+        self._codecs[shard].decode(payload, said)
+        np.add(residual, said, out=residual, where=np.isfinite(said))
 
     @property
     def steps(self) -> int:

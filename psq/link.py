@@ -156,7 +156,7 @@ class _Link:
             return False
         if not all(tracker.done for tracker in entry[1]):
             return True
-        del self._lent[id(frame)]
+        self._lent.pop(id(frame), None)
         return False
 
     def close(self, linger_s: float | None = None) -> None:

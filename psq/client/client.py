@@ -138,7 +138,8 @@ class Client:
 
     def payload(self, shard: int) -> NDArray[np.uint8]:
         """Where to encode a shard: u8[nbytes], the very bytes that `push` will send."""
-        return self._machine.frames.payload(shard)
+        with self._lock:
+            return self._machine.frames.payload(shard)
 
     def said(self, shard: int) -> NDArray[np.uint8]:
         """What was pushed last, for `Hooks.restore`."""

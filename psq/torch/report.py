@@ -18,7 +18,8 @@ class StepReport:
         reason: why it did not ("" when applied): the gradient was not finite, the server rejected
             it, or it was only accumulated.
         lr: the learning rate asked for.
-        compute_s: the user's own time: since the step before returned.
+        compute_s: the user's own time, since the step before had its weights; zeroing the gradients
+            is in it.
         encode_s: from gradients to payloads handed to the link.
         wire_s: waiting, for the network and for the other workers.
         server_s: the server's own work on the round, as it reports it.

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from psq.client import Client, Hooks, Patience
 from psq.codec import ShardCodec, get_codec
 from psq.config import DEFAULT_LR, WorkerConfig, worker_config
-from psq.errors import ConfigError, RemotePayloadError, UsageError
+from psq.errors import ConfigError, UsageError
 from psq.feedback import Compressor
 from psq.plan import Plan
 from psq.recipe import AdamConfig, Recipe, preset
@@ -235,7 +235,6 @@ class Worker:
             raise
         self._table.zero_gradients()
         self._observe(report, loss, samples)
-        self._returned_s = time.perf_counter()
         return report
 
     def close(self, reason: Reason = "done", text: str = "") -> None:
@@ -252,7 +251,7 @@ class Worker:
     # ---- one round
 
     def _round(self) -> StepReport:
-        started_s = time.perf_counter()
+        started_s, before_s = time.perf_counter(), self._returned_s
         self._decode_s = 0.0
         lr = self.lr
         step = self._client.begin(lr)
@@ -261,7 +260,7 @@ class Worker:
         result = self._client.finish()
         published_s = time.perf_counter()
         self._table.publish()
-        done_s = time.perf_counter()
+        self._returned_s = done_s = time.perf_counter()
         decode_s = self._decode_s + done_s - published_s
         waited_s = max(0.0, published_s - encoded_s - self._decode_s)
         server_s = min(result.server_s, waited_s)
@@ -273,7 +272,7 @@ class Worker:
             applied=result.applied and not fault,
             reason=fault or result.reason,
             lr=lr,
-            compute_s=started_s - self._returned_s,
+            compute_s=started_s - before_s,
             encode_s=encoded_s - started_s,
             wire_s=waited_s - server_s,
             server_s=server_s,
@@ -330,10 +329,7 @@ class Worker:
     def _restore(self) -> None:
         """The server did not take this step's push: what it said is still to be said."""
         for k in self._shards:
-            try:
-                self._compressor.restore(k, self._client.said(k))
-            except RemotePayloadError as error:
-                _log.warning("shard %d of the rejected push cannot be kept: %s", k, error)
+            self._compressor.restore(k, self._client.said(k))
 
     def _reset(self) -> None:
         residual = self._compressor.state_arrays().get("residual")

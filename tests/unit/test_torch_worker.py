@@ -216,6 +216,40 @@ def test_a_gradient_that_is_not_finite_is_skipped_with_the_residual_and_moments_
     assert worker.step().applied
 
 
+def test_a_push_the_server_rejects_goes_back_into_the_residual_and_training_goes_on(join, caplog):
+    model = make_model()
+    worker = join(model, recipe=preset("server-adam").with_codecs(uplink="sign"))
+    loss_of(model, 0).backward()
+    worker.step()
+    residual = worker._compressor.state_arrays()["residual"]
+    before = residual.copy()
+    loss_of(model, 1).backward()
+    model[0].weight.grad.fill_(3e38)  # finite, but the mean of the block is not
+    gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()][1:]).numpy().copy()
+    report = worker.step()
+    assert not report.applied
+    assert "NaN or Inf" in report.reason
+    assert "push of round 1 rejected" in caplog.text
+    numel = model[0].weight.numel()
+    np.testing.assert_array_equal(residual[:numel], before[:numel])
+    np.testing.assert_allclose(residual[numel:], before[numel:] + gradient, atol=1e-6)
+    loss_of(model, 2).backward()
+    assert worker.step().applied
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_on_a_gpu_trains_like_one_on_the_cpu(join, serve):
+    plain, device = make_model(), make_model().cuda()
+    workers = [join(plain, connect=serve().endpoint), join(device, connect=serve().endpoint)]
+    for step in range(4):
+        loss_of(plain, step).backward()
+        for a, b in zip(plain.parameters(), device.parameters(), strict=True):
+            b.grad = a.grad.cuda()
+        for worker in workers:
+            worker.step()
+    assert parameters(plain).tobytes() == parameters(device.cpu()).tobytes()
+
+
 def test_a_step_without_any_gradient_is_warned_of(join, caplog):
     worker = join(make_model())
     worker.step()
