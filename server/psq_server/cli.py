@@ -55,6 +55,7 @@ def serve(given: Given) -> int:
     The first worker's model and recipe define the job, unless --recipe and --world-size pin them.
     Every option is also a PSQ_* variable and a key of the [server] table in --config's TOML file.
     """
+    watch_parent()
     config = given.resolve(ServerConfig).config
     save = Path(config.save) if config.save else None
     if config.recipe is not None:
@@ -72,7 +73,6 @@ def serve(given: Given) -> int:
 
 def main() -> None:
     """Entry point of `psq-server`."""
-    watch_parent()
     run(serve, "psq-server")
 
 

@@ -242,9 +242,7 @@ class Loop:
             case Initialize():
                 self._hold().reducer.init(action.shard, action.part, action.values)
             case Adopt():
-                self._weights = _Weights(
-                    action.plan, self._state.settings.run_id, self._state.settings.epoch
-                )
+                self._weights = self._make_room(action.plan)
             case Log():
                 self._log.write(action.level, action.event, action.fields)
             case Save():
@@ -254,6 +252,14 @@ class Loop:
                 self._ending = Ending(action.exit_code, action.reason, action.text, self._saved)
             case _:
                 assert_never(action)
+
+    def _make_room(self, plan: Plan) -> _Weights:
+        settings = self._state.settings
+        try:
+            return _Weights(plan, settings.run_id, settings.epoch)
+        except MemoryError as error:
+            msg = f"there is no room for the job's {plan.layout.numel} values: {error}"
+            raise StateError(msg) from error
 
     def _reduce(self, action: Reduce) -> None:
         before_s = self._clock()

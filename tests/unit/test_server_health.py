@@ -108,7 +108,7 @@ def test_slow_clients_are_bounded_and_the_next_one_is_closed(serve):
 
 def test_no_client_delays_the_end(serve):
     stuck = threading.Event()
-    server = serve({"/": lambda: stuck.wait(DEADLINE_S) or Page(b"", "text/plain")})
+    server = serve({"/": lambda: (stuck.wait(DEADLINE_S), Page(b"", "text/plain"))[1]})
     silent, waiting = connect(server), connect(server)
     waiting.sendall(b"GET / HTTP/1.0\r\n\r\n")
     server.close()

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from psq.errors import FencedError, LocalError, RemotePlanError
+from psq.errors import FencedError, LocalError, RefusedError, RemotePlanError
 from psq.plan import Plan
-from psq_proto.messages import NONE, ErrorCode, Join, MessageType, Welcome
+from psq_proto.messages import NONE, U32_MAX, ErrorCode, Join, MessageType, Welcome
 from psq_proto.session import Message
 from psq_server.state.events import Adopt, Send
 from psq_server.state.job import Job, check_fits
@@ -26,13 +26,20 @@ MAX_OFFERS: Final = 8
 
 
 def on_hello(world: World, peer: Peer, message: Message) -> None:
-    """Answer with a COOKIE; a peer that was joined begins again and speaks for nobody meanwhile."""
+    """Answer with a COOKIE; a peer that was joined begins again and speaks for nobody meanwhile.
+
+    Raises:
+        RefusedError: this server has handed out all the incarnations there are.
+    """
     member = next((m for m in world.members.values() if m.peer == peer.name), None)
     if member is not None:
         member.peer, member.synced, member.pulling = None, False, False
         world.peers.demote(peer)
     if not _rank_exists(world, peer, message.header.rank):
         return
+    if world.incarnation == U32_MAX:
+        msg = "this server has no incarnation left to hand out: restart it"
+        raise RefusedError(msg)
     world.incarnation += 1
     world.out.append(Send(peer.name, peer.session.send_cookie(world.incarnation)))
 

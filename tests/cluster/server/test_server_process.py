@@ -102,6 +102,12 @@ def test_a_forced_kernel_that_cannot_run_is_refused(cluster):
     assert server.out() == ""
 
 
+def test_a_parent_that_is_none_is_refused(cluster):
+    server = cluster.server(ready=False, PSQ_PARENT_FD="77")
+    assert server.wait() == EXIT_CONFIG
+    assert "PSQ_PARENT_FD='77' names no open descriptor" in server.err()
+
+
 def test_options_come_from_the_environment_and_a_file_too(cluster, raw, plan_of, tmp_path):
     file = tmp_path / "psq.toml"
     file.write_text("[server]\nworld_size = 3\nrecipe = 'server-adam'\nlease = 7\n")

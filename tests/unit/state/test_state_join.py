@@ -7,6 +7,7 @@ from psq.recipe import preset
 from psq_proto.frames import digest64
 from psq_proto.messages import (
     NONE,
+    U32_MAX,
     Cookie,
     Error,
     Heartbeat,
@@ -62,6 +63,14 @@ def test_incarnations_grow(cluster):
     job = cluster()
     first, second = job.connect(0).join(), job.connect(1).join()
     assert second.session.incarnation > first.session.incarnation
+
+
+def test_a_server_that_ran_out_of_incarnations_says_so(cluster):
+    job = cluster()
+    job.world.incarnation = U32_MAX
+    worker = job.connect(0)
+    worker.hello()
+    assert "no incarnation left" in str(worker.errors[0])
 
 
 def test_a_rank_beyond_the_world_size_is_refused_at_hello(cluster):
