@@ -10,6 +10,10 @@ namespace {
 constexpr size_t kGroup = 512;   // values in a group: 32 rows of 16 lanes
 constexpr size_t kChunk = 8192;  // values summed in float before a double takes over; the largest block
 
+// How far beyond the next block's same place row_code fetches. Measured: 0 loses 0.05 to 0.1 of memory's speed, because
+// the next block's first pass then catches up with what was fetched last; twice the block loses as much.
+constexpr size_t kAhead = 256;
+
 PSQ_INLINE size_t at_most(size_t a, size_t b) { return a < b ? a : b; }
 PSQ_INLINE U lanes() {
   static const uint32_t counting[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -280,7 +284,7 @@ PSQ_OUTLINE void encode_segment(const PsqEncode& a) {
   const size_t block = a.format.block == 0 ? a.numel : a.format.block;
   const size_t span = kParts == 1 ? block : kGroup;
   uint8_t* words = a.payload + (Q::kStatistic == kNone ? 0 : 4 * scale_count(a.format, a.numel));
-  const size_t ahead = a.format.block == 0 ? kGroup / 2 : span;
+  const size_t ahead = (a.format.block == 0 ? 0 : span) + kAhead;
   size_t scales = 0;
   for (size_t from = 0; from < a.numel; from += span) {
     const size_t count = at_most(span, a.numel - from);
