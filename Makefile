@@ -1,6 +1,9 @@
 # Everything psq needs is installed into .venv, and nothing anywhere else.
 # Needed beforehand: Python 3.11 or newer and a C++ compiler (without one psq runs on NumPy, slower).
 
+# On x86-64 Linux the default index has torch with gigabytes of CUDA packages. For the CPU build name the index that
+# pytorch.org's installation page gives for it: make TORCH_INDEX_URL=... run
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.psq-installed
@@ -66,5 +69,6 @@ $(BIN)/python:
 $(STAMP): $(INSTALLED_FROM) | $(BIN)/python
 	@echo "Installing psq and what it needs into $(VENV); the first time takes a few minutes"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
 		-c constraints.txt -e '.[worker,plot,dev]'
 	@touch $@
