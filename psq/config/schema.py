@@ -117,6 +117,11 @@ class WorkerConfig:
     downlink: str | None = setting(
         None, 'codec of the answers, as in "delta:sign" (default: the recipe\'s)', metavar="CODEC"
     )
+    adam: str | None = setting(
+        None,
+        "Adam's settings, as in \"beta=0.95,weight_decay=0.01\" (default: the recipe's)",
+        metavar="NAME=VALUE,...",
+    )
     lr: float | None = setting(
         None, f"learning rate (default: the task's, or {DEFAULT_LR:g})", above=0, high=1e6
     )

@@ -28,6 +28,7 @@ from typing import Final, Literal, Self, TypeAlias
 import numpy as np
 from torch import Tensor, nn
 
+from psq.adam_text import with_adam_text
 from psq.client import Client, Hooks, Patience
 from psq.codec import ShardCodec, get_codec
 from psq.config import DEFAULT_LR, WorkerConfig, worker_config
@@ -76,7 +77,7 @@ class Worker:
         lr: learning rate, or a function of the step number (from 0, over the whole job, so that a
             worker that joins late asks for the rate the others ask for).
         recipe: the algorithm, by name or as a value.
-        adam: settings for a recipe given by name.
+        adam: settings for a recipe given by name, as a value or as a text, see `psq.adam_text`.
         connect: the server's address.
         rank: this worker's number.
         world_size: how many workers the job has.
@@ -95,7 +96,7 @@ class Worker:
         *,
         lr: LearningRate | None = None,
         recipe: Recipe | str | None = None,
-        adam: AdamConfig | None = None,
+        adam: AdamConfig | str | None = None,
         connect: str | None = None,
         rank: int | None = None,
         world_size: int | None = None,
@@ -105,6 +106,7 @@ class Worker:
         said = {
             "lr": None if callable(lr) else lr,
             "recipe": recipe if isinstance(recipe, str) else None,
+            "adam": adam if isinstance(adam, str) else None,
             "connect": connect,
             "rank": rank,
             "world_size": world_size,
@@ -113,7 +115,9 @@ class Worker:
         }
         settled = ["lr"] if callable(lr) else []
         if isinstance(recipe, Recipe):
-            settled += ["recipe", "uplink", "downlink"]
+            settled += ["recipe", "uplink", "downlink", "adam"]
+        if isinstance(adam, AdamConfig):
+            settled += ["adam"]
         config = worker_config(said, settled=settled)
         self.skipped = 0
         self._lr: LearningRate = lr if callable(lr) else (config.lr or DEFAULT_LR)
@@ -368,13 +372,18 @@ def close_workers(reason: Reason, text: str = "") -> None:
             worker.close(reason, text)
 
 
-def _recipe(config: WorkerConfig, recipe: Recipe | str | None, adam: AdamConfig | None) -> Recipe:
+def _recipe(
+    config: WorkerConfig, recipe: Recipe | str | None, adam: AdamConfig | str | None
+) -> Recipe:
     if isinstance(recipe, Recipe):
         if adam is not None:
             msg = "adam: a recipe given as a value has its own settings; use recipe.with_adam"
             raise ConfigError(msg)
         return recipe
-    made = preset(config.recipe, adam)
+    if isinstance(adam, AdamConfig):
+        made = preset(config.recipe, adam)
+    else:
+        made = with_adam_text(preset(config.recipe), config.adam)
     return made.with_codecs(uplink=config.uplink, downlink=config.downlink)
 
 

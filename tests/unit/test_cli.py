@@ -132,6 +132,7 @@ def test_a_file_with_a_wrong_key_is_refused_by_every_command(call, tmp_path):
         ("--recipe", "qadm", "no recipe 'qadm'; there are: server-adam"),
         ("--uplink", "sgn", "codec 'sgn'"),
         ("--downlink", "delta:sgn", "codec 'sgn'"),
+        ("--adam", "betta=0.9", "adam: no setting 'betta'; did you mean beta?"),
     ],
 )
 def test_a_recipe_that_does_not_exist_is_refused_before_anything_starts(
@@ -211,6 +212,12 @@ def test_what_was_typed_is_handed_on_as_it_was_typed():
 def test_only_the_first_double_dash_is_the_commands():
     assert script_words(("--", "--epochs", "--", "3")) == ("--epochs", "--", "3")
     assert script_words(("--epochs", "3")) == ("--epochs", "3")
+
+
+def test_a_comparison_with_what_torch_does_not_have_is_refused_before_anything_starts(call):
+    code, _, err = call(psq, "demo", "--adam", "eps_placement=inside")
+    assert code == 78
+    assert "torch.optim.Adam has no eps_placement=inside" in err
 
 
 def test_plain_adam_gets_what_was_typed_but_nothing_about_messages():

@@ -228,7 +228,7 @@ def test_a_wrong_variable_is_refused_with_its_name_what_was_expected_and_what_ca
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("[worker]\nlearning_rate = 1\n", "[worker] has no key 'learning_rate'; there are: batch"),
+        ("[worker]\nlearning_rate = 1\n", "[worker] has no key 'learning_rate'; there are: adam"),
         ("[worker]\nbatchsize = 1\n", "[worker] has no key 'batchsize'; did you mean batch_size?"),
         ("[workers]\nlr = 1\n", "got 'workers'; did you mean worker?"),
         ("lr = 1\n", "expected only the tables [server], [worker], [launch], [demo], got 'lr'"),

@@ -3,12 +3,14 @@
 import json
 import math
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
 from torch import nn
 
 from psq.errors import ConfigError, UsageError
+from psq.recipe import AdamConfig
 from psq.torch import StepReport
 from psq_worker.baseline import PlainAdam, train_baseline
 from psq_worker.job import History, Job, LossMeter, Record, job_for
@@ -189,6 +191,38 @@ def test_the_baseline_lets_frozen_parameters_be():
             return model
 
     assert train_baseline(Frozen(), JOB, world_size=1).numel == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "make"),
+    [
+        (AdamConfig(), torch.optim.Adam),
+        (AdamConfig(weight_decay=0.1), torch.optim.AdamW),
+        (AdamConfig(weight_decay=0.1, decoupled=False), torch.optim.Adam),
+    ],
+)
+def test_the_baseline_is_torchs_adam_with_the_settings_of_the_job(settings, make):
+    model, twin = Slope().model(0), Slope().model(0)
+    ours = PlainAdam(model, JOB, replace(settings, beta=0.8, theta=0.95, eps=1e-6, amsgrad=True))
+    theirs = make(
+        twin.parameters(),
+        lr=JOB.lr,
+        betas=(0.8, 0.95),
+        eps=1e-6,
+        amsgrad=True,
+        weight_decay=settings.weight_decay,
+    )
+    for batch in islice(Slope().batches(rank=0, world_size=1, batch_size=4, seed=0), 5):
+        for each, optimizer in ((model, ours), (twin, theirs)):
+            Slope().loss(each, batch).backward()
+            optimizer.step()
+        theirs.zero_grad()
+    assert torch.equal(model.weight, twin.weight)
+
+
+def test_the_baseline_refuses_what_torch_does_not_have():
+    with pytest.raises(ConfigError, match=r"torch\.optim\.Adam has no bias_correction=false"):
+        PlainAdam(Slope().model(0), JOB, AdamConfig(bias_correction=False))
 
 
 def test_the_baseline_cannot_start_in_the_middle():

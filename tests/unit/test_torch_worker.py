@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import psq.torch
+from psq.config import Given, use_given
 from psq.errors import ConfigError, GaveUpError, RemotePlanError, UsageError
 from psq.recipe import AdamConfig, preset
 
@@ -88,6 +89,25 @@ def test_adams_settings_reach_the_server(join):
         loss_of(model, step).backward()
         worker.step()
     np.testing.assert_allclose(parameters(model), parameters(twin), rtol=2e-6, atol=2e-7)
+
+
+def test_adams_settings_may_be_a_text_or_a_variable(join, serve, monkeypatch):
+    text = "beta=0.8,weight_decay=0.1"
+    wanted = AdamConfig(beta=0.8, weight_decay=0.1)
+    assert join(make_model(), adam=text).plan.recipe.adam == wanted
+    monkeypatch.setenv("PSQ_ADAM", text)
+    assert join(make_model()).plan.recipe.adam == wanted
+    for settings in ("beta=0.7", AdamConfig(beta=0.7)):
+        worker = join(make_model(), adam=settings, connect=serve().endpoint)
+        assert worker.plan.recipe.adam == AdamConfig(beta=0.7)
+
+
+def test_a_flag_for_adam_is_refused_where_the_script_settles_it():
+    with (
+        use_given(Given({"adam": "beta=0.8"})),
+        pytest.raises(UsageError, match=r"--adam beta=0\.8 would have no effect"),
+    ):
+        psq.torch.Worker(make_model(), adam=AdamConfig())
 
 
 def test_weight_decay_on_the_worker_is_adamws(join):
@@ -465,6 +485,7 @@ def test_settings_come_from_the_environment(serve, join, monkeypatch):
     ("options", "words"),
     [
         ({"rank": 3, "world_size": 2}, "rank: expected 0 to 1"),
+        ({"adam": "betta=0.9"}, "adam: no setting 'betta'; did you mean beta[?]"),
         ({"recipe": "adamw"}, "no recipe 'adamw'; there are: server-adam"),
         ({"connect": "nowhere"}, "connect"),
         ({"lr": -1.0}, "lr"),

@@ -1,4 +1,4 @@
-"""The yardstick: the same job in one process with `torch.optim.Adam`, nothing quantized or sent.
+"""The yardstick: the same job in one process with torch's own Adam, nothing quantized or sent.
 
 The loop, the initial weights, the samples of every global batch and the learning rates are those of
 the cluster, so any difference in the score is the cluster's doing. The bytes reported are what one
@@ -14,13 +14,15 @@ from typing import Final
 import torch
 from torch import nn
 
-from psq.errors import UsageError
+from psq.adam_text import missing_in_torch
+from psq.errors import ConfigError, UsageError
+from psq.recipe import AdamConfig, schedule_value
 from psq.torch import StepReport
 from psq_worker.job import History, Job, OnRecord
 from psq_worker.loop import train
 from psq_worker.tasks import Task, check_model
 
-__all__ = ["PlainAdam", "train_baseline"]
+__all__ = ["PlainAdam", "torch_adam", "train_baseline"]
 
 FP32_BYTES: Final = 4
 
@@ -54,15 +56,38 @@ def train_baseline(
     return dataclasses.replace(history, world_size=world_size)
 
 
+def torch_adam(
+    parameters: list[nn.Parameter], lr: float, adam: AdamConfig
+) -> torch.optim.Optimizer:
+    """Torch's own Adam or AdamW with these settings.
+
+    Raises:
+        ConfigError: torch has no such setting; it is named.
+    """
+    missing = missing_in_torch(adam)
+    if missing:
+        msg = f"adam: torch.optim.Adam has no {missing}"
+        raise ConfigError(msg)
+    kind = torch.optim.AdamW if adam.decoupled and adam.weight_decay else torch.optim.Adam
+    return kind(
+        parameters,
+        lr=lr,
+        betas=(schedule_value(adam.beta, 1), schedule_value(adam.theta, 1)),
+        eps=adam.eps,
+        weight_decay=adam.weight_decay,
+        amsgrad=adam.amsgrad,
+    )
+
+
 class PlainAdam:
     """`torch.optim.Adam` behind the interface of a worker: the only rank of a job of one."""
 
     rank: Final = 0
     world_size: Final = 1
 
-    def __init__(self, model: nn.Module, job: Job) -> None:
+    def __init__(self, model: nn.Module, job: Job, adam: AdamConfig | None = None) -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._optimizer: Final = torch.optim.Adam(trained, lr=job.lr)
+        self._optimizer: Final = torch_adam(trained, job.lr, adam or AdamConfig())
         self._job: Final = job
         self._dense_bytes: Final = FP32_BYTES * sum(parameter.numel() for parameter in trained)
         self._done = job.start_step

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -22,7 +22,10 @@ from psq.config import (
     settings_of,
 )
 from psq.config.options import options, run
-from psq.errors import UsageError
+from psq.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from psq.recipe import Recipe
 
 __all__ = ["main", "psq", "worker", "worker_main"]
 
@@ -114,7 +117,7 @@ def demo(given: Given) -> None:
 
     config = given.resolve(LaunchConfig).config
     told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
-    check_recipe(told)
+    check_comparison(check_recipe(told))
     run_demo(
         told,
         output=given.resolve(DemoConfig).config.output,
@@ -204,18 +207,37 @@ def check_script(given: Given, script: str | None) -> None:
         raise UsageError(msg)
 
 
-def check_recipe(told: WorkerConfig) -> None:
-    """Refuse a recipe or a codec that does not exist before anything is started.
+def check_recipe(told: WorkerConfig) -> Recipe:
+    """What the workers will be told; one that cannot be is refused before anything is started.
 
     Raises:
         ConfigError: the message lists what there is.
     """
-    from psq.codec import get_codec  # noqa: PLC0415 - --help needs no numpy
+    from psq.adam_text import with_adam_text  # noqa: PLC0415 - --help needs no numpy
+    from psq.codec import get_codec  # noqa: PLC0415 - as above
     from psq.recipe import preset  # noqa: PLC0415 - as above
 
     recipe = preset(told.recipe).with_codecs(uplink=told.uplink, downlink=told.downlink)
     get_codec(recipe.uplink.codec)
     get_codec(recipe.downlink.codec)
+    return with_adam_text(recipe, told.adam)
+
+
+def check_comparison(recipe: Recipe) -> None:
+    """Refuse Adam settings that the plain Adam of the comparison does not have.
+
+    Raises:
+        ConfigError: it names the setting.
+    """
+    from psq.adam_text import missing_in_torch  # noqa: PLC0415 - --help needs no numpy
+
+    missing = missing_in_torch(recipe.adam)
+    if missing:
+        msg = (
+            f"adam: torch.optim.Adam has no {missing}, so there is nothing to compare with: "
+            "psq launch trains without a comparison"
+        )
+        raise ConfigError(msg)
 
 
 def script_words(arguments: tuple[str, ...]) -> tuple[str, ...]:

@@ -24,8 +24,9 @@ import click
 import torch
 
 import psq.torch
+from psq.adam_text import parse_adam
 from psq.config import Given, WorkerConfig, use_given
-from psq.recipe import Recipe
+from psq.recipe import AdamConfig, Recipe
 from psq_worker.baseline import PlainAdam
 from psq_worker.board import Board
 from psq_worker.events import Evaluation, Event, Progress, Started, Summary, format_event
@@ -93,7 +94,8 @@ def run_baseline(config: WorkerConfig) -> None:
         watch = _Watch(config, emit, task.name, job, _description(task))
         numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
         reporter = watch.begin(rank=0, world_size=1, numel=numel, recipe=BASELINE_RECIPE)
-        stepper = _Watched(PlainAdam(model, job), reporter)
+        adam = AdamConfig(**parse_adam(config.adam)) if config.adam else None
+        stepper = _Watched(PlainAdam(model, job, adam), reporter)
         train(task, model, stepper, job, watch.on_record(task.metric))
         watch.end()
 
