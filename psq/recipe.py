@@ -300,9 +300,9 @@ def _server_adam(adam: AdamConfig) -> Recipe:
     return Recipe(
         "server-adam",
         Direction("gradient"),
-        Uplink("log:k=6,block=256"),
+        Uplink("lloyd-max:bits=4,block=256"),
         Apply("adam", adam),
-        Downlink("delta", "sign"),
+        Downlink("delta", "lloyd-max:bits=3"),
     )
 
 

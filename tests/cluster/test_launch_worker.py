@@ -92,9 +92,8 @@ def test_without_flags_words_go_to_stderr_and_nothing_to_stdout(cluster, work):
     worker = work(*TRAIN, "--connect", server.endpoint, "--progress-every", "0")
     assert worker.wait() == 0
     assert worker.out() == ""
-    assert (
-        "tiny: server-adam (log:k=6,block=256 up, delta sign down), 20 parameters" in worker.err()
-    )
+    codecs = "lloyd-max:bits=4,block=256 up, delta lloyd-max:bits=3 down"
+    assert f"tiny: server-adam ({codecs}), 20 parameters" in worker.err()
     assert "rank 0  step 6/6  loss" in worker.err()
     assert "rank 0  done in" in worker.err()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from psq.codec import ShardCodec, get_codec
+from psq.codec import MAX_SCALE, ShardCodec, codec_specs, get_codec
 from psq.errors import RemotePayloadError, UsageError
 from psq.layout import Segment, Shard
 
@@ -131,3 +131,37 @@ def test_check_names_the_shard_and_the_tensor(shard):
 def test_a_payload_that_is_not_contiguous_is_refused(shard):
     with pytest.raises(TypeError):
         shard.encode(values(), np.zeros(2 * shard.nbytes, np.uint8)[::2])
+
+
+@pytest.mark.parametrize("spec", codec_specs())
+def test_what_is_within_the_bound_can_be_squared_and_one_beyond_it_is_refused(spec):
+    shard = ShardCodec(get_codec(spec), Shard(3, 0, 600, (Segment(0, 0, 600, 0),)))
+    payload, out = np.zeros(shard.nbytes, np.uint8), np.empty(600, np.float32)
+    shard.encode(np.linspace(-1, 1, 600, dtype=np.float32), payload)
+    shard.check_bound(payload)
+    if shard.codec.format.scale_count(600):
+        rng = np.random.default_rng(0)
+        payload[:] = rng.integers(0, 256, shard.nbytes, np.uint8)
+        scales = payload[: 4 * shard.codec.format.scale_count(600)].view("<f4")
+        scales[:] = MAX_SCALE
+        shard.check_bound(payload)
+        shard.decode(payload, out)
+        assert np.isfinite(np.square(out)).all()
+        scales[-1] = -1.01 * MAX_SCALE
+    else:
+        shard.encode(np.full(600, -1.01 * MAX_SCALE, np.float32), payload)
+    with pytest.raises(RemotePayloadError, match=r"shard 3 .* scale of 7.2.e\+16, the limit is 7.21"):
+        shard.check_bound(payload)
+
+
+def test_the_scales_of_all_segments_are_found(shard):
+    payload = np.zeros(shard.nbytes, np.uint8)
+    shard.encode(np.repeat(np.float32([1, 2, 3, 4]), NUMELS), payload)
+    counts = [shard.codec.format.scale_count(n) for n in NUMELS]
+    if any(counts):
+        found = np.split(np.ceil(shard.scales(payload)), np.cumsum(counts)[:-1])
+        largest = [part.max() for part in found]
+        assert largest == sorted(largest)
+        assert len(set(largest)) > 1
+    else:
+        assert shard.scales(payload)[: NUMELS[0]].max() == 1

@@ -150,6 +150,21 @@ def test_a_rejected_payload_folds_back_into_the_residual(uplink):
     np.testing.assert_allclose(compressor.state_arrays()["residual"], flat(gradients), atol=1e-6)
 
 
+@pytest.mark.parametrize("uplink", ["sign", "log:k=2", "uniform:bits=2", "fp32", "bf16"])
+def test_a_payload_that_no_server_takes_is_given_up_with_its_shards_residual(uplink):
+    """Folded back it would be said, and refused, for ever."""
+    plan = make_plan(uplink=uplink)
+    compressor, gradients = Compressor(plan, 0), gradients_of(plan)
+    gradients[0][0][3] = np.float32(1e30)
+    payloads = compress_all(compressor, plan, gradients)
+    kept = [compressor.restore(shard, payload) for shard, payload in enumerate(payloads)]
+    assert kept == [False] + [True] * (len(payloads) - 1)
+    residual = compressor.state_arrays()["residual"]
+    assert not residual[: plan.layout.shards[0].numel].any()
+    rest = flat(gradients)[plan.layout.shards[0].numel :]
+    np.testing.assert_allclose(residual[plan.layout.shards[0].numel :], rest, atol=1e-6)
+
+
 def test_segments_that_are_not_the_layouts_are_refused_before_anything_changes():
     plan = make_plan()
     compressor, gradients = Compressor(plan, 0), gradients_of(plan)

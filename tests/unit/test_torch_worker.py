@@ -257,6 +257,21 @@ def test_a_push_the_server_rejects_goes_back_into_the_residual_and_training_goes
     assert worker.step().applied
 
 
+def test_a_gradient_too_large_to_be_added_up_costs_one_round_and_its_residual(join, caplog):
+    model = make_model()
+    worker = join(model, recipe=preset("server-adam").with_codecs(uplink="sign"))
+    loss_of(model, 0).backward()
+    model[0].weight.grad[0, 0] = 1e30
+    report = worker.step()
+    assert not report.applied
+    assert "clip the gradients or lower the learning rate" in report.reason
+    assert "shard 0 of rank 0 has exploded; its residual starts from zero" in caplog.text
+    for step in range(1, 4):
+        loss_of(model, step).backward()
+        assert worker.step().applied
+    assert np.isfinite(parameters(model)).all()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_model_on_a_gpu_trains_like_one_on_the_cpu(join, serve):
     plain, device = make_model(), make_model().cuda()

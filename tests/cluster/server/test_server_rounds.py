@@ -28,6 +28,7 @@ from psq_proto.messages import (
 from psq_server.reduce import Reducer
 
 NAN = struct.pack("<f", float("nan"))
+HUGE = struct.pack("<f", 3e38)
 
 
 def weights_of(plan, seed=0):
@@ -148,6 +149,7 @@ def test_another_protocol_version_is_refused(raw, server):
         (lambda _: {"codec": get_codec("sign").wire_id}, "expected codec 0x"),
         (lambda _: {"shard": 3}, "expected shard 0..0 by the plan, got shard 3"),
         (lambda good: {"payload": NAN + good[4:]}, "scale that is NaN or Inf"),
+        (lambda good: {"payload": HUGE + good[4:]}, "scale of 3e+38, the limit is 7.21e+16"),
     ],
 )
 def test_a_push_that_does_not_fit_is_rejected_and_loses_nothing(

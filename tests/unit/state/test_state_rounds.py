@@ -12,6 +12,7 @@ from psq_proto.messages import NO_VERSION, MessageType, Status, Verdict
 from psq_server.state import Broadcast, Initialize, PeerBehind, Reduce, SendFull
 
 NAN = struct.pack("<f", float("nan"))
+HUGE = struct.pack("<f", 3e38)
 
 
 def verdicts(worker):
@@ -237,6 +238,7 @@ def reject(job, worker, words):
         ({"shard": 9, "body": bytes(8)}, "shard 9 of round 0: expected shard 0..1 by the plan"),
         ({"codec": get_codec("bf16").wire_id}, "expected codec 0x"),
         ({"body": NAN * 33792}, "rank 0 shard 0 of round 0: "),
+        ({"body": HUGE * 33792}, "has a scale of 3e+38, the limit is 7.21e+16"),
     ],
 )
 def test_a_push_that_does_not_fit_is_rejected_with_what_was_expected(cluster, fields, words):
