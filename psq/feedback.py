@@ -25,7 +25,7 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from psq import kernels
-from psq.codec import ShardCodec, get_codec
+from psq.codec import MAX_SCALE, ShardCodec, get_codec
 from psq.errors import UsageError
 from psq.kernels import Buffer, Floats
 from psq.layout import Shard
@@ -134,21 +134,32 @@ class Compressor:
                 codec.encode_ef(direction, residual, payload, seed=seed)
         self._steps[shard] += 1
 
-    def restore(self, shard: int, payload: Buffer) -> None:
+    def restore(self, shard: int, payload: Buffer) -> bool:
         """Fold a payload that was not applied back: residual += what it says.
+
+        One that no server would take (`MAX_SCALE`) would come again and again: it is given up, and
+        the shard's residual, of which it has left nothing but rounding errors, starts from zero.
 
         Without error feedback there is nowhere to keep it and nothing happens: the step is lost,
         as a lost message is in any scheme without a residual. A block that says NaN took nothing
         from the residual, and gives nothing back.
 
+        Returns:
+            Whether the residual was kept.
+
         Cost: one shard of memory for the time of the call; pushes are rarely rejected.
         """
-        residual = self._residual_of(shard)
+        residual, codec = self._residual_of(shard), self._codecs[shard]
         if residual is None:
-            return
+            return True
+        scales = codec.scales(payload)
+        if (np.isfinite(scales) & (np.abs(scales) > MAX_SCALE)).any():
+            residual.fill(0.0)
+            return False
         said = np.empty_like(residual)
-        self._codecs[shard].decode(payload, said)
+        codec.decode(payload, said)
         np.add(residual, said, out=residual, where=np.isfinite(said))
+        return True
 
     @property
     def steps(self) -> int:

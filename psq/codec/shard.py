@@ -7,15 +7,22 @@ flat array, or in one array per segment: a worker's gradients are never copied t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from psq.codec.base import Codec
 from psq.errors import RemotePayloadError, UsageError
-from psq.kernels import Buffer, Floats
+from psq.kernels import Buffer, Family, Floats
 from psq.layout import Shard
 
-__all__ = ["ShardCodec"]
+__all__ = ["MAX_SCALE", "ShardCodec"]
 
+MAX_SCALE: Final = 2.0**56
+"""Scales (bf16, fp32: values) that a server takes. No code means more than 128 scales, so the
+square of what a worker says, and the sum over any number of workers, are float32 numbers."""
 _SEED_STRIDE: Final = 0xD1B54A32D192ED03  # odd: the segments' seeds differ
 
 
@@ -148,6 +155,38 @@ class ShardCodec:
             except RemotePayloadError as error:
                 msg = f"shard {self.shard.index}, tensor {segment.tensor}: {error}"
                 raise RemotePayloadError(msg) from error
+
+    def check_bound(self, payload: Buffer) -> None:
+        """Refuse a payload that is finite, but too large to be added up and squared.
+
+        Raises:
+            RemotePayloadError: a scale (bf16, fp32: a value) is over `MAX_SCALE`.
+        """
+        scales = self.scales(payload)
+        largest = max(scales.max(initial=0.0), -scales.min(initial=0.0))
+        if not largest <= MAX_SCALE:
+            msg = (
+                f"shard {self.shard.index} in {self.codec.spec!r} has a scale of {largest:.3g}, "
+                f"the limit is {MAX_SCALE:.3g}: clip the gradients or lower the learning rate"
+            )
+            raise RemotePayloadError(msg)
+
+    def scales(self, payload: Buffer) -> Floats:
+        """All scales in a payload of the right length, f32[n]; of bf16 and fp32 the values."""
+        received = np.frombuffer(self._bytes(payload), np.uint8)
+        if self.codec.format.family == Family.BF16:
+            halves = received.view("<u2").astype(np.uint32)
+            return np.left_shift(halves, 16, out=halves).view(np.float32)
+        values = received.view("<f4")
+        return values if self.codec.format.family == Family.FP32 else values[self._scale_places]
+
+    @cached_property
+    def _scale_places(self) -> NDArray[np.intp]:
+        """Where in a payload, counted in f32, the scales are."""
+        count = self.codec.format.scale_count
+        return np.concatenate(
+            [at.payload.start // 4 + np.arange(count(at.numel)) for at in self._ranges]
+        )
 
     def _split(self, flat: Floats) -> list[Floats]:
         return [flat[at.values] for at in self._ranges]

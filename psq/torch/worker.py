@@ -333,7 +333,13 @@ class Worker:
     def _restore(self) -> None:
         """The server did not take this step's push: what it said is still to be said."""
         for k in self._shards:
-            self._compressor.restore(k, self._client.said(k))
+            if not self._compressor.restore(k, self._client.said(k)):
+                _log.warning(
+                    "step %d: shard %d of rank %d has exploded; its residual starts from zero",
+                    self.version,
+                    k,
+                    self.rank,
+                )
 
     def _reset(self) -> None:
         residual = self._compressor.state_arrays().get("residual")

@@ -56,7 +56,8 @@ class Job:
         """Refuse a pushed shard that is not what the plan says.
 
         Raises:
-            RemotePayloadError: the shard does not exist, or its codec, length or scales are wrong.
+            RemotePayloadError: the shard does not exist, its codec, length or scales are wrong, or
+                it says more than a mean or a moment could hold.
         """
         self._check_index("shard", header.shard, len(self.shards))
         if header.codec != self._uplink_id:
@@ -68,6 +69,7 @@ class Job:
         codec = self._codecs[header.shard]
         _check_length(payload, codec.nbytes)
         codec.check(payload)
+        codec.check_bound(payload)
 
     def check_init(self, header: Header, values: memoryview) -> None:
         """Refuse a part of the initial weights that is not what the plan says.
