@@ -14,6 +14,14 @@ struct Level {
 
 void bind_codec(nb::class_<Level>& level);
 void bind_optim(nb::class_<Level>& level);
+void bind_server(nb::class_<Level>& level);
+
+// Raises ValueError where the kernels do not know the format.
+PsqFormat format_of(int32_t family, int32_t bits, int32_t parameter, uint32_t block);
+// Bytes of a segment's payload, and of the scales it begins with.
+size_t payload_bytes(const PsqFormat& format, size_t numel);
+size_t scale_bytes(const PsqFormat& format, size_t numel);
+PsqAdamCoefficients adam_coefficients_of(nb::tuple from);
 
 // A C-contiguous 1-D buffer of one type (any alignment), held for as long as the view lives. Create and destroy it
 // with the GIL held. Anything else raises TypeError with the argument's name, what it must be and what came.

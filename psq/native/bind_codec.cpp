@@ -6,6 +6,7 @@
 namespace {
 
 constexpr size_t kGroup = 512;
+constexpr const char* kPayloadWhy = "the format's exact size for this many values";
 
 bool is_known(const PsqFormat& f) {
   const bool block = f.block == 0 || (f.block >= 256 && f.block <= 8192 && (f.block & (f.block - 1)) == 0);
@@ -28,6 +29,8 @@ bool is_known(const PsqFormat& f) {
   }
 }
 
+}  // namespace
+
 PsqFormat format_of(int32_t family, int32_t bits, int32_t parameter, uint32_t block) {
   const PsqFormat format = {family, bits, parameter, block};
   if (!is_known(format)) {
@@ -38,15 +41,18 @@ PsqFormat format_of(int32_t family, int32_t bits, int32_t parameter, uint32_t bl
   return format;
 }
 
-size_t payload_bytes(const PsqFormat& format, size_t numel) {
-  if (format.family == PSQ_FP32) return 4 * numel;
-  const size_t words = (numel + kGroup - 1) / kGroup * (kGroup / 8) * size_t(format.bits);
-  if (format.family == PSQ_BF16) return words;
-  const size_t block = format.block == 0 ? (numel > 0 ? numel : 1) : format.block;
-  return 4 * ((numel + block - 1) / block) + words;
+size_t scale_bytes(const PsqFormat& format, size_t numel) {
+  if (format.family == PSQ_FP32 || format.family == PSQ_BF16) return 0;
+  if (format.block == 0) return numel > 0 ? 4 : 0;
+  return 4 * ((numel + format.block - 1) / format.block);
 }
 
-constexpr const char* kPayloadWhy = "the format's exact size for this many values";
+size_t payload_bytes(const PsqFormat& format, size_t numel) {
+  if (format.family == PSQ_FP32) return 4 * numel;
+  return scale_bytes(format, numel) + (numel + kGroup - 1) / kGroup * (kGroup / 8) * size_t(format.bits);
+}
+
+namespace {
 
 void encode(const Level& level, int32_t family, int32_t bits, int32_t parameter, uint32_t block, nb::handle values,
             nb::handle residual, nb::handle payload, uint32_t start) {
@@ -59,7 +65,8 @@ void encode(const Level& level, int32_t family, int32_t bits, int32_t parameter,
     e->need(x.numel(), "one for each of values");
   }
   out.need(payload_bytes(format, x.numel()), kPayloadWhy);
-  const PsqEncode call = {x.f32(), e ? e->f32() : nullptr, out.u8(), x.numel(), format, start};
+  uint8_t* words = out.u8() + scale_bytes(format, x.numel());
+  const PsqEncode call = {x.f32(), e ? e->f32() : nullptr, out.u8(), words, x.numel(), format, start};
   nb::gil_scoped_release released;
   level.kernels->codec.encode(call);
 }
@@ -70,7 +77,8 @@ void decode(const Level& level, int32_t family, int32_t bits, int32_t parameter,
   const View from(payload, "payload", View::kU8, View::kRead);
   const View to(out, "out", View::kF32, View::kWrite);
   from.need(payload_bytes(format, to.numel()), kPayloadWhy);
-  const PsqDecode call = {from.u8(), to.f32(), to.numel(), format, add};
+  const uint8_t* words = from.u8() + scale_bytes(format, to.numel());
+  const PsqDecode call = {from.u8(), words, to.f32(), to.numel(), format, add};
   nb::gil_scoped_release released;
   level.kernels->codec.decode(call);
 }
@@ -87,10 +95,9 @@ bool payload_finite(const Level& level, int32_t family, int32_t bits, int32_t pa
   const View from(payload, "payload", View::kU8, View::kRead);
   const size_t bytes = payload_bytes(format, numel);
   from.need(bytes, kPayloadWhy);
-  const size_t words = (numel + kGroup - 1) / kGroup * (kGroup / 8) * size_t(format.bits);
   nb::gil_scoped_release released;
   if (format.family == PSQ_BF16) return level.kernels->codec.all_finite_bf16(from.u8(), bytes / 2);
-  const size_t floats = format.family == PSQ_FP32 ? numel : (bytes - words) / 4;
+  const size_t floats = format.family == PSQ_FP32 ? numel : scale_bytes(format, numel) / 4;
   return level.kernels->codec.all_finite_f32(from.u8(), floats);
 }
 

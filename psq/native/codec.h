@@ -21,11 +21,14 @@ struct PsqFormat {
   uint32_t block;     // values per scale, a power of two in 256..8192; 0: one scale for all
 };
 
-// values f32[numel]; residual f32[numel], updated in place, or null; payload u8[exactly the format's bytes], written.
+// values f32[numel]; residual f32[numel], updated in place, or null; scales and words, a payload's two regions, written.
+// A part of a segment that begins at a multiple of its block and of 8,192 is encoded, or decoded, as the segment would:
+// its scales lie 4 / block bytes a value further on (block 0: one for all parts), its words bits / 8.
 struct PsqEncode {
   const float* values;
   float* residual;
-  uint8_t* payload;
+  uint8_t* scales;
+  uint8_t* words;
   size_t numel;
   PsqFormat format;
   uint32_t start;  // stochastic: position in the random stream of the first value
@@ -33,7 +36,8 @@ struct PsqEncode {
 
 // out f32[numel], written, or added to where `add`.
 struct PsqDecode {
-  const uint8_t* payload;
+  const uint8_t* scales;
+  const uint8_t* words;
   float* out;
   size_t numel;
   PsqFormat format;

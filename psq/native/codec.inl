@@ -186,15 +186,34 @@ PSQ_INLINE void pack_group(Rows<Q, kParts, kFeedback> rows, uint8_t* words) {
   }
 }
 
+// From codes to values: by arithmetic, or, where all the values of a scale fit one register, by looking them up.
+template <class Q>
+constexpr bool kByTable = Q::kBits <= 4 && (1 << Q::kBits) <= kTableLanes;
+
+template <class Q, bool kTable>
+struct Reader {
+  Q quantizer;
+  PSQ_METHOD void set(const Q& q) { quantizer = q; }
+  PSQ_METHOD F value(U word, int left) const { return quantizer.value(word << left); }
+};
+template <class Q>
+struct Reader<Q, true> {
+  NativeF table;
+  // Entry i is the value of code i's lowest bits: a look-up sees the bits above a code, too.
+  PSQ_METHOD void set(const Q& q) { table = first(q.value(lanes() << (32 - Q::kBits))); }
+  PSQ_METHOD F value(U word, int left) const { return look_up(table, as_i(word >> (32 - Q::kBits - left))); }
+};
+
 // Where decoded rows go, in order.
 template <class Q, int kParts, bool kAdd>
 struct Sink {
-  const Q* parts;
+  const Reader<Q, kByTable<Q>>* parts;
   float* out;
   int row;
 
-  PSQ_METHOD void put_next(U top) {
-    const F d = parts[kParts == 1 ? 0 : row >> 4].value(top);
+  // The code's highest bit is bit 31 - left of the word.
+  PSQ_METHOD void put_next(U word, int left) {
+    const F d = parts[kParts == 1 ? 0 : row >> 4].value(word, left);
     store(out, kAdd ? load(out) + d : d);
     out += 16;
     ++row;
@@ -206,19 +225,19 @@ PSQ_INLINE void unpack_group(Sink<Q, kParts, kAdd> sink, const uint8_t* words) {
   if constexpr (Q::kBits == 3) {
     const U first = load_words(words), second = load_words(words + 64), third = load_words(words + 128);
     PSQ_ROLLED
-    for (int i = 0; i < 10; ++i) sink.put_next(first << (29 - 3 * i));
-    sink.put_next((second << 31) | (first >> 1));
+    for (int i = 0; i < 10; ++i) sink.put_next(first, 29 - 3 * i);
+    sink.put_next((second << 31) | (first >> 1), 0);
     PSQ_ROLLED
-    for (int i = 0; i < 10; ++i) sink.put_next(second << (28 - 3 * i));
-    sink.put_next((third << 30) | (second >> 2));
+    for (int i = 0; i < 10; ++i) sink.put_next(second, 28 - 3 * i);
+    sink.put_next((third << 30) | (second >> 2), 0);
     PSQ_ROLLED
-    for (int i = 0; i < 10; ++i) sink.put_next(third << (27 - 3 * i));
+    for (int i = 0; i < 10; ++i) sink.put_next(third, 27 - 3 * i);
   } else {
     PSQ_ROLLED
     for (int w = 0; w < Q::kBits; ++w) {
       const U word = load_words(words + 64 * w);
       PSQ_ROLLED
-      for (int i = 1; i <= 32 / Q::kBits; ++i) sink.put_next(word << (32 - Q::kBits * i));
+      for (int i = 1; i <= 32 / Q::kBits; ++i) sink.put_next(word, 32 - Q::kBits * i);
     }
   }
 }
@@ -227,11 +246,6 @@ PSQ_INLINE void unpack_group(Sink<Q, kParts, kAdd> sink, const uint8_t* words) {
 
 template <class Q>
 constexpr size_t kGroupBytes = 64 * Q::kBits;
-
-PSQ_INLINE size_t scale_count(const PsqFormat& format, size_t numel) {
-  if (format.block == 0) return numel > 0 ? 1 : 0;
-  return (numel + format.block - 1) / format.block;
-}
 
 PSQ_INLINE void put_scale(uint8_t* scales, size_t at, float scale) { __builtin_memcpy(scales + 4 * at, &scale, 4); }
 
@@ -283,7 +297,7 @@ template <class Q, int kParts, bool kFeedback>
 PSQ_OUTLINE void encode_segment(const PsqEncode& a) {
   const size_t block = a.format.block == 0 ? a.numel : a.format.block;
   const size_t span = kParts == 1 ? block : kGroup;
-  uint8_t* words = a.payload + (Q::kStatistic == kNone ? 0 : 4 * scale_count(a.format, a.numel));
+  uint8_t* words = a.words;
   const size_t ahead = (a.format.block == 0 ? 0 : span) + kAhead;
   size_t scales = 0;
   for (size_t from = 0; from < a.numel; from += span) {
@@ -302,7 +316,7 @@ PSQ_OUTLINE void encode_segment(const PsqEncode& a) {
         live[part] = fit<Q, kFeedback>(parts[part], scale, a.values + from + at,
                                        kFeedback ? a.residual + from + at : nullptr, at_most(block, count - at),
                                        a.format.parameter);
-        put_scale(a.payload, scales++, scale);
+        put_scale(a.scales, scales++, scale);
       }
     }
     pack_span<Q, kParts, kFeedback>(parts, live, a.values + from, kFeedback ? a.residual + from : nullptr, count,
@@ -313,8 +327,8 @@ PSQ_OUTLINE void encode_segment(const PsqEncode& a) {
 
 template <class Q, int kParts, bool kAdd>
 PSQ_OUTLINE void unpack_groups(const Q* parts, const uint8_t* words, float* out, size_t numel) {
-  Q local[kParts];
-  for (int part = 0; part < kParts; ++part) local[part] = parts[part];
+  Reader<Q, kByTable<Q>> local[kParts];
+  for (int part = 0; part < kParts; ++part) local[part].set(parts[part]);
   for (size_t from = 0; from < numel; from += kGroup, words += kGroupBytes<Q>)
     unpack_group<Q, kParts, kAdd>({local, out + from, 0}, words);
 }
@@ -323,8 +337,7 @@ template <class Q, int kParts, bool kAdd>
 PSQ_OUTLINE void decode_segment(const PsqDecode& a) {
   const size_t block = a.format.block == 0 ? a.numel : a.format.block;
   const size_t span = kParts == 1 ? block : kGroup;
-  const uint8_t* words = a.payload + (Q::kStatistic == kNone ? 0 : 4 * scale_count(a.format, a.numel));
-  const uint8_t* scales = a.payload;
+  const uint8_t *words = a.words, *scales = a.scales;
   for (size_t from = 0; from < a.numel; from += span) {
     const size_t count = at_most(span, a.numel - from);
     Q parts[kParts] = {};
@@ -378,26 +391,26 @@ template <bool kFeedback>
 PSQ_OUTLINE void fp32_encode(const PsqEncode& a) {
   const size_t whole = a.numel & ~size_t(15), rest = (a.numel - whole) * sizeof(float);
   for (size_t i = 0; i < whole; i += 16)
-    fp32_row<kFeedback>(a.values + i, kFeedback ? a.residual + i : nullptr, a.payload + 4 * i);
+    fp32_row<kFeedback>(a.values + i, kFeedback ? a.residual + i : nullptr, a.words + 4 * i);
   float x[16] = {}, e[16] = {};
   uint8_t last[64];
   __builtin_memcpy(x, a.values + whole, rest);
   if (kFeedback) __builtin_memcpy(e, a.residual + whole, rest);
   fp32_row<kFeedback>(x, e, last);
-  __builtin_memcpy(a.payload + 4 * whole, last, rest);
+  __builtin_memcpy(a.words + 4 * whole, last, rest);
   if (kFeedback) __builtin_memcpy(a.residual + whole, e, rest);
 }
 
 PSQ_OUTLINE void fp32_decode(const PsqDecode& a) {
   if (!a.add) {
-    __builtin_memcpy(a.out, a.payload, a.numel * sizeof(float));
+    __builtin_memcpy(a.out, a.words, a.numel * sizeof(float));
     return;
   }
   const size_t whole = a.numel & ~size_t(15);
-  for (size_t i = 0; i < whole; i += 16) store(a.out + i, load(a.out + i) + as_f(load_words(a.payload + 4 * i)));
+  for (size_t i = 0; i < whole; i += 16) store(a.out + i, load(a.out + i) + as_f(load_words(a.words + 4 * i)));
   for (size_t i = whole; i < a.numel; ++i) {
     float value;
-    __builtin_memcpy(&value, a.payload + 4 * i, 4);
+    __builtin_memcpy(&value, a.words + 4 * i, 4);
     a.out[i] += value;
   }
 }

@@ -190,6 +190,8 @@ PSQ_INLINE bool is_finite(float value) { return (bits_of(value) & 0x7f800000u) !
 // Entries 0 to `count` of a small table, by lane; for tables of at most kTableLanes entries.
 #if PSQ_VECTOR_BYTES >= 32 && !defined(__clang__)  // clang has no shuffle by a variable
 constexpr int kTableLanes = PSQ_VECTOR_BYTES / 4;
+PSQ_INLINE NativeF first(NativeF row) { return row; }
+PSQ_INLINE NativeF first(Pair<NativeF> row) { return row.lo; }
 PSQ_INLINE NativeF look_up(NativeF table, NativeI at) { return __builtin_shuffle(table, at); }
 PSQ_INLINE Pair<NativeF> look_up(NativeF table, Pair<NativeI> at) {
   return {look_up(table, at.lo), look_up(table, at.hi)};
@@ -201,6 +203,8 @@ PSQ_INLINE F lookup(const float* entries, int count, I at) {
 }
 #else
 constexpr int kTableLanes = 0;
+PSQ_INLINE NativeF first(F) { return NativeF{}; }
+PSQ_INLINE F look_up(NativeF, I) { return splat(0.0f); }
 PSQ_INLINE F lookup(const float*, int, I) { return splat(0.0f); }
 #endif
 
