@@ -2,7 +2,8 @@
 
     state   m, v (vmax for AMSGrad, s for the variance correction): one float32 each per value;
             and a step counter
-    step    advance(lr), then write(...) over any cut of the vector; direction(...) does both
+    step    advance(lr), then write(...) over any cut of the vector; direction(...) does both.
+            A kernel that has Adam inside it takes the step's numbers from `coefficients` instead
 
 The result is a direction u, the thing subtracted from the weights; nothing here touches the weights
 themselves. The arithmetic is the kernel adam_update, defined in psq/kernels/reference_optim.py.
@@ -88,6 +89,11 @@ class Adam:
         self._rewind()
         for _ in range(count):
             self._tick()
+
+    @property
+    def coefficients(self) -> AdamCoefficients:
+        """The numbers of the step that `advance` began."""
+        return self._coefficients
 
     def advance(self, lr: float) -> None:
         """Begin the next step.

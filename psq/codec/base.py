@@ -73,7 +73,7 @@ class Codec:
             TypeError: an argument has another type or layout.
             ValueError: a length that does not fit.
         """
-        kernels.active().encode(*self.format, values, None, payload, self._start(seed))
+        kernels.active().encode(*self.format, values, None, payload, self.start(seed))
 
     def encode_ef(
         self, values: Floats, residual: Floats, payload: Buffer, *, seed: int = 0
@@ -92,7 +92,7 @@ class Codec:
             TypeError: an argument has another type or layout.
             ValueError: a length that does not fit.
         """
-        kernels.active().encode(*self.format, values, residual, payload, self._start(seed))
+        kernels.active().encode(*self.format, values, residual, payload, self.start(seed))
 
     def decode(self, payload: Buffer, out: Floats) -> None:
         """Write the payload's values to out, f32[n]. Any content decodes; see `check`.
@@ -130,7 +130,8 @@ class Codec:
             )
             raise RemotePayloadError(msg)
 
-    def _start(self, seed: int) -> int:
+    def start(self, seed: int) -> int:
+        """Where the kernels' random stream begins for a seed: u32; 0 where the codec has none."""
         return random_start(seed) if self.stochastic else 0
 
 

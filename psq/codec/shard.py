@@ -101,6 +101,10 @@ class ShardCodec:
                 encode_ef(part, residual[at.values], out[at.payload], seed=seed)
             seed += _SEED_STRIDE
 
+    def starts(self, seed: int) -> list[int]:
+        """Where each segment's random stream begins when the shard is encoded with this seed."""
+        return [self.codec.start(seed + i * _SEED_STRIDE) for i in range(len(self._ranges))]
+
     def decode(self, payload: Buffer, out: Floats) -> None:
         """Write the payload's values to out, f32[shard.numel].
 

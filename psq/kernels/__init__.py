@@ -1,6 +1,6 @@
 """The kernels of this process: native code of the best level this CPU runs, or the NumPy reference.
 
-Every level gives the same bits (`reference.py`, `reference_optim.py` define them), so a cluster may
+Every level gives the same bits (the modules `reference*` define them), so a cluster may
 mix machines. The level is chosen at import: the best there is, or the one that PSQ_KERNEL names,
 which fails at once where it does not exist. Nothing else in psq touches the native module.
 """
@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Final, Protocol
+from typing import Final
 
 from psq.errors import ConfigError
 from psq.kernels import reference
 from psq.kernels.formats import BLOCKS, GROUP, WHOLE, Family, Format
+from psq.kernels.interface import Kernels, ServerStep
 from psq.kernels.reference import Buffer, Floats
 from psq.kernels.reference_optim import (
     AdamCoefficients,
@@ -22,6 +23,7 @@ from psq.kernels.reference_optim import (
     adam_update,
     adam_update_corrected,
 )
+from psq.kernels.reference_server import compose
 
 try:
     from psq.kernels import _native
@@ -39,6 +41,7 @@ __all__ = [
     "Floats",
     "Format",
     "Kernels",
+    "ServerStep",
     "active",
     "all_finite",
     "available",
@@ -51,68 +54,6 @@ ENVIRONMENT: Final = "PSQ_KERNEL"
 REFERENCE: Final = "reference"
 
 
-class Kernels(Protocol):
-    """What every level offers. Documented, and defined, in `reference` and `reference_optim`."""
-
-    @property
-    def name(self) -> str:
-        """reference, v2, v3, v4 or neon."""
-
-    def encode(  # noqa: D102, PLR0913, PLR0917
-        self,
-        family: int,
-        bits: int,
-        parameter: int,
-        block: int,
-        values: Floats,
-        residual: Floats | None,
-        payload: Buffer,
-        start: int,
-    ) -> None: ...
-
-    def decode(  # noqa: D102, PLR0913, PLR0917
-        self,
-        family: int,
-        bits: int,
-        parameter: int,
-        block: int,
-        payload: Buffer,
-        out: Floats,
-        add: bool,  # noqa: FBT001
-    ) -> None: ...
-
-    def payload_finite(  # noqa: D102, PLR0913, PLR0917
-        self, family: int, bits: int, parameter: int, block: int, payload: Buffer, numel: int
-    ) -> bool: ...
-
-    def all_finite(self, values: Floats) -> bool: ...  # noqa: D102
-
-    def adam_update(  # noqa: D102, PLR0913
-        self,
-        g: Floats,
-        m: Floats,
-        v: Floats,
-        out: Floats,
-        coefficients: AdamCoefficients,
-        *,
-        vmax: Floats | None = None,
-        x: Floats | None = None,
-    ) -> None: ...
-
-    def adam_update_corrected(  # noqa: D102, PLR0913, PLR0917
-        self,
-        g: Floats,
-        m: Floats,
-        v: Floats,
-        s: Floats,
-        out: Floats,
-        coefficients: AdamCoefficients,
-        correction: CorrectionCoefficients,
-        *,
-        x: Floats | None = None,
-    ) -> None: ...
-
-
 class _Reference:
     """The NumPy definitions behind the face of a native level."""
 
@@ -123,6 +64,9 @@ class _Reference:
     all_finite = staticmethod(reference.all_finite)
     adam_update = staticmethod(adam_update)
     adam_update_corrected = staticmethod(adam_update_corrected)
+
+    def server_step(self, step: ServerStep) -> None:
+        compose(self, step)
 
 
 _active: Kernels | None = None

@@ -1,5 +1,6 @@
-# The native levels. What each method does is defined in reference.py and reference_optim.py.
+# The native levels. What each method does is defined in the modules reference*.
 
+from psq.kernels.interface import ServerStep
 from psq.kernels.reference import Buffer, Floats
 from psq.kernels.reference_optim import AdamCoefficients, CorrectionCoefficients
 
@@ -57,3 +58,4 @@ class Level:
         *,
         x: Floats | None = None,
     ) -> None: ...
+    def server_step(self, step: ServerStep) -> None: ...

@@ -21,6 +21,14 @@ T floats_of(nb::tuple from, const char* name) {
   return result;
 }
 
+}  // namespace
+
+PsqAdamCoefficients adam_coefficients_of(nb::tuple from) {
+  return floats_of<PsqAdamCoefficients>(from, "coefficients");
+}
+
+namespace {
+
 // Views of all the vectors, checked to be of g's size, for one call of one kernel.
 class AdamCall {
  public:
@@ -31,7 +39,7 @@ class AdamCall {
         v_(v, "v", View::kF32, View::kWrite),
         out_(out, "out", View::kF32, View::kWrite) {
     if (!third.is_none()) third_.emplace(third, third_name, View::kF32, View::kWrite);
-    if (!x.is_none()) x_.emplace(x, "x", View::kF32, View::kRead);
+    if (!x.is_none()) x_.emplace(x, "x", View::kF32, View::kRead);  // no kernel writes it: PSQ_WRITE below
     const char* why = "one for each of g";
     m_.need(g_.numel(), why);
     v_.need(g_.numel(), why);
@@ -50,7 +58,10 @@ class AdamCall {
                           out_.f32(),
                           g_.numel(),
                           coefficients,
-                          correction};
+                          correction,
+                          PSQ_WRITE,
+                          1.0f,
+                          0};
     nb::gil_scoped_release released;
     kernel(step);
   }
@@ -63,13 +74,13 @@ class AdamCall {
 void adam_update(const Level& self, nb::handle g, nb::handle m, nb::handle v, nb::handle out, nb::tuple coefficients,
                  nb::handle vmax, nb::handle x) {
   AdamCall(g, m, v, out, vmax, "vmax", x)
-      .run(self.kernels->optim.adam, floats_of<PsqAdamCoefficients>(coefficients, "coefficients"), {});
+      .run(self.kernels->optim.adam, adam_coefficients_of(coefficients), {});
 }
 
 void adam_update_corrected(const Level& self, nb::handle g, nb::handle m, nb::handle v, nb::handle s, nb::handle out,
                            nb::tuple coefficients, nb::tuple correction, nb::handle x) {
   AdamCall(g, m, v, out, s, "s", x)
-      .run(self.kernels->optim.adam_corrected, floats_of<PsqAdamCoefficients>(coefficients, "coefficients"),
+      .run(self.kernels->optim.adam_corrected, adam_coefficients_of(coefficients),
            floats_of<PsqCorrectionCoefficients>(correction, "correction"));
 }
 

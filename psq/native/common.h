@@ -2,10 +2,11 @@
 //
 // Files
 //   level_v2.cpp ... level_neon.cpp   one per instruction set: two #defines and #include "level.inl"
-//   level.inl     vec.inl + codec.inl + optim.inl, then the level's one exported symbol: its table of functions
+//   level.inl     vec.inl + codec.inl + optim.inl + server.inl, then the level's one exported symbol: its table of functions
 //   vec.inl       16-lane vectors (F, I, U) over the compiler's vector extensions, the same on every level
 //   codec.h/.inl  codecs: the table's types, the kernels          bind_codec.cpp  their Python face
 //   optim.h/.inl  optimizers: the table's types, the kernels      bind_optim.cpp  their Python face
+//   server.h/.inl a parameter server's step: those kernels, piece by piece       bind_server.cpp  its Python face
 //   bind.h        checked views of Python buffers, class Level    module.cpp      cpuid, NB_MODULE
 //
 // Rules, and why
@@ -23,11 +24,13 @@
 
 #include "codec.h"
 #include "optim.h"
+#include "server.h"
 
 struct PsqKernels {
   const char* name;  // "v2", "v3", "v4", "neon"
   PsqCodecKernels codec;
   PsqOptimKernels optim;
+  PsqServerKernels server;
 };
 
 extern "C" {

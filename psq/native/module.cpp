@@ -96,4 +96,5 @@ NB_MODULE(_native, m) {
   level.def_prop_ro("name", [](const Level& self) { return self.kernels->name; });
   bind_codec(level);
   bind_optim(level);
+  bind_server(level);
 }

@@ -14,17 +14,27 @@ struct PsqCorrectionCoefficients {
   float m_scale, v_scale, noise_ratio, signal_scale, update_s, s_scale, own_share, mean_share;
 };
 
+// What becomes of the direction u.
+enum PsqResult : int32_t {
+  PSQ_WRITE,     // out = u
+  PSQ_NEGATE,    // out = -u
+  PSQ_SUBTRACT,  // x -= u
+};
+
 // All vectors f32[numel]. m, v and third are updated, out is written and may be g; no other two may overlap.
 struct PsqAdam {
   const float* g;
   float* m;
   float* v;
   float* third;    // adam: vmax, or null; adam_corrected: s
-  const float* x;  // weights, or null where l2 and decay are 0
-  float* out;
+  float* x;        // weights; may be null where l2 and decay are 0, unless the result goes there
+  float* out;      // not used by PSQ_SUBTRACT
   size_t numel;
   PsqAdamCoefficients coefficients;
-  PsqCorrectionCoefficients correction;  // adam_corrected only
+  PsqCorrectionCoefficients correction;  // adam_corrected only, whose result is always PSQ_WRITE
+  PsqResult result;
+  float g_scale;  // g is multiplied by it first
+  size_t ahead;   // unless the result is PSQ_WRITE: how far on to fetch m, v, third and x
 };
 
 struct PsqOptimKernels {

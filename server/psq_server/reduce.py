@@ -9,10 +9,10 @@
 In "delta" x is, byte for byte, what every worker holds, because each adds the same d; what the
 codec has not said yet is e, and x + e is where the weights would be without a codec in the way.
 
-State in bytes: 4 numel (1 for x; 2 for m and v where the server runs Adam, 3 with AMSGrad; 1 for e
-where the downlink has error feedback), and 4 times the largest shard of scratch. No torch, no
-clock, no socket. The caller guarantees checked payloads (`check`, `check_rate`), and each shard
-once a round.
+All of it is one kernel, `server_step`; this module holds the vectors and says which. State in
+bytes: 4 numel (1 for x; 2 for m and v where the server runs Adam, 3 with AMSGrad; 1 for e where the
+downlink has error feedback), and 4 times the largest shard of scratch. No torch, no clock, no
+socket. The caller guarantees checked payloads (`check`, `check_rate`), and each shard once a round.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psq import kernels
-from psq.aggregate import mean
 from psq.codec import ShardCodec, get_codec
 from psq.errors import RemotePayloadError, UsageError
 from psq.feedback import SERVER_RANK, stream_seed
-from psq.kernels import Buffer, Floats
+from psq.kernels import AdamCoefficients, Buffer, Floats, ServerStep
 from psq.layout import PART_NUMEL, Shard, part_count
 from psq.optim import per_shard
 from psq.plan import Plan
 
 __all__ = ["Full", "Reducer"]
 
-PIECE_NUMEL: Final = 1 << 15  # Adam and the weights go together in pieces whose vectors stay in L2
+NOTHING: Final = np.float32(-0.0)  # unlike +0.0 it changes no bit of what it is added to
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,21 +163,16 @@ class Reducer:
         Raises:
             UsageError: the server runs Adam and lr is None, negative or not finite.
 
-        Cost: one pass over scratch per payload, one over x, m and v, one to encode.
+        Cost: one pass over x, m, v and the residual; of the payloads and the answer, their bytes.
         """
         if out is None:
             out = np.empty(self.payload_nbytes(shard), np.uint8)
-        change = self._scratch[: self._layout.shards[shard].numel]
-        if payloads:
-            mean(self._uplinks[shard], payloads, change)
-            self._direction(shard, change, lr)
-        else:
-            change.fill(0.0)
+        adam = self._adam_numbers(shard, lr) if payloads else None
         self._rounds[shard] += 1
-        if self._recipe.downlink.kind == "weights":
-            self._answer_weights(shard, change, out)
+        if payloads:
+            kernels.active().server_step(self._server_step(shard, payloads, adam, out))
         else:
-            self._answer_delta(shard, change, out, moved=bool(payloads))
+            self._repeat(shard, out)
         return out
 
     def full(self, shard: int) -> Full:
@@ -213,35 +207,46 @@ class Reducer:
         """x, moments and residual, f32[numel] by name, not copied."""
         return dict(self._state)
 
-    def _direction(self, shard: int, change: Floats, lr: float | None) -> None:
-        """Turn the mean message in `change` into u, in place."""
+    def _adam_numbers(self, shard: int, lr: float | None) -> AdamCoefficients | None:
+        """Begin the next step of a shard's Adam, where the server has one."""
         if self._adams is None:
-            return
+            return None
         if lr is None:
             msg = "the server's Adam needs a learning rate"
             raise UsageError(msg)
-        adam, x = self._adams[shard], self._of(self._x, self._layout.shards[shard])
-        adam.advance(lr)
-        for start in range(0, change.size, PIECE_NUMEL):
-            piece = slice(start, start + PIECE_NUMEL)
-            adam.write(change[piece], change[piece], start=start, x=x[piece])
+        self._adams[shard].advance(lr)
+        return self._adams[shard].coefficients
 
-    def _answer_weights(self, shard: int, change: Floats, out: NDArray[np.uint8]) -> None:
-        x = self._of(self._x, self._layout.shards[shard])
-        np.subtract(x, change, out=x)
-        self._downlinks[shard].encode(x, out, seed=self._stream(shard))
+    def _server_step(
+        self,
+        shard: int,
+        payloads: Sequence[Buffer],
+        adam: AdamCoefficients | None,
+        out: NDArray[np.uint8],
+    ) -> ServerStep:
+        cut, downlink = self._layout.shards[shard], self._downlinks[shard]
+        vectors = {name: self._of(array, cut) for name, array in self._state.items()}
+        return ServerStep(
+            uplink=self._uplinks[shard].codec.format,
+            downlink=downlink.codec.format,
+            segments=[segment.numel for segment in cut.segments],
+            payloads=payloads,
+            scratch=self._scratch,
+            answer=out,
+            delta=self._recipe.downlink.kind == "delta",
+            starts=downlink.starts(self._stream(shard)),
+            adam=adam,
+            **vectors,
+        )
 
-    def _answer_delta(
-        self, shard: int, change: Floats, out: NDArray[np.uint8], *, moved: bool
-    ) -> None:
-        cut, codec, seed = self._layout.shards[shard], self._downlinks[shard], self._stream(shard)
-        if self._residual is not None and moved:
-            np.negative(change, out=change)
-            codec.encode_ef(change, self._of(self._residual, cut), out, seed=seed)
+    def _repeat(self, shard: int, out: NDArray[np.uint8]) -> None:
+        """Answer a round in which nobody said anything: the weights again, or no change."""
+        codec, x = self._downlinks[shard], self._of(self._x, self._layout.shards[shard])
+        if self._recipe.downlink.kind == "weights":
+            codec.encode(x, out, seed=self._stream(shard))
         else:
-            np.negative(change, out=change)
-            codec.encode(change, out, seed=seed)
-        codec.decode_add(out, self._of(self._x, cut))
+            codec.encode(np.full(x.size, NOTHING), out, seed=self._stream(shard))
+            codec.decode_add(out, x)  # as every worker will: of some codecs the answer is +0.0
 
     def _stream(self, shard: int) -> int:
         return stream_seed(self._seed, SERVER_RANK, self._rounds[shard], shard)

@@ -1,0 +1,93 @@
+// A parameter server's step, in pieces that stay in the first cache: every vector is read from memory once.
+//
+//   decode and add the payloads by rank, to scratch   u = Adam(scratch / n) or scratch / n   x -= u, or scratch = -u
+//   encode the answer from x, or from scratch and the residual; a delta is decoded again and added to x
+//
+// The stages are the kernels of codec.inl and optim.inl, so the bits are theirs. A piece is as many whole blocks of both
+// formats as fill kPiece values. While one piece is worked on, the next one's vectors are fetched.
+
+namespace {
+
+constexpr size_t kPiece = 1024;
+
+// A payload from value `from` of its segment on, a multiple of the block and of 512 (codec.h).
+PSQ_INLINE size_t scale_offset(const PsqFormat& format, size_t from) {
+  return format.block == 0 ? 0 : from / format.block * 4;
+}
+PSQ_INLINE size_t word_offset(const PsqFormat& format, size_t from) { return from / 8 * size_t(format.bits); }
+
+// scratch = the sum of what the payloads say.
+PSQ_INLINE void decode_sum(const PsqServerStep& s, size_t from, size_t numel, float* scratch) {
+  const size_t scale_at = scale_offset(s.uplink, from), word_at = word_offset(s.uplink, from);
+  const size_t bytes = word_offset(s.uplink, numel);
+  for (size_t i = 0; i < s.payload_count; ++i) {
+    const PsqPayload& p = s.payloads[i];
+    const uint8_t* words = p.words + word_at;
+    for (size_t next = bytes; next < 2 * bytes; next += 64) __builtin_prefetch(words + next);
+    codec_decode({p.scales + scale_at, words, scratch, numel, s.uplink, i > 0});
+  }
+}
+
+// The mean message as it is: subtracted from x, or negated into out.
+PSQ_INLINE void add_loop(const float* sum, float scale, bool subtract, float* out, float* x, size_t numel) {
+  const size_t whole = numel & ~size_t(15);
+  for (size_t i = 0; i < whole; i += 16) {
+    __builtin_prefetch(x + i + kPiece, 1);
+    const F u = load(sum + i) * splat(scale);
+    if (subtract)
+      store(x + i, load(x + i) - u);
+    else
+      store(out + i, negative(u));
+  }
+  for (size_t i = whole; i < numel; ++i) {
+    if (subtract)
+      x[i] -= sum[i] * scale;
+    else
+      out[i] = -(sum[i] * scale);
+  }
+}
+
+// From the sum in scratch: x moves, or scratch becomes the change that x is to make.
+PSQ_INLINE void direct(const PsqServerStep& s, size_t from, size_t numel, float* scratch) {
+  const float scale = 1.0f / float(s.payload_count);
+  const PsqResult result = s.answer == PSQ_DELTA ? PSQ_NEGATE : PSQ_SUBTRACT;
+  float* x = s.x + from;
+  if (s.adam == nullptr) {
+    result == PSQ_SUBTRACT ? add_loop(scratch, scale, true, scratch, x, numel)
+                           : add_loop(scratch, scale, false, scratch, x, numel);
+    return;
+  }
+  float* vmax = s.vmax == nullptr ? nullptr : s.vmax + from;
+  adam({scratch, s.m + from, s.v + from, vmax, x, scratch, numel, *s.adam, {}, result, scale, kPiece});
+}
+
+PSQ_INLINE void reply(const PsqServerStep& s, size_t from, size_t numel, const float* scratch) {
+  if (s.answer == PSQ_NO_ANSWER) return;
+  const bool delta = s.answer == PSQ_DELTA;
+  float* residual = s.residual == nullptr ? nullptr : s.residual + from;
+  uint8_t* scales = s.scales + scale_offset(s.downlink, from);
+  uint8_t* words = s.words + word_offset(s.downlink, from);
+  codec_encode({delta ? scratch : s.x + from, residual, scales, words, numel, s.downlink, s.start + uint32_t(from)});
+  if (delta) codec_decode({scales, words, s.x + from, numel, s.downlink, true});
+}
+
+void server_step(const PsqServerStep& s) {
+  size_t piece = kPiece;
+  if (s.uplink.block > piece) piece = s.uplink.block;
+  if (s.downlink.block > piece) piece = s.downlink.block;
+  const bool one_scale = s.downlink.block == 0 && s.downlink.family != PSQ_BF16 && s.downlink.family != PSQ_FP32;
+  const size_t span = one_scale ? s.numel : piece;  // what can be encoded at a time
+  for (size_t from = 0; from < s.numel; from += span) {
+    const size_t count = at_most(span, s.numel - from);
+    for (size_t at = 0; at < count; at += piece) {
+      const size_t here = at_most(piece, count - at);
+      decode_sum(s, from + at, here, s.scratch + at);
+      direct(s, from + at, here, s.scratch + at);
+    }
+    reply(s, from, count, s.scratch);
+  }
+}
+
+const PsqServerKernels server_kernels = {server_step};
+
+}  // namespace
