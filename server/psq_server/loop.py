@@ -20,7 +20,7 @@ import numpy as np
 
 from psq.codec import get_codec
 from psq.errors import StateError
-from psq.link import DRAIN_LIMIT, ServerLink
+from psq.link import DRAIN_LIMIT, Sent, ServerLink
 from psq.metrics import Totals
 from psq.plan import Plan
 from psq_proto.frames import HEADER_BYTES, Buffer, Header, seal
@@ -52,11 +52,14 @@ from psq_server.state import (
     Tick,
 )
 
-__all__ = ["FLUSH_S", "TICK_S", "Ending", "Loop", "Observer"]
+__all__ = ["FAREWELL_S", "FLUSH_S", "TICK_S", "Ending", "Loop", "Observer"]
 
 TICK_S: Final = 0.25
 FLUSH_S: Final = 0.001
 """How soon a peer whose queue was full is tried again."""
+FAREWELL_S: Final = 1.2
+"""How long an ending server waits for workers to hang up: one that computes reads once a second."""
+FAREWELL_TRY_S: Final = 0.1
 
 
 class Observer(Protocol):
@@ -141,6 +144,7 @@ class Loop:
         self._weights: _Weights | None = None
         self._phases = _Phases(clock)
         self._ending: Ending | None = None
+        self._byes: tuple[Send, ...] = ()
         self._saved = ""
         self._failure: StateError | None = None
         self._tick_s = self._round_s = clock()
@@ -186,9 +190,21 @@ class Loop:
         while self._ending is None:
             self._turn()
         self._outbox.flush()
+        self._linger()
         if self._failure is not None:
             raise self._failure
         return self._ending
+
+    def _linger(self) -> None:
+        """Keep the link until every worker has heard BYE and hung up, for FAREWELL_S at most.
+
+        What lies unread in a worker's queue is lost with its connection, and the worker would wait
+        for a server that has ended. Saying BYE again does no harm, and shows who is gone.
+        """
+        byes, ends_s = self._byes, self._clock() + FAREWELL_S
+        while byes and self._clock() < ends_s:
+            time.sleep(FAREWELL_TRY_S)
+            byes = tuple(b for b in byes if self._link.send(b.peer, b.frame) is not Sent.GONE)
 
     def _turn(self) -> None:
         """Wait, take what came, send what can be sent, and look at the time."""
@@ -250,6 +266,7 @@ class Loop:
             case Stop():
                 self._log.write("info", "stop", {"reason": action.reason, "text": action.text})
                 self._ending = Ending(action.exit_code, action.reason, action.text, self._saved)
+                self._byes = action.byes
             case _:
                 assert_never(action)
 

@@ -132,3 +132,26 @@ def test_a_server_that_comes_back_without_its_state_ends_its_workers(cluster):
     gate.write_bytes(b"")
     assert worker.wait() == 1
     assert "came back without its state; start the job again" in worker.err()
+
+
+@pytest.mark.parametrize(
+    ("options", "number", "code", "reason"),
+    [
+        ((), signal.SIGTERM, 0, "stopped"),
+        (("--give-up-after", "0.5"), 0, EXIT_GAVE_UP, "gave-up"),
+    ],
+)
+def test_a_worker_that_computes_hears_that_the_server_has_ended(
+    cluster, options, number, code, reason
+):
+    """Its own patience is 15 minutes: without that word it would wait for nobody so long."""
+    server = cluster.server("--world-size", "1", *options)
+    gate = cluster.folder / "gate"
+    os.mkfifo(gate)
+    worker = cluster.worker(0, server.endpoint, "--world-size", "1", "--gate", str(gate))
+    worker.wait_line("^gate$")
+    server.signal(number)
+    assert server.wait() == code
+    gate.write_bytes(b"")
+    assert worker.wait(timeout_s=5.0) == EXIT_GAVE_UP
+    assert f"the server ended the job ({reason})" in worker.err()

@@ -168,11 +168,15 @@ class Log:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End the process. Nothing follows."""
+    """End the process. Nothing follows.
+
+    `byes` went to workers that have not left: one that computes is slow to read, and must have.
+    """
 
     exit_code: int
     reason: str
     text: str
+    byes: tuple[Send, ...] = ()
 
 
 Action: TypeAlias = Send | Broadcast | SendFull | Adopt | Initialize | Reduce | Save | Log | Stop

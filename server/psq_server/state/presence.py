@@ -13,7 +13,7 @@ from psq import clock
 from psq.errors import EXIT_GAVE_UP
 from psq_proto.messages import MAX_LIST_ITEMS, Bye, Heartbeat, Leave, MessageType, Status, clip_text
 from psq_proto.session import Message
-from psq_server.state.events import PeerBehind, PeerGone, Save, Stop
+from psq_server.state.events import PeerBehind, PeerGone, Save, Send, Stop
 from psq_server.state.members import Peer, standing
 from psq_server.state.training import abandon_round, close_if_complete
 from psq_server.state.waits import Wait, describe
@@ -146,9 +146,14 @@ def finish(world: World, exit_code: int, reason: EndReason, text: str) -> None:
     """Save, say BYE to everybody, stop."""
     if world.has_weights:
         world.out.append(Save(world.version))
+    byes: list[Send] = []
     for peer in world.peers.joined():
-        world.say(peer, MessageType.BYE, Bye(reason, clip_text(text)))
-    world.out.append(Stop(exit_code, reason, text))
+        member = world.member_of(peer)
+        bye = Send(peer.name, peer.session.send(MessageType.BYE, Bye(reason, clip_text(text))))
+        world.out.append(bye)
+        if member is not None and not member.gone:
+            byes.append(bye)
+    world.out.append(Stop(exit_code, reason, text, tuple(byes)))
     world.stopped = True
 
 

@@ -177,6 +177,7 @@ def test_when_all_have_left_the_weights_are_saved_and_everybody_is_told(cluster)
     assert [type(a) for a in job.done if isinstance(a, Save | Stop)] == [Save, Stop]
     assert (job.stop_action.exit_code, job.stop_action.reason) == (0, "done")
     assert [worker.take(Bye)[0].reason for worker in workers] == ["done", "done"]
+    assert job.stop_action.byes == (), "who has left need not be waited for"
 
 
 def test_a_rank_that_is_done_is_not_waited_for_by_later_rounds(cluster):
@@ -260,6 +261,7 @@ def test_told_to_stop_it_gives_back_the_open_round_saves_and_says_goodbye(cluste
     assert not second.take(Verdict)
     assert [a.version for a in job.of(Save)] == [0]
     assert (job.stop_action.exit_code, job.stop_action.reason) == (0, "stopped")
+    assert {bye.peer for bye in job.stop_action.byes} == {first.name, second.name}
 
 
 def test_told_to_stop_before_there_are_weights_it_saves_nothing(cluster):
