@@ -4,14 +4,12 @@
     its own uplink               how that is said: a codec, with or without error feedback
     aggregate  (server)  how the workers' messages become one
     apply      (server)  what the server does with it: add it to the weights, or take an Adam step
-    downlink             how the server answers: weights through a codec, or the change of the
-    weights
+    downlink             how the server answers: weights through a codec, or the weights' change
 
 A recipe is plain data. It travels in the plan, so that every process of a job can compare it, and
-nothing in it is
-code: schedules are named families with numbers, not callables. The math lives in `psq.optim`,
-`psq.feedback` and `psq_server.reduce`; this module only says what is meant and refuses what makes
-no sense.
+nothing in it is code: schedules are named families with numbers, not callables. The math lives in
+`psq.optim`, `psq.feedback` and `psq_server.reduce`; this module only says what is meant and refuses
+what makes no sense.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 from psq.errors import ConfigError
 
@@ -68,6 +66,7 @@ class OneMinusPower:
 
 
 Schedule: TypeAlias = float | Power | OneMinusPower
+MAX_EXPONENT: Final = 8.0
 
 
 def schedule_value(schedule: Schedule, t: int) -> float:
@@ -80,6 +79,10 @@ def schedule_value(schedule: Schedule, t: int) -> float:
 
 
 def _check_unit(name: str, schedule: Schedule, *, allow_zero: bool) -> None:
+    # With such an exponent a schedule that starts inside [0, 1) stays there, for any 64-bit t.
+    if isinstance(schedule, Power | OneMinusPower) and not 0.0 <= schedule.exponent <= MAX_EXPONENT:
+        msg = f"{name}: the exponent must lie in [0, {MAX_EXPONENT:g}], got {schedule!r}"
+        raise ConfigError(msg)
     first = schedule_value(schedule, 1)
     low_ok = first >= 0.0 if allow_zero else first > 0.0
     if isinstance(schedule, OneMinusPower):
@@ -103,14 +106,13 @@ class AdamConfig:
         eps_placement: "outside" sqrt(v) + eps (torch), "inside" sqrt(v + eps) (the paper's form),
             "initial" v_0 = eps and no eps later.
         bias_correction: divide m and v by one minus the product of their weights so far (torch
-        does).
+            does).
         amsgrad: use the largest v so far.
         weight_decay: >= 0.
         decoupled: AdamW's decay of the weights (True) or an L2 term in the gradient (False).
         variance_correction: estimate the whole cluster's second moment from one worker's (only
-        where the moments live
-            on a worker; see docs/design.md): the learning rate that suits plain Adam then suits W
-            workers.
+            where the moments live on a worker; see docs/design.md): the learning rate that suits
+            plain Adam then suits W workers.
     """
 
     beta: Schedule = 0.9

@@ -38,6 +38,12 @@ def test_schedules_follow_their_formulas():
     assert schedule_value(OneMinusPower(0.5, 1.0), 10) == 0.95
 
 
+def test_the_steepest_schedule_is_a_number_at_the_last_step_there_can_be():
+    adam = AdamConfig(beta=Power(0.9, 8.0), theta=OneMinusPower(1.0, 8.0))
+    assert 0.0 <= schedule_value(adam.beta, 2**64 - 1) < 1.0
+    assert schedule_value(adam.theta, 2**64 - 1) <= 1.0
+
+
 def test_an_unknown_preset_lists_what_exists():
     with pytest.raises(ConfigError, match="server-adam, qadam"):
         preset("adamw")
@@ -50,6 +56,11 @@ def test_an_unknown_preset_lists_what_exists():
         {"beta": -0.1},
         {"theta": 0.0},
         {"theta": OneMinusPower(1.5, 0.5)},
+        {"theta": OneMinusPower(0.5, -1.0)},  # 0 at t=2, negative after
+        {"theta": OneMinusPower(0.5, float("inf"))},
+        {"beta": Power(0.9, -0.1)},  # over 1 soon
+        {"beta": Power(0.9, float("nan"))},
+        {"beta": Power(0.9, 1e308)},  # 2**1e308 is no float
         {"eps": 0.0},
         {"eps": float("nan")},
         {"eps_placement": "nowhere"},
