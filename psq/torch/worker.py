@@ -71,6 +71,10 @@ class Worker:
 
     Clipping works as ever: `torch.nn.utils.clip_grad_norm_` before `step`.
 
+    A schedule counts by the job's steps, which is what `version` says: a function given as `lr`, or
+    `ps.lr = schedule(ps.version)` before each step. All ranks must ask for the same rate, a
+    restarted one included, and a script's own counter would start at 0 again.
+
     Args:
         model: its parameters that require grad are trained, each once, in float32; they may live
             on a GPU. It must be complete: parameters replaced later are noticed and refused.
@@ -120,6 +124,8 @@ class Worker:
             settled += ["adam"]
         config = worker_config(said, settled=settled)
         self.skipped = 0
+        self._empty_steps = 0
+        self._samples = 0
         self._lr: LearningRate = lr if callable(lr) else (config.lr or DEFAULT_LR)
         self._table = ParameterTable(model)
         self.plan = Plan.of(self._table.specs, _recipe(config, recipe, adam), config.world_size)
@@ -214,7 +220,8 @@ class Worker:
 
         Args:
             loss: of this step, for `observers`; a tensor is read only if there are any.
-            samples: how many were in the batch, for `observers`.
+            samples: how many were in the batch, for `observers`; those of accumulated batches are
+                added up.
 
         Raises:
             UsageError: the worker is closed, a parameter was replaced or moved, or a gradient is
@@ -227,17 +234,19 @@ class Worker:
         round's wait, one pass to decode, one to zero the gradients.
         """
         self._check_usable()
+        self._samples += samples
         if self._accumulating:
             return StepReport(self.version, self.version, applied=False, reason="accumulating")
         present = self._table.refresh()
         if not present:
-            _log.warning("step %d: no parameter has a gradient; was backward called?", self.version)
+            self._say_empty()
         try:
             report = self._round()
         except BaseException as error:
             self._failed = f"{type(error).__name__}: {error}"
             raise
         self._table.zero_gradients()
+        samples, self._samples = self._samples, 0
         self._observe(report, loss, samples)
         return report
 
@@ -303,6 +312,12 @@ class Worker:
             self._compressor.compress(k, gradients, lr, self._client.payload(k), weights=weights)
             self._client.push(k)
         return ""
+
+    def _say_empty(self) -> None:
+        """Warn of a step without any gradient: the 1st, the 10th, the 100th and so on."""
+        self._empty_steps += 1
+        if math.log10(self._empty_steps).is_integer():
+            _log.warning("step %d: no parameter has a gradient; was backward called?", self.version)
 
     def _observe(self, report: StepReport, loss: float | Tensor | None, samples: int) -> None:
         if not observers:

@@ -300,6 +300,16 @@ def test_a_users_own_error_shows_the_users_traceback(folder):
     assert result.returncode == 1
     assert "in mine" in result.stderr
     assert "my own mistake" in result.stderr
+    for frames_of_ours in ("psq_worker", "runpy", "click"):
+        assert frames_of_ours not in result.stderr
+
+
+def test_a_script_that_is_not_python_shows_the_line_and_nothing_of_psq(folder):
+    script = write_script(folder, "good = 1\nbad bad\n")
+    result = run(folder, "launch", "-n", "1", script)
+    assert result.returncode == 1
+    assert "line 2" in result.stderr
+    assert "psq_worker" not in result.stderr
 
 
 def test_an_error_of_psq_is_one_line_and_its_own_code(folder):

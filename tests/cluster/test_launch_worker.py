@@ -164,6 +164,13 @@ def test_a_server_that_trains_something_else_refuses_and_says_what(cluster, work
     assert "fp32" in worker.err()
 
 
+def test_a_variable_that_means_nothing_is_warned_of(work):
+    worker = work("--task", "tiny:Huge", PSQ_WORLDSIZE="2", PSQ_XYZZY="1")
+    worker.wait()
+    assert "WARNING PSQ_WORLDSIZE has no effect: did you mean PSQ_WORLD_SIZE?" in worker.err()
+    assert "WARNING PSQ_XYZZY has no effect: psq reads no such variable" in worker.err()
+
+
 def test_a_task_that_is_not_there_is_named(work):
     worker = work("--task", "tiny:Huge")
     assert worker.wait() == 78

@@ -214,6 +214,17 @@ def test_only_the_first_double_dash_is_the_commands():
     assert script_words(("--epochs", "3")) == ("--epochs", "3")
 
 
+def test_settings_that_no_worker_could_have_are_not_shown(call):
+    code, _, err = call(psq, "config", "show", "--recipe", "qadm")
+    assert code == 78
+    assert "no recipe 'qadm'" in err
+
+
+def test_every_command_says_what_it_is_for_in_one_whole_line(call):
+    _, out, _ = call(psq, "--help")
+    assert "..." not in out.partition("Commands:")[2]
+
+
 def test_a_comparison_with_what_torch_does_not_have_is_refused_before_anything_starts(call):
     code, _, err = call(psq, "demo", "--adam", "eps_placement=inside")
     assert code == 78

@@ -61,6 +61,17 @@ def test_a_rate_is_that_of_the_time_between_two_words():
     assert 100.0 < board.samples_per_s < 300.0
 
 
+def test_the_end_of_a_script_says_how_far_it_came_and_keeps_the_rate():
+    board = Board(1)
+    board.add(progress(step=1, elapsed_s=0.5), 0.0)
+    board.add(progress(step=2, samples=100, elapsed_s=1.5), 0.0)
+    board.add(summary(step=2, samples=100, elapsed_s=9.0), 0.0)
+    assert (board.step, board.samples_per_s) == (2, 100.0)
+    board.add(summary(step=3, samples=200, elapsed_s=2.5, sent_bytes=7), 0.0)
+    assert (board.step, board.steps, board.ranks[0].progress.sent_bytes) == (3, 100, 7)
+    assert board.ranks[0].state(0.0) == "done"
+
+
 def test_a_worker_waits_until_it_speaks_again():
     board = Board(2)
     board.add(progress(1), 0.0)

@@ -91,6 +91,12 @@ def test_a_plain_line_holds_step_loss_rate_and_savings():
     assert plain_line(filled()) == ("step 40/100  loss 1.0000  640 samples/s  640 MB saved")
 
 
+def test_a_rate_that_is_not_known_yet_is_left_out():
+    board = Board(1)
+    board.add(Progress(step=1, steps=9, loss=1.0, samples=64), 50.0)
+    assert plain_line(board) == "step 1/9  loss 1.0000"
+
+
 def test_a_plain_line_ends_with_the_last_scores():
     board = filled()
     board.add(Evaluation(step=30, metric="accuracy", scores={"accuracy": 0.8}), 50.0)

@@ -59,6 +59,12 @@ def test_a_missing_package_fails_and_a_missing_extra_is_a_note(monkeypatch):
     )
 
 
+def test_a_recipe_that_does_not_exist_fails():
+    check = found({"PSQ_ADAM": "betta=0.9"})["settings"]
+    assert check.verdict == "fail"
+    assert "did you mean beta?" in check.found
+
+
 def test_an_old_libzmq_fails(monkeypatch):
     monkeypatch.setattr(link, "libzmq_version", lambda: (4, 3, 4))
     check = found()["libzmq"]

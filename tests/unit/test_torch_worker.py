@@ -285,10 +285,13 @@ def test_a_model_on_a_gpu_trains_like_one_on_the_cpu(join, serve):
     assert parameters(plain).tobytes() == parameters(device.cpu()).tobytes()
 
 
-def test_a_step_without_any_gradient_is_warned_of(join, caplog):
+def test_a_step_without_any_gradient_is_warned_of_and_not_each_time(join, caplog):
     worker = join(make_model())
     worker.step()
     assert "no parameter has a gradient; was backward called?" in caplog.text
+    for _ in range(10):
+        worker.step()
+    assert [record.args for record in caplog.records] == [(0,), (9,)]
 
 
 def test_reports_say_where_time_and_bytes_went(join):
@@ -319,6 +322,23 @@ def test_observers_hear_of_each_step(join, monkeypatch):
         psq.torch.observers.pop()
     assert heard[0] == (worker, report, pytest.approx(loss.item()), 8)
     assert heard[1][2:] == (None, 0)
+
+
+def test_observers_hear_of_all_samples_of_an_accumulated_step(join):
+    heard = []
+    psq.torch.observers.append(lambda *said: heard.append(said[3]))
+    try:
+        model = make_model()
+        worker = join(model)
+        for _ in range(2):
+            with worker.no_sync():
+                loss_of(model, 0).backward()
+                worker.step(samples=8)
+            loss_of(model, 1).backward()
+            worker.step(samples=4)
+    finally:
+        psq.torch.observers.pop()
+    assert heard == [12, 12]
 
 
 def test_buffers_and_modes_are_left_alone(join):

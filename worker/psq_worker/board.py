@@ -5,6 +5,7 @@ Display, summary and picture read a `Board`; nothing else does.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -82,6 +83,8 @@ class Board:
                 self.evaluations.append(event)
             case Summary():
                 state.summary = event
+                if event.step > state.progress.step:  # a script's last steps, not reported yet
+                    self._advance(state, _progress_of(event, state.progress))
 
     def waits(self, rank: int, words: str) -> None:
         """A worker said whom it waits for; its next event ends that."""
@@ -157,6 +160,13 @@ class Board:
         if event.loss is not None and event.step > old.step:
             made = event.step - old.step
             self.points.append(Point(event.rank, event.step, made, event.loss, event.sent_bytes))
+
+
+def _progress_of(end: Summary, old: Progress) -> Progress:
+    """How far a process was when it ended."""
+    known = {f.name for f in dataclasses.fields(Progress)}
+    said = {name: value for name, value in dataclasses.asdict(end).items() if name in known}
+    return dataclasses.replace(old, **said)
 
 
 def metric_words(metric: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import click
 
@@ -20,12 +20,10 @@ from psq.config import (
     ServerConfig,
     WorkerConfig,
     settings_of,
+    stray_variables,
 )
 from psq.config.options import options, run
-from psq.errors import ConfigError, UsageError
-
-if TYPE_CHECKING:
-    from psq.recipe import Recipe
+from psq.errors import UsageError
 
 __all__ = ["main", "psq", "worker", "worker_main"]
 
@@ -72,12 +70,16 @@ def worker(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     """
     from psq.process import watch_parent  # noqa: PLC0415 - --help needs none of these
 
-    watch_parent()
+    launched = watch_parent()
     # Before torch is imported: threads that spin while they wait starve the other workers of a
     # machine (seen: a step 8 times as long on two busy cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     check_script(given, script)
     config = given.resolve(WorkerConfig).config
+    if not launched:  # else the launcher's server says it, once
+        for name, meant in stray_variables(os.environ).items():
+            hint = f"did you mean {meant}?" if meant else "psq reads no such variable"
+            click.echo(f"WARNING {name} has no effect: {hint}", err=True)
     from psq_worker.runner import run_script, run_task  # noqa: PLC0415 - imports torch
 
     if script is None:
@@ -86,7 +88,11 @@ def worker(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
         run_script(given, config, script, script_words(arguments))
 
 
-@psq.command(context_settings=SCRIPT_SETTINGS, epilog=EPILOG)
+@psq.command(
+    context_settings=SCRIPT_SETTINGS,
+    epilog=EPILOG,
+    short_help="Train on this machine: one server, -n workers.",
+)
 @options(LaunchConfig, WorkerConfig, ServerConfig, skip=NOT_FOR_LAUNCH)
 @script_arguments
 def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None:
@@ -95,11 +101,12 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     What comes after "--" is the script's own command line.
     """
     from psq_worker.launch import Commands, run_launch  # noqa: PLC0415 - --help needs no rich
+    from psq_worker.recipes import recipe_of  # noqa: PLC0415 - --help needs no numpy
 
     check_script(given, script)
     config = given.resolve(LaunchConfig).config
     told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
-    check_recipe(told)
+    recipe_of(told)  # fails before anything is started
     words = [script, "--", *script_words(arguments)] if script is not None else []
     commands = Commands(
         config.workers,
@@ -109,15 +116,16 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     run_launch(commands, script or told.task, as_json=config.json)
 
 
-@psq.command(epilog=EPILOG)
+@psq.command(epilog=EPILOG, short_help="Train through psq and by plain Adam, compare.")
 @options(LaunchConfig, DemoConfig, WorkerConfig, skip=SAID_BY_LAUNCHER)
 def demo(given: Given) -> None:
     """Show what psq does: train a task through it and by plain Adam, compare, draw a picture."""
     from psq_worker.demo import run_demo  # noqa: PLC0415 - --help needs no rich
+    from psq_worker.recipes import check_comparison, recipe_of  # noqa: PLC0415 - nor numpy
 
     config = given.resolve(LaunchConfig).config
     told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
-    check_comparison(check_recipe(told))
+    check_comparison(recipe_of(told))
     run_demo(
         told,
         output=given.resolve(DemoConfig).config.output,
@@ -126,7 +134,7 @@ def demo(given: Given) -> None:
     )
 
 
-@psq.command(epilog=EPILOG)
+@psq.command(epilog=EPILOG, short_help="Train a task by plain torch Adam alone.")
 @options(WorkerConfig, skip=("connect", "rank", "recipe", "uplink", "downlink", "give_up_after"))
 def baseline(given: Given) -> None:
     """Train a task in this process by plain torch Adam: what psq is to be compared with.
@@ -142,7 +150,7 @@ def baseline(given: Given) -> None:
     run_baseline(config)
 
 
-@psq.command()
+@psq.command(short_help="Say whether this machine can run psq.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(*, as_json: bool) -> int:
     """Say whether this machine can run psq, and what it would run with; ends with 0 or 78."""
@@ -169,9 +177,11 @@ def config() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def config_show(given: Given, *, as_json: bool) -> None:
     """Each setting's value and who said it: a flag, a variable, the file, or the default."""
+    from psq_worker.recipes import recipe_of  # noqa: PLC0415 - --help needs no numpy
     from psq_worker.report import settings_tables  # noqa: PLC0415 - --help needs no rich
 
     tables = {name: given.resolve(cls) for name, cls in TABLES.items()}
+    recipe_of(tables["worker"].config)
     if not as_json:
         settings_tables(tables)
         return
@@ -207,39 +217,6 @@ def check_script(given: Given, script: str | None) -> None:
         raise UsageError(msg)
 
 
-def check_recipe(told: WorkerConfig) -> Recipe:
-    """What the workers will be told; one that cannot be is refused before anything is started.
-
-    Raises:
-        ConfigError: the message lists what there is.
-    """
-    from psq.adam_text import with_adam_text  # noqa: PLC0415 - --help needs no numpy
-    from psq.codec import get_codec  # noqa: PLC0415 - as above
-    from psq.recipe import preset  # noqa: PLC0415 - as above
-
-    recipe = preset(told.recipe).with_codecs(uplink=told.uplink, downlink=told.downlink)
-    get_codec(recipe.uplink.codec)
-    get_codec(recipe.downlink.codec)
-    return with_adam_text(recipe, told.adam)
-
-
-def check_comparison(recipe: Recipe) -> None:
-    """Refuse Adam settings that the plain Adam of the comparison does not have.
-
-    Raises:
-        ConfigError: it names the setting.
-    """
-    from psq.adam_text import missing_in_torch  # noqa: PLC0415 - --help needs no numpy
-
-    missing = missing_in_torch(recipe.adam)
-    if missing:
-        msg = (
-            f"adam: torch.optim.Adam has no {missing}, so there is nothing to compare with: "
-            "psq launch trains without a comparison"
-        )
-        raise ConfigError(msg)
-
-
 def script_words(arguments: tuple[str, ...]) -> tuple[str, ...]:
     """A script's command line without the "--" that may come first."""
     return arguments[1:] if arguments[:1] == ("--",) else arguments
@@ -261,6 +238,7 @@ def flag_words(given: Given, cls: type, only: tuple[str, ...] = ()) -> tuple[str
     return tuple(words)
 
 
+worker.short_help = "Be one worker of a job, as psq-worker."
 psq.add_command(worker, "worker")
 
 

@@ -213,8 +213,9 @@ def plain_line(board: Board) -> str:
     words = [
         f"step {board.step}{total}",
         f"loss {format_loss(mean_loss(board))}",
-        f"{board.samples_per_s:,.0f} samples/s",
     ]
+    if board.samples_per_s:  # not known before the second report
+        words.append(f"{board.samples_per_s:,.0f} samples/s")
     if board.saved_bytes > 0 and not board.alone:
         words.append(f"{format_bytes(board.saved_bytes)} saved")
     if board.evaluations:

@@ -20,6 +20,7 @@ from psq.config import (
     DEFAULT_PORT,
     TABLES,
     Given,
+    WorkerConfig,
     known_variables,
     resolve,
     settings_of,
@@ -194,9 +195,13 @@ def _variables(environ: Mapping[str, str]) -> Iterator[Check]:
 
 def _settings(environ: Mapping[str, str]) -> Check:
     """Whether what the environment and the file say is acceptable to every process."""
+    from psq_worker.recipes import recipe_of  # noqa: PLC0415 - loads the kernels, a check of its own
+
     for cls in TABLES.values():
         try:
-            resolve(cls, {}, given=Given(), environ=environ)
+            told = resolve(cls, {}, given=Given(), environ=environ).config
+            if isinstance(told, WorkerConfig):
+                recipe_of(told)
         except PsqError as error:
             return Check("settings", "fail", str(error), "see: psq config show")
     count = sum(len(settings_of(cls)) for cls in TABLES.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import runpy
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Final, Literal, NoReturn
 
 import click
@@ -77,6 +78,7 @@ def run_script(given: Given, config: WorkerConfig, script: str, arguments: tuple
         emit(Started(rank=config.rank, world_size=config.world_size, task=script))
         watch = _Watch(config, emit, script)
         sys.argv = [script, *arguments]
+        sys.excepthook = functools.partial(_show_from, script)
         sys.path[0] = str(Path(script).resolve().parent)
         with use_given(given), watch.installed():
             runpy.run_path(script, run_name="__main__")
@@ -240,6 +242,18 @@ def _process(config: WorkerConfig) -> Iterator[Emit]:
     except BaseException as error:
         psq.torch.close_workers(*_reason_of(error))
         raise
+
+
+def _show_from(
+    script: str, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Show a script's traceback from its own first line on, as `python script` would."""
+    start = trace
+    while start is not None and start.tb_frame.f_code.co_filename != script:
+        start = start.tb_next
+    if start is None and not isinstance(error, SyntaxError):  # not the script's
+        start = trace
+    sys.__excepthook__(kind, error.with_traceback(start), start)
 
 
 def _reason_of(error: BaseException) -> tuple[Literal["done", "error", "interrupted"], str]:
