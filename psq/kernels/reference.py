@@ -18,7 +18,8 @@ counted. A maximum is taken on the bits of |c|, so that NaN and Inf win.
     bf16        none                                    upper half, ties to even, saturating
     fp32        none                                    c itself
 
-A step is rounded up to 16 significant bits: code * step is then exact. Codes of uniform and
+A step is rounded up to 16 significant bits (down where the largest code's value would be infinite):
+code * step is then exact. Codes of uniform and
 stochastic are two's complement; log and lloyd_max have the sign in the highest bit and a level
 below it (log: 0 is zero, k + 1 is +-scale). Divisions by a scale multiply with its rounded inverse.
 
@@ -57,7 +58,7 @@ Buffer: TypeAlias = Any  # of bytes: ndarray, memoryview, bytearray, bytes
 
 CHUNK: Final = 8192
 WORD_BITS: Final = 32
-LARGEST_STEP: Final = np.uint32(0x7F7FFF00)
+LARGEST: Final = np.finfo(np.float32).max
 
 
 def encode(  # noqa: PLR0913, PLR0917 - the native signature: a format unpacked, then the arrays
@@ -228,9 +229,10 @@ def _sum(terms: Floats, block: int) -> Floats:
 def _scale(form: Format, norm: Floats, c: Floats) -> Floats:
     """From norms, 0 or at least TINY, to what the wire carries: f32[scale_count]."""
     if form.family in (Family.UNIFORM, Family.STOCHASTIC):
-        exact: Floats = norm / np.float32((1 << (form.bits - 1)) - 1)
-        step: Words = exact.view(np.uint32)
-        step = np.minimum((step + np.uint32(0xFF)) & np.uint32(0xFFFFFF00), LARGEST_STEP)
+        levels = np.float32((1 << (form.bits - 1)) - 1)
+        exact: Words = (norm / levels).view(np.uint32)
+        most = (LARGEST / levels).view(np.uint32)
+        step = np.minimum(exact + np.uint32(0xFF), most) & np.uint32(0xFFFFFF00)
         return step.view(np.float32)
     if form.family == Family.LLOYD_MAX:
         size = np.abs(c)

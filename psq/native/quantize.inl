@@ -80,10 +80,12 @@ struct Uniform {
   static constexpr int32_t kLevels = (1 << (kWidth - 1)) - 1;
   float step, inverse;
 
-  // The step keeps 16 significant bits, rounded up: code * step is exact, so the product has one meaning everywhere.
+  // The step keeps 16 significant bits, rounded up: code * step is exact, so the product has one meaning everywhere. It
+  // stays below the point where the largest code's value would be infinite.
   PSQ_METHOD float set(float largest, int32_t) {
     const uint32_t rounded = (bits_of(largest / float(kLevels)) + 0xffu) & ~0xffu;
-    step = largest < kTiny ? 0.0f : float_of(rounded < 0x7f7fff00u ? rounded : 0x7f7fff00u);
+    const uint32_t most = bits_of(0x1.fffffep127f / float(kLevels)) & ~0xffu;
+    step = largest < kTiny ? 0.0f : float_of(rounded < most ? rounded : most);
     inverse = inverse_of(step);
     return step;
   }

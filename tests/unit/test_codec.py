@@ -193,6 +193,22 @@ def test_a_block_that_is_not_finite_is_refused_and_leaves_its_residual_alone(spe
 
 
 @every_codec
+@pytest.mark.parametrize("largest", [1.0, 1 - 2.0**-14, 1 - 2.0**-17])
+def test_a_residual_stays_finite_up_to_the_largest_float32(spec, largest):
+    """Each block is either said, with a finite value for each code, or refused and left alone."""
+    codec, values = get_codec(spec), np.repeat(gradient(3), 700)
+    values[::97] = np.float32(largest) * np.finfo(np.float32).max
+    values[::194] *= -1
+    residual, payload = np.zeros_like(values), np.zeros(codec.nbytes(values.size), np.uint8)
+    codec.encode_ef(values, residual, payload, seed=5)
+    assert np.isfinite(residual).all()
+    said = decoded(codec, payload, values.size)
+    assert not np.isinf(said).any()
+    if codec.spec.startswith("uniform"):
+        codec.check(payload, values.size)
+
+
+@every_codec
 def test_decode_add_adds_what_decode_writes(spec):
     codec, out = get_codec(spec), gradient(1500, seed=2)
     payload = payload_of(codec, gradient(1500))
