@@ -1,4 +1,4 @@
-"""Tables at the end of a job, and those of doctor and config show."""
+"""Tables at the end of a job."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ import json
 import pytest
 from rich.console import Console
 
-from psq.config import TABLES, Given, resolve
-from psq_worker.doctor import Check
 from psq_worker.events import PHASES
 from psq_worker.report import (
     PHASE_WORDS,
-    check_lines,
     comparison_table,
     print_summary,
-    settings_tables,
 )
 
 SUMMARY = {
@@ -98,20 +94,3 @@ def test_json_is_the_summary_itself(capsys):
 def test_a_job_that_said_nothing_prints_nothing(capsys):
     print_summary({}, as_json=False)
     assert capsys.readouterr().out == ""
-
-
-def test_findings_are_lines_with_verdict_and_advice(capsys):
-    check_lines([Check("kernels", "ok", "v4"), Check("port", "note", "taken", "use another")])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines == [["ok", "kernels", "v4"], ["note", "port", "taken"], ["use", "another"]]
-
-
-def test_settings_are_shown_with_value_origin_and_variable(capsys):
-    environ = {"PSQ_LR": "0.5"}
-    resolved = {n: resolve(c, {}, given=Given(), environ=environ) for n, c in TABLES.items()}
-    settings_tables(resolved)
-    text = capsys.readouterr().out
-    for name in TABLES:
-        assert f"[{name}]" in text
-    assert cells(text, "│ lr ") == ["0.5", "PSQ_LR", "PSQ_LR"]
-    assert cells(text, "│ uplink ") == ["-", "default", "PSQ_UPLINK"]

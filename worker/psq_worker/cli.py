@@ -6,6 +6,7 @@ second, and only a process that trains pays it.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from typing import Any, Final
@@ -23,7 +24,7 @@ from psq.config import (
     stray_variables,
 )
 from psq.config.options import options, run
-from psq.errors import UsageError
+from psq.errors import ConfigError, UsageError
 
 __all__ = ["main", "psq", "worker", "worker_main"]
 
@@ -80,6 +81,7 @@ def worker(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
         for name, meant in stray_variables(os.environ).items():
             hint = f"did you mean {meant}?" if meant else "psq reads no such variable"
             click.echo(f"WARNING {name} has no effect: {hint}", err=True)
+    need("torch", "rich")
     from psq_worker.runner import run_script, run_task  # noqa: PLC0415 - imports torch
 
     if script is None:
@@ -100,6 +102,7 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
 
     What comes after "--" is the script's own command line.
     """
+    need("torch", "rich")
     from psq_worker.launch import Commands, run_launch  # noqa: PLC0415 - --help needs no rich
     from psq_worker.recipes import recipe_of  # noqa: PLC0415 - --help needs no numpy
 
@@ -120,6 +123,7 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
 @options(LaunchConfig, DemoConfig, WorkerConfig, skip=SAID_BY_LAUNCHER)
 def demo(given: Given) -> None:
     """Show what psq does: train a task through it and by plain Adam, compare, draw a picture."""
+    need("torch", "rich")
     from psq_worker.demo import run_demo  # noqa: PLC0415 - --help needs no rich
     from psq_worker.recipes import check_comparison, recipe_of  # noqa: PLC0415 - nor numpy
 
@@ -145,6 +149,7 @@ def baseline(given: Given) -> None:
 
     watch_parent()
     config = given.resolve(WorkerConfig, rank=0).config
+    need("torch")
     from psq_worker.runner import run_baseline  # noqa: PLC0415 - imports torch
 
     run_baseline(config)
@@ -154,8 +159,8 @@ def baseline(given: Given) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(*, as_json: bool) -> int:
     """Say whether this machine can run psq, and what it would run with; ends with 0 or 78."""
-    from psq_worker.doctor import examine, exit_code  # noqa: PLC0415 - --help needs no rich
-    from psq_worker.report import check_lines  # noqa: PLC0415 - as above
+    from psq_worker.doctor import examine, exit_code  # noqa: PLC0415 - not for every command
+    from psq_worker.listing import print_checks  # noqa: PLC0415 - as above
 
     checks = examine(os.environ)
     code = exit_code(checks)
@@ -163,7 +168,7 @@ def doctor(*, as_json: bool) -> int:
         found = [{name: getattr(c, name) for name in c.__slots__} for c in checks]
         click.echo(json.dumps({"ok": code == 0, "checks": found}, indent=2))
     else:
-        check_lines(checks)
+        print_checks(checks)
     return code
 
 
@@ -177,13 +182,13 @@ def config() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def config_show(given: Given, *, as_json: bool) -> None:
     """Each setting's value and who said it: a flag, a variable, the file, or the default."""
+    from psq_worker.listing import print_settings  # noqa: PLC0415 - as above
     from psq_worker.recipes import recipe_of  # noqa: PLC0415 - --help needs no numpy
-    from psq_worker.report import settings_tables  # noqa: PLC0415 - --help needs no rich
 
     tables = {name: given.resolve(cls) for name, cls in TABLES.items()}
     recipe_of(tables["worker"].config)
     if not as_json:
-        settings_tables(tables)
+        print_settings(tables)
         return
     plain = {
         name: {
@@ -215,6 +220,21 @@ def check_script(given: Given, script: str | None) -> None:
         flag = "--" + wrong[0].replace("_", "-")
         msg = f"{flag} is for built-in tasks: give it to {script} after --, if it takes it"
         raise UsageError(msg)
+
+
+def need(*modules: str) -> None:
+    """Refuse a command of workers where only the server is installed.
+
+    Raises:
+        ConfigError: a package is not there; it says what brings it.
+    """
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            msg = (
+                f"{name} is not installed: this command needs the extra psq-train[worker] "
+                "(psq-server, psq doctor and psq config show do without)"
+            )
+            raise ConfigError(msg)
 
 
 def script_words(arguments: tuple[str, ...]) -> tuple[str, ...]:

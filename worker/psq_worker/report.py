@@ -14,22 +14,17 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from psq.config import TABLES, Resolved, settings_of
 from psq_worker.board import metric_words
 from psq_worker.display import format_bytes, format_loss, format_score, format_seconds
-from psq_worker.doctor import Check
 from psq_worker.events import PHASES
 
 __all__ = [
     "PHASE_WORDS",
-    "check_lines",
     "comparison_table",
     "print_summary",
-    "settings_tables",
     "summary_table",
 ]
 
-VERDICT_STYLES: Final = {"ok": "green", "note": "yellow", "fail": "bold red"}
 Summary = Mapping[str, Any]
 Cell = Callable[[Summary], str]
 
@@ -48,36 +43,6 @@ def print_summary(summary: Summary, *, as_json: bool) -> None:
         click.echo(json.dumps(summary, indent=2))
     elif summary:
         Console().print(summary_table(summary))
-
-
-def check_lines(checks: Sequence[Check]) -> None:
-    """What `psq doctor` found, a line each, on stdout."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for check in checks:
-        style = VERDICT_STYLES[check.verdict]
-        words = Text(check.found)
-        if check.advice:
-            words.append(f"\n{check.advice}", style="yellow")
-        table.add_row(Text(check.verdict, style=style), check.name, words)
-    Console().print(table)
-
-
-def settings_tables(tables: Mapping[str, Resolved[Any]]) -> None:
-    """Every setting with its value and who said it, a table for each TOML table, on stdout."""
-    console = Console()
-    for name, resolved in tables.items():
-        table = Table(title=f"[{name}]", title_justify="left", title_style="bold")
-        for column in ("setting", "value", "from", "variable"):
-            table.add_column(column)
-        table.title = Text(f"[{name}]", style="bold")
-        for item in settings_of(TABLES[name]):
-            value, origin = getattr(resolved.config, item.field), resolved.origins[item.field]
-            style = "dim" if origin == "default" else "bold"
-            shown = (
-                "-" if value is None else str(value).lower() if item.kind is bool else str(value)
-            )
-            table.add_row(*(Text(t, style=style) for t in (item.key, shown, origin, item.env)))
-        console.print(table)
 
 
 def summary_table(summary: Summary) -> RenderableType:
