@@ -319,6 +319,27 @@ def estimated_v(workers, *, corrected, steps=3000, numel=400, seed=0):
     return ratios.tolist()
 
 
+@pytest.mark.parametrize("eps_placement", ["outside", "inside"])
+def test_the_correction_follows_its_equations(eps_placement):
+    """Step by step in float64; the estimate of the squared mean begins at t = 5."""
+    eps, b1, b2, workers = 1e-6, 0.8, 0.95, 4
+    config = AdamConfig(b1, b2, eps, eps_placement, variance_correction=True)
+    adam, out = Adam(config, NUMEL, workers=workers), np.empty(NUMEL, np.float32)
+    m, v, s = np.zeros((3, NUMEL))
+    for t, g in enumerate(itertools.islice(make_gradients(), 40), 1):
+        adam.direction(g, LR, out)
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * np.square(g.astype(np.float64))
+        mhat, vhat = m / (1 - b1**t), v / (1 - b2**t)
+        squared_mean = vhat
+        if t >= 5:
+            r = (1 - b1) ** 2 * (1 - b1 ** (2 * t)) / ((1 - b1**2) * (1 - b1**t) ** 2)
+            s = b2 * s + (1 - b2) * (mhat**2 - r * vhat) / (1 - r)
+            squared_mean = np.clip(s / (1 - b2 ** (t - 4)), 0, vhat)
+        second = vhat / workers + (1 - 1 / workers) * squared_mean
+        root = np.sqrt(second + eps) if eps_placement == "inside" else np.sqrt(second) + eps
+        np.testing.assert_allclose(out, LR * mhat / root, rtol=5e-5, atol=5e-5 * LR)
+
+
 @pytest.mark.parametrize("workers", [2, 4, 8])
 def test_the_correction_gives_the_v_of_the_mean_gradient(workers):
     """Of noise alone it gives a little more: the estimate of mean^2 is clamped at 0."""
