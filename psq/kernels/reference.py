@@ -232,7 +232,7 @@ def _scale(form: Format, norm: Floats, c: Floats) -> Floats:
         levels = np.float32((1 << (form.bits - 1)) - 1)
         exact: Words = (norm / levels).view(np.uint32)
         most = (LARGEST / levels).view(np.uint32)
-        step = np.minimum(exact + np.uint32(0xFF), most) & np.uint32(0xFFFFFF00)
+        step: Words = np.minimum(exact + np.uint32(0xFF), most) & np.uint32(0xFFFFFF00)
         return step.view(np.float32)
     if form.family == Family.LLOYD_MAX:
         size = np.abs(c)
