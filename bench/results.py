@@ -90,7 +90,8 @@ class Subject:
     words: tuple[str, ...] = ()
 
     def show(self, value: float, *, sign: bool = False) -> str:
-        return f"{self.scale * value:{'+' if sign else ''}.{self.digits}f}"
+        shown = round(self.scale * value, self.digits) or 0.0  # no negative zero
+        return f"{shown:{'+' if sign else ''}.{self.digits}f}"
 
 
 SUBJECTS: Final = (
@@ -237,7 +238,7 @@ def _machine() -> str:
 
 
 def draw(cells: Cells) -> None:
-    """Score by step and by bytes sent; lines are means over the seeds, bands go from min to max."""
+    """Score by step and by bytes; lines are means over the seeds, bands go from min to max."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - only the picture needs it
 
     figure = Figure(figsize=(11, 7.4), layout="constrained")
@@ -251,7 +252,7 @@ def draw(cells: Cells) -> None:
         row[0].set_title(f"{subject.title}: by step", loc="left", fontsize=10)
         row[1].set_title("by bytes", loc="left", fontsize=10)
         row[0].set_xlabel("step")
-        row[1].set_xlabel("sent by each worker, MB (logarithmic)")
+        row[1].set_xlabel("sent and received by each worker, MB (logarithmic)")
         row[1].set_xscale("log")
         for axis in row:
             axis.grid(color="#e6e6e6")
@@ -260,12 +261,14 @@ def draw(cells: Cells) -> None:
     figure.savefig(PICTURE, dpi=140)
 
 
-def _draw_method(row: Any, subject: Subject, method: Method, curves: list[dict[str, Any]]) -> None:
+def _draw_method(row: Any, subject: Subject, method: Method, ours: list[dict[str, Any]]) -> None:
+    curves, wire = [cell["curve"] for cell in ours], ours[0]["summary"]["wire"]
     scores = list(zip(*(curve["scores"] for curve in curves), strict=True))
     mean = [subject.scale * statistics.mean(at) for at in scores]
     low = [subject.scale * min(at) for at in scores]
     high = [subject.scale * max(at) for at in scores]
-    megabytes = [count / 1e6 for count in curves[0]["score_bytes"]]
+    both_ways = 1 + wire["bits_per_parameter_down"] / wire["bits_per_parameter_up"]
+    megabytes = [both_ways * count / 1e6 for count in curves[0]["score_bytes"]]
     dash = "--" if method is BASELINE else "-"
     for axis, across in zip(row, (curves[0]["score_steps"], megabytes), strict=True):
         axis.plot(across, mean, dash, color=method.colour, label=method.name, linewidth=1.8)
