@@ -245,9 +245,7 @@ def draw(cells: Cells) -> None:
     axes = figure.subplots(len(SUBJECTS), 2, sharey="row", squeeze=False)
     for row, subject in zip(axes, SUBJECTS, strict=True):
         for method in METHODS:
-            _draw_method(
-                row, subject, method, [c["curve"] for c in cells[subject.task, method.name]]
-            )
+            _draw_method(row, subject, method, cells[subject.task, method.name])
         row[0].set_ylabel(subject.score)
         row[0].set_title(f"{subject.title}: by step", loc="left", fontsize=10)
         row[1].set_title("by bytes", loc="left", fontsize=10)
