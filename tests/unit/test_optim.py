@@ -319,16 +319,20 @@ def estimated_v(workers, *, corrected, steps=3000, numel=400, seed=0):
     return ratios.tolist()
 
 
-@pytest.mark.parametrize("eps_placement", ["outside", "inside"])
-def test_the_correction_follows_its_equations(eps_placement):
+@pytest.mark.parametrize(
+    ("eps_placement", "weight_decay"), [("outside", 0.0), ("inside", 0.0), ("outside", 0.01)]
+)
+def test_the_correction_follows_its_equations(eps_placement, weight_decay):
     """Step by step in float64; the estimate of the squared mean begins at t = 5."""
-    eps, b1, b2, workers = 1e-6, 0.8, 0.95, 4
-    config = AdamConfig(b1, b2, eps, eps_placement, variance_correction=True)
+    eps, b1, b2, workers, x = 1e-6, 0.8, 0.95, 4, make_weights()
+    decay = {"weight_decay": weight_decay, "decoupled": False}
+    config = AdamConfig(b1, b2, eps, eps_placement, variance_correction=True, **decay)
     adam, out = Adam(config, NUMEL, workers=workers), np.empty(NUMEL, np.float32)
     m, v, s = np.zeros((3, NUMEL))
     for t, g in enumerate(itertools.islice(make_gradients(), 40), 1):
-        adam.direction(g, LR, out)
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * np.square(g.astype(np.float64))
+        adam.direction(g, LR, out, x=x)
+        regular = (g + np.float32(weight_decay) * x).astype(np.float64)
+        m, v = b1 * m + (1 - b1) * regular, b2 * v + (1 - b2) * np.square(regular)
         mhat, vhat = m / (1 - b1**t), v / (1 - b2**t)
         squared_mean = vhat
         if t >= 5:
