@@ -165,6 +165,16 @@ def test_a_round_without_contributions_changes_nothing(downlink):
         assert [a.tobytes() for a in answers] == [a.tobytes() for a in first]
 
 
+@pytest.mark.parametrize("downlink", ["sign", "log:k=2", "lloyd-max:bits=3", "bf16", "fp32"])
+def test_a_round_without_contributions_changes_no_bit_of_a_negative_zero(downlink):
+    plan = make_plan(downlink=f"delta:{downlink}")
+    reducer, x = started(plan)
+    reducer.init(0, 0, np.full(min(x.size, PART_NUMEL), -0.0, np.float32).tobytes())
+    before = reducer.state_arrays()["x"].tobytes()
+    run_round(reducer, plan, [], lr=None)
+    assert reducer.state_arrays()["x"].tobytes() == before
+
+
 def test_adams_bias_correction_does_not_count_rounds_without_contributions():
     plan = make_plan("fp32")
     reducer, x = started(plan)
