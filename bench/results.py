@@ -74,7 +74,7 @@ METHODS: Final = (
         "qadam-1bit, 1 + 1 bits", "#D55E00", "qadam-1bit", "sign:norm=l2", "delta:sign:norm=l2"
     ),
 )
-# Two-sided 95 % points of Student's t by degrees of freedom.
+# Two-sided 95 % points of Student's t by degrees of freedom; beyond them the last, which is wider.
 STUDENT_95: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
@@ -143,7 +143,7 @@ def interval(differences: list[float]) -> tuple[float, float]:
     if len(differences) < 2:  # noqa: PLR2004 - one value has no spread
         return mean, float("inf")
     spread = statistics.stdev(differences) / len(differences) ** 0.5
-    return mean, STUDENT_95[len(differences) - 2] * spread
+    return mean, STUDENT_95[min(len(differences) - 1, len(STUDENT_95)) - 1] * spread
 
 
 Cells = dict[tuple[str, str], list[dict[str, Any]]]

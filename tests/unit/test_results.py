@@ -52,6 +52,11 @@ def test_the_interval_is_students(results):
     assert half == pytest.approx(4.303 / 3**0.5)
 
 
+def test_more_seeds_than_the_table_has_give_an_interval_that_is_not_too_narrow(results):
+    _, half = results.interval([1.0, 2.0, 3.0] * 5)
+    assert half >= 2.145 * (10 / 14) ** 0.5 / 15**0.5
+
+
 def test_one_seed_says_nothing_about_the_spread(results):
     assert results.interval([0.1]) == (0.1, float("inf"))
 
