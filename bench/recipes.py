@@ -34,7 +34,7 @@ from psq.plan import Plan
 from psq.recipe import PRESETS, Recipe, preset
 from psq_server.reduce import Reducer
 from psq_worker.baseline import train_baseline
-from psq_worker.job import Job, job_for
+from psq_worker.job import Job, LossMeter, job_for
 from psq_worker.tasks import Task, get_task
 
 Floats = npt.NDArray[np.float32]
@@ -127,18 +127,17 @@ def train_in_process(task: Task, run: Run) -> dict[str, Any]:
         task.batches(rank=r, world_size=run.workers, batch_size=job.batch_size, seed=job.seed)
         for r in range(run.workers)
     ]
-    curve, total = [], 0.0
+    curve, losses = [], LossMeter()
     for step, batches in enumerate(islice(zip(*streams, strict=True), job.steps)):
         for rank, batch in enumerate(batches):
             model.zero_grad()
             loss = task.loss(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item() / run.workers
+            losses.add(loss)
             cluster.push(rank, job.lr_at(step))
         cluster.step(job.lr_at(step))
         if job.is_evaluated(step + 1):
-            curve.append([step + 1, total / job.eval_every, task.evaluate(model)[task.metric]])
-            total = 0.0
+            curve.append([step + 1, losses.take(), task.evaluate(model)[task.metric]])
     return {"bits": cluster.bits(), "curve": curve}
 
 
