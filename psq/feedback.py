@@ -6,7 +6,8 @@
 
 The residual e is what the codec could not say this time, and is said later: the sum of all decoded
 pushes plus e is the sum of all directions, up to float32 addition. A push that the server did not
-apply is sent again byte for byte, or folded back with `restore`; d is never lost.
+apply is sent again byte for byte, or folded back with `restore`; d is lost only where no server
+would ever take it (`MAX_SCALE`).
 
 Order in a step: `finite` over every shard's gradients first and, only if all are, `compress` for
 each shard once. Nothing is touched by a gradient with NaN or Inf, so a skipped step leaves e, m and

@@ -1,8 +1,8 @@
 """The kernels of this process: native code of the best level this CPU runs, or the NumPy reference.
 
 Every level gives the same bits (the modules `reference*` define them), so a cluster may
-mix machines. The level is chosen at import: the best there is, or the one that PSQ_KERNEL names,
-which fails at once where it does not exist. Nothing else in psq touches the native module.
+mix machines. The level is chosen at the first use: the best there is, or the one that PSQ_KERNEL
+names, which fails where it does not exist. Nothing else in psq touches the native module.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class History:
         metric: the score that counts.
         numel: trained parameters.
         world_size: workers of the job.
-        records: at least one; the last one is of the last step.
+        records: the last one is of the last step; none where no step was left to make.
         phases_s: seconds in each of `psq_worker.events.PHASES`, summed over the steps.
         skipped: steps this process contributed nothing to, because of non-finite gradients.
     """
@@ -142,7 +142,7 @@ class History:
 
 
 class LossMeter:
-    """Mean of the losses since it was last read; sums on the loss's device, reads it once."""
+    """Mean of the losses since it was last read."""
 
     def __init__(self) -> None:
         self._sum = 0.0
