@@ -28,7 +28,10 @@ def test_a_plan_survives_the_wire_with_the_same_digest_and_layout():
     ("other", "words"),
     [
         (plan(world_size=3), "world_size: the job has 2, it says 3"),
-        (plan(recipe="fp32"), "recipe downlink.codec: the job has 'lloyd-max:bits=3', it says 'fp32'"),
+        (
+            plan(recipe="fp32"),
+            "recipe downlink.codec: the job has 'lloyd-max:bits=3', it says 'fp32'",
+        ),
         (
             plan([TENSORS[0], ("conv.bias", (9,)), TENSORS[2]]),
             r"tensor 1: the job has 'conv.bias' \[8\], it says 'conv.bias' \[9\]",
