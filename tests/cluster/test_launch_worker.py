@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from psq import kernels
 from psq_worker.events import Evaluation, Progress, Started, Summary, parse_event
 
 TASK = """
@@ -93,7 +94,8 @@ def test_without_flags_words_go_to_stderr_and_nothing_to_stdout(cluster, work):
     assert worker.wait() == 0
     assert worker.out() == ""
     codecs = "lloyd-max:bits=4,block=256 up, delta lloyd-max:bits=3 down"
-    assert f"tiny: server-adam ({codecs}), 20 parameters" in worker.err()
+    level = kernels.level()
+    assert f"tiny: server-adam ({codecs}), 20 parameters, {level} kernels\n" in worker.err()
     assert "rank 0  step 6/6  loss" in worker.err()
     assert "rank 0  done in" in worker.err()
 

@@ -25,6 +25,7 @@ import click
 import torch
 
 import psq.torch
+from psq import kernels
 from psq.adam_text import parse_adam
 from psq.config import Given, WorkerConfig, use_given
 from psq.recipe import AdamConfig, Recipe
@@ -318,8 +319,8 @@ def _text_emitter() -> Emit:
         alone: Any = dataclasses.replace(event, rank=0)
         board.add(alone, time.monotonic())
         if isinstance(event, Started) and event.numel:
-            words = f"{event.recipe}, {event.numel:,} parameters; {event.text}".rstrip("; ")
-            click.echo(f"{event.task}: {words}", err=True)
+            words = [event.recipe, f"{event.numel:,} parameters", f"{kernels.level()} kernels"]
+            click.echo(f"{event.task}: {', '.join(words)}; {event.text}".rstrip("; "), err=True)
         if isinstance(event, Progress | Evaluation):
             click.echo(f"rank {event.rank}  {plain_line(board)}", err=True)
         if isinstance(event, Summary):
