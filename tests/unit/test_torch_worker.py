@@ -272,6 +272,33 @@ def test_a_gradient_too_large_to_be_added_up_costs_one_round_and_its_residual(jo
     assert np.isfinite(parameters(model)).all()
 
 
+def test_of_a_rejected_push_every_shard_goes_back_into_the_residual(join):
+    model = nn.Linear(600, 600)
+    worker = join(model, recipe=preset("server-adam").with_codecs(uplink="fp32"))
+    assert len(worker.plan.layout.shards) == 2
+    model(torch.ones(1, 600)).sum().backward()
+    model.weight.grad[0, 0] = 1e30
+    gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()]).numpy().copy()
+    assert not worker.step().applied
+    first = worker.plan.layout.shards[0].numel
+    residual = worker._compressor.state_arrays()["residual"]
+    assert not residual[:first].any()
+    np.testing.assert_array_equal(residual[first:], gradient[first:])
+
+
+def test_a_reset_zeroes_the_residual_and_keeps_the_moments(join):
+    model = make_model()
+    worker = join(model, recipe="qadam-1bit")
+    loss_of(model, 0).backward()
+    worker.step()
+    state = worker._compressor.state_arrays()
+    moments = {name: state[name].tobytes() for name in ("m", "v")}
+    assert state["residual"].any()
+    worker._reset()
+    assert not state["residual"].any()
+    assert {name: state[name].tobytes() for name in moments} == moments
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_model_on_a_gpu_trains_like_one_on_the_cpu(join, serve):
     plain, device = make_model(), make_model().cuda()
