@@ -323,9 +323,9 @@ def _qadam_1bit(adam: AdamConfig) -> Recipe:
     return Recipe(
         "qadam-1bit",
         Direction("adam", corrected),
-        Uplink("sign"),
+        Uplink("sign:norm=l2"),
         Apply("add"),
-        Downlink("delta", "sign"),
+        Downlink("delta", "sign:norm=l2"),
     )
 
 

@@ -46,6 +46,7 @@ def run_demo(told: WorkerConfig, *, output: str, words: tuple[str, ...], as_json
         PsqError: whatever ends `launch`.
     """
     folder = _make_folder(output)
+    words = (*words, *_data_words(told))
     psq = _run_psq(told, words)
     baseline = _run_baseline(told, words)
     numbers = _numbers(psq, baseline)
@@ -59,6 +60,15 @@ def run_demo(told: WorkerConfig, *, output: str, words: tuple[str, ...], as_json
     console.print(comparison_table(numbers["psq"], numbers["baseline"]))
     console.print(verdict(numbers), style="bold", soft_wrap=True)
     console.print(f"\nPicture: {picture}\nNumbers: {(folder / NUMBERS).resolve()}", soft_wrap=True)
+
+
+def _data_words(told: WorkerConfig) -> tuple[str, ...]:
+    """The shipped images unless others were named: the demo shows the same on every machine."""
+    if told.task != "fashion-mnist" or told.data is not None:
+        return ()
+    from psq_worker.tasks.idx import SHIPPED_DIR  # noqa: PLC0415 - torch comes with it
+
+    return ("--data", str(SHIPPED_DIR))
 
 
 def _run_psq(told: WorkerConfig, words: tuple[str, ...]) -> Board:
