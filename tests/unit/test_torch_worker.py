@@ -10,9 +10,18 @@ import torch
 from torch import nn
 
 import psq.torch
+from psq.codec import get_codec
 from psq.config import Given, use_given
-from psq.errors import ConfigError, GaveUpError, RemotePlanError, UsageError
+from psq.errors import (
+    ConfigError,
+    GaveUpError,
+    RemotePayloadError,
+    RemotePlanError,
+    UsageError,
+)
 from psq.recipe import AdamConfig, preset
+from psq_proto.frames import Header
+from psq_proto.messages import Flags, MessageType
 
 LR = 0.05
 
@@ -299,6 +308,27 @@ def test_a_reset_zeroes_the_residual_and_keeps_the_moments(join):
     assert {name: state[name].tobytes() for name in moments} == moments
 
 
+@pytest.mark.parametrize(
+    ("downlink", "flags", "codec"),
+    [
+        ("delta:sign", Flags.DELTA, "sign"),
+        ("weights:sign", Flags.FULL, "sign"),
+        ("delta:sign", Flags.FULL, "fp32"),
+    ],
+)
+def test_weights_that_are_not_finite_are_refused_and_touch_no_parameter(
+    join, downlink, flags, codec
+):
+    model = make_model()
+    worker = join(model, recipe=preset("server-adam").with_codecs(downlink=downlink))
+    before = parameters(model)
+    size = before.nbytes if codec == "fp32" else worker._downlinks[0].nbytes
+    header = Header(MessageType.WEIGHTS, flags=flags, codec=get_codec(codec).wire_id)
+    with pytest.raises(RemotePayloadError, match="NaN or Inf"):
+        worker._decode(header, memoryview(np.float32(np.nan).tobytes() + bytes(size - 4)))
+    assert parameters(model).tobytes() == before.tobytes()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_model_on_a_gpu_trains_like_one_on_the_cpu(join, serve):
     plain, device = make_model(), make_model().cuda()
@@ -366,6 +396,18 @@ def test_observers_hear_of_all_samples_of_an_accumulated_step(join):
     finally:
         psq.torch.observers.pop()
     assert heard == [12, 12]
+
+
+def test_the_seed_reaches_the_codecs_that_draw_numbers(join, serve):
+    recipe = preset("server-adam").with_codecs(uplink="uniform:bits=2,stochastic=true")
+    ends = []
+    for seed in (1, 1, 2):
+        model = make_model()
+        worker = join(model, recipe=recipe, seed=seed, connect=serve().endpoint)
+        loss_of(model, 0).backward()
+        worker.step()
+        ends.append(parameters(model).tobytes())
+    assert ends[0] == ends[1] != ends[2]
 
 
 def test_buffers_and_modes_are_left_alone(join):
