@@ -47,6 +47,17 @@ def test_no_payload_exceeds_the_limit_in_either_direction(shapes):
             assert sum(size(segment.numel) for segment in shard.segments) <= MAX_PAYLOAD_BYTES
 
 
+@pytest.mark.parametrize("sizes", [(dense, one_bit), (one_bit, dense)])
+@pytest.mark.parametrize("shapes", [[(2 * PART_NUMEL + 1,)], [(1,)] * 20_000])
+def test_the_direction_with_the_larger_payload_sets_the_limit(shapes, sizes):
+    """Of many values that is the dense one, of many tensors the one that pads them."""
+    layout = cut([(f"p{i}", shape) for i, shape in enumerate(shapes)], sizes)
+    totals = [
+        sum(size(s.numel) for s in shard.segments) for shard in layout.shards for size in sizes
+    ]
+    assert 0.9 * MAX_PAYLOAD_BYTES <= max(totals) <= MAX_PAYLOAD_BYTES
+
+
 def test_a_one_bit_shard_holds_a_whole_mebi_of_values():
     layout = cut([("w", (3 * MAX_SHARD_NUMEL + 5,))], (one_bit,))
     assert [shard.numel for shard in layout.shards] == [MAX_SHARD_NUMEL] * 3 + [5]
