@@ -93,6 +93,10 @@ bool payload_finite(const Level& level, int32_t family, int32_t bits, int32_t pa
                     nb::handle payload, size_t numel) {
   const PsqFormat format = format_of(family, bits, parameter, block);
   const View from(payload, "payload", View::kU8, View::kRead);
+  if (numel >> 40 != 0) {  // its bytes might not fit a size_t
+    PyErr_SetString(PyExc_ValueError, "a payload cannot have 2^40 values");
+    throw nb::python_error();
+  }
   const size_t bytes = payload_bytes(format, numel);
   from.need(bytes, kPayloadWhy);
   nb::gil_scoped_release released;

@@ -136,6 +136,12 @@ def test_any_bytes_of_the_right_length_decode_alike_everywhere(data, spec, numel
             )
 
 
+@pytest.mark.parametrize("numel", [2**40, 2**62, 2**63, 2**64 - 1])
+def test_a_number_of_values_whose_bytes_would_overflow_is_refused(level, codec, numel):
+    with pytest.raises(ValueError, match="payload"):
+        level.payload_finite(*codec.format, b"", numel)
+
+
 def test_a_finite_check_sees_one_bad_value_anywhere(level):
     for numel in (1, 15, 16, 17, 8192, 8193, 20_000):
         values = np.full(numel, -3e38, np.float32)
