@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psq.errors import ConfigError
+from psq.kernels import BLOCKS
 from psq.layout import MAX_SHARD_NUMEL, PART_NUMEL, SPLIT_NUMEL, cut, part_count
 from psq_proto.messages import MAX_PAYLOAD_BYTES
 
@@ -66,6 +67,10 @@ def test_a_one_bit_shard_holds_a_whole_mebi_of_values():
 def test_a_dense_shard_holds_what_one_message_may_carry():
     layout = cut([("w", (2 * PART_NUMEL + 1,))], (dense,))
     assert [shard.numel for shard in layout.shards] == [PART_NUMEL, PART_NUMEL, 1]
+
+
+def test_a_split_is_a_whole_number_of_every_codecs_blocks():
+    assert all(SPLIT_NUMEL % block == 0 for block in BLOCKS if block)
 
 
 def test_a_tensor_is_split_only_where_every_block_stays_whole():

@@ -83,6 +83,7 @@ def plain(**changes):
         plain(recipe=[]),
         plain(tensors=[["w", [2**41]]]),
         plain(tensors=[["w", [2**30, 2**30]]]),
+        plain(tensors=[["w", [2**40]], ["b", [1]]]),
         plain(tensors=[["w", [0]]]),
         plain(tensors=[["w", [True]]]),
         plain(tensors=[["w", [1] * 17]]),
