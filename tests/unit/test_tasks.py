@@ -131,6 +131,13 @@ def test_any_window_of_the_order_is_a_window_of_whole_permutations(samples, star
     assert EpochOrder(samples, seed).take(start, count).tolist() == whole[start:][:count].tolist()
 
 
+def test_each_epoch_is_another_permutation():
+    order = EpochOrder(100, seed=3)
+    epochs = [order.take(start, 100).tolist() for start in (0, 100, 200)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(100))] * 3
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
 def test_an_order_of_no_samples_is_refused():
     with pytest.raises(UsageError, match="at least one sample"):
         EpochOrder(0, 1)
