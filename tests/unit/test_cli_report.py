@@ -86,6 +86,11 @@ def test_a_job_without_scores_has_no_score_row(capsys):
     assert cells(text, "last training loss") == ["-"]
 
 
+def test_a_script_that_says_nothing_of_samples_has_no_rate(capsys):
+    print_summary({**SUMMARY, "samples": 0, "samples_per_s": 0.0}, as_json=False)
+    assert cells(capsys.readouterr().out, "samples/s") == ["-"]
+
+
 def test_json_is_the_summary_itself(capsys):
     print_summary(SUMMARY, as_json=True)
     assert json.loads(capsys.readouterr().out) == SUMMARY

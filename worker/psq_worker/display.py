@@ -25,6 +25,7 @@ __all__ = [
     "QuietView",
     "View",
     "format_bytes",
+    "format_rate",
     "format_score",
     "format_seconds",
     "make_view",
@@ -229,6 +230,11 @@ def mean_loss(board: Board) -> float | None:
     return sum(losses) / len(losses) if losses else None
 
 
+def format_rate(per_s: float) -> str:
+    """Whole samples per second; a dash where a script says nothing of samples."""
+    return f"{per_s:,.0f}" if per_s else "-"
+
+
 def format_loss(loss: float | None) -> str:
     """Four digits, or a dash."""
     return "-" if loss is None else f"{loss:.4f}"
@@ -297,7 +303,7 @@ def _worker_row(state: RankState, now_s: float, *, alone: bool) -> list[Renderab
         "  one" if alone else f"  rank {state.rank}",
         f"{progress.step}{total}",
         format_loss(progress.loss),
-        f"{state.samples_per_s:,.0f}",
+        format_rate(state.samples_per_s),
         *([] if alone else wire),
         Text(words, style=style),
     ]

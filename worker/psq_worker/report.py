@@ -15,7 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from psq_worker.board import metric_words
-from psq_worker.display import format_bytes, format_loss, format_score, format_seconds
+from psq_worker.display import (
+    format_bytes,
+    format_loss,
+    format_rate,
+    format_score,
+    format_seconds,
+)
 from psq_worker.events import PHASES
 
 __all__ = [
@@ -99,7 +105,7 @@ def _sections(first: Summary) -> list[list[tuple[str, Cell]]]:
     ]
     size: list[tuple[str, Cell]] = [
         ("steps", lambda s: f"{s['steps']:,}"),
-        ("samples/s", lambda s: f"{s['samples_per_s']:,.0f}"),
+        ("samples/s", lambda s: format_rate(s["samples_per_s"])),
         ("time", lambda s: format_seconds(s["elapsed_s"])),
     ]
     return [scores, wire, phases, size]
