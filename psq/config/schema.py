@@ -108,14 +108,23 @@ class WorkerConfig:
         cluster=("WORLD_SIZE", "SLURM_NTASKS"),
     )
     task: str = setting(
-        "fashion-mnist", "a built-in task, or MODULE:ATTRIBUTE of your own", metavar="TASK"
+        "fashion-mnist", "fashion-mnist, char-lm, or MODULE:ATTRIBUTE of your own", metavar="TASK"
     )
-    recipe: str = setting("server-adam", "the algorithm (see docs/design.md)", metavar="NAME")
+    recipe: str = setting(
+        "server-adam",
+        "the algorithm: server-adam, qadam, qadam-1bit, efficient-adam or fp32",
+        metavar="NAME",
+    )
     uplink: str | None = setting(
-        None, 'codec of the pushes, as in "sign" (default: the recipe\'s)', metavar="CODEC"
+        None,
+        "codec of the pushes: sign, log:k=6, uniform:bits=4, lloyd-max:bits=3, bf16, fp32 and others "
+        "(default: the recipe's)",
+        metavar="CODEC",
     )
     downlink: str | None = setting(
-        None, 'codec of the answers, as in "delta:sign" (default: the recipe\'s)', metavar="CODEC"
+        None,
+        "codec of the answers, as in delta:sign or weights:uniform:bits=8 (default: the recipe's)",
+        metavar="CODEC",
     )
     adam: str | None = setting(
         None,

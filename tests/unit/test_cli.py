@@ -9,10 +9,13 @@ import sys
 
 import pytest
 
+from psq.codec import codec_specs
 from psq.config import DemoConfig, Given, LaunchConfig, ServerConfig, WorkerConfig, settings_of
 from psq.config.options import run
+from psq.recipe import PRESETS
 from psq_worker.cli import FOR_SERVER, SAID_BY_LAUNCHER, flag_words, psq, script_words, worker
 from psq_worker.demo import shared_words, verdict
+from psq_worker.tasks import TASK_NAMES
 
 DEADLINE_S = 60.0
 
@@ -46,13 +49,21 @@ def test_help_says_what_there_is_and_which_codes_a_command_ends_with(call):
     code, out, _ = call(psq, "--help")
     assert code == 0
     for words in ("launch", "demo", "doctor", "config", "baseline", "75 gave up", "130 Ctrl-C"):
-        assert words in out
+        assert words in " ".join(out.split())
 
 
 def test_the_worker_takes_every_setting_of_a_worker(call):
     code, out, _ = call(worker, "--help")
     assert code == 0
     assert positive(flags_in(out)) >= keys(WorkerConfig)
+
+
+def test_the_worker_s_help_names_every_recipe_task_and_family_of_codecs(call):
+    _, out, _ = call(worker, "--help")
+    words = set(re.findall(r"[a-z][a-z0-9-]+", re.sub(r"-\n\s+", "-", out)))
+    assert words >= set(PRESETS)
+    assert words >= set(TASK_NAMES)
+    assert words >= {spec.partition(":")[0] for spec in codec_specs()}
 
 
 def test_launch_takes_the_settings_of_all_but_what_it_says_itself(call):

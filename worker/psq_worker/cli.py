@@ -43,9 +43,10 @@ NOT_FOR_LAUNCH: Final = (
 HELP_SETTINGS: Final = {"help_option_names": ["-h", "--help"]}
 SCRIPT_SETTINGS: Final = {**HELP_SETTINGS, "allow_interspersed_args": False}
 EPILOG: Final = """\
-Exit codes: 0 done, 64 wrong use, 65 state unusable, 75 gave up waiting, 76 fenced by a newer
-process, 77 refused by the server, 78 wrong configuration, 130 Ctrl-C. Each setting may be a flag, a
-PSQ_* variable (in brackets) or a key of the TOML file; the first of these that speaks wins.
+Exit codes: 0 done, 1 another error, 64 wrong use, 65 file unusable, 75 gave up waiting, 76 fenced
+by a newer process, 77 turned away by the server, 78 wrong configuration, 130 Ctrl-C, 143 SIGTERM.
+Each setting may be a flag, a PSQ_* variable (in brackets) or a key of the TOML file; the first of
+these that speaks wins.
 """
 
 
@@ -62,6 +63,7 @@ def psq() -> None:
 
 
 @click.command(context_settings=SCRIPT_SETTINGS, epilog=EPILOG)
+@click.version_option(package_name="psq-train", prog_name="psq-worker")
 @options(WorkerConfig)
 @script_arguments
 def worker(given: Given, script: str | None, arguments: tuple[str, ...]) -> None:
