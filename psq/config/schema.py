@@ -117,7 +117,7 @@ class WorkerConfig:
     )
     uplink: str | None = setting(
         None,
-        "codec of the pushes: sign, log:k=6, uniform:bits=4, lloyd-max:bits=3, bf16, fp32 and others "
+        "codec of the pushes: sign, log:k=6, uniform:bits=4, lloyd-max:bits=3, bf16, fp32 ... "
         "(default: the recipe's)",
         metavar="CODEC",
     )
