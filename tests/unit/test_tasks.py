@@ -81,6 +81,12 @@ def test_a_run_that_goes_on_sees_the_batches_it_would_have_seen(task):
     )
 
 
+def test_every_step_has_samples_of_its_own(task):
+    first, second, third = (inputs for inputs, _ in draw(task, 3))
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
 def test_another_seed_gives_other_batches(task):
     assert not torch.equal(draw(task, 1)[0][0], draw(task, 1, seed=4)[0][0])
 
@@ -165,6 +171,27 @@ def test_the_held_out_text_is_the_last_tenth_and_never_trained_on():
     windows = torch.cat([here, following[:, -1:]], dim=1).numpy()
     text = raw_train.tobytes()
     assert all(window.tobytes() in text for window in windows)
+
+
+def seen_by_evaluation(task):
+    model, seen = task.model(0), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    task.evaluate(model)
+    return torch.cat(seen)
+
+
+def test_the_transformer_is_scored_on_the_held_out_text():
+    task = CharLm()
+    text = task._validation.tobytes()
+    windows = seen_by_evaluation(task).numpy()
+    assert len(np.unique(windows, axis=0)) == 256
+    assert all(window.tobytes() in text for window in windows)
+
+
+def test_the_convolutional_network_is_scored_on_all_test_images():
+    task = FashionMnist(subset=True)
+    expected = (task._data.test_images / 255 - 0.2860) / 0.3530
+    np.testing.assert_allclose(seen_by_evaluation(task)[:, 0], expected, atol=1e-5)
 
 
 def test_a_text_too_short_to_train_on_is_refused(tmp_path):
