@@ -33,7 +33,7 @@ from psq_server.health import Health, HealthServer, health_page
 from psq_server.line_log import LineLog
 from psq_server.loop import Ending, Loop
 from psq_server.page import Page
-from psq_server.saving import check_writable
+from psq_server.saving import check_writable, free_bytes
 from psq_server.signals import Signals
 from psq_server.state import ServerState, Settings
 
@@ -122,6 +122,7 @@ def _settings(config: ServerConfig) -> Settings:
         lease_s=config.lease_s,
         give_up_after_s=config.give_up_after_s,
         memory_bytes=_memory_bytes(),
+        disk_bytes=free_bytes(Path(config.save)) if config.save else None,
     )
 
 

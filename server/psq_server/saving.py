@@ -8,6 +8,7 @@ PyTorch, NumPy and everything else reads, and which can hold no code.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from psq.errors import StateError
 
-__all__ = ["check_writable", "save_weights"]
+__all__ = ["check_writable", "free_bytes", "save_weights"]
 
 
 def check_writable(path: Path) -> None:
@@ -35,6 +36,14 @@ def check_writable(path: Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         msg = f"cannot save weights to {path}: no permission to write in {folder}"
         raise StateError(msg)
+
+
+def free_bytes(path: Path) -> int | None:
+    """What is free beside this place, where the system says it."""
+    try:
+        return shutil.disk_usage(path.absolute().parent).free
+    except OSError:
+        return None
 
 
 def save_weights(

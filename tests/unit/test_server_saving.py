@@ -5,7 +5,7 @@ import pytest
 from safetensors import safe_open
 
 from psq.errors import StateError
-from psq_server.saving import check_writable, save_weights
+from psq_server.saving import check_writable, free_bytes, save_weights
 
 WEIGHTS = {"fc.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(1, np.float32)}
 
@@ -49,3 +49,10 @@ def test_a_place_that_cannot_be_written_is_refused_beforehand(tmp_path):
         check_writable(tmp_path / "none" / "w.safetensors")
     with pytest.raises(StateError, match="it is a folder"):
         check_writable(tmp_path)
+
+
+def test_what_is_free_is_that_of_the_files_own_disk(tmp_path):
+    free = free_bytes(tmp_path / "w")
+    assert free is not None
+    assert free > 0
+    assert free_bytes(tmp_path / "gone" / "w") is None

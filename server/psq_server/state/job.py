@@ -22,11 +22,11 @@ FLOAT_BYTES: Final = 4
 SERVER_BYTES_PER_VALUE: Final = 16  # x, m, v and the downlink's residual, each f32
 
 
-def check_fits(plan: Plan, memory_bytes: int | None) -> None:
-    """Refuse a plan whose weights and moments this machine cannot hold.
+def check_fits(plan: Plan, memory_bytes: int | None, disk_bytes: int | None = None) -> None:
+    """Refuse a plan whose weights and moments this machine cannot hold, or cannot save in the end.
 
     Raises:
-        RemotePlanError: it needs more than `memory_bytes`.
+        RemotePlanError: it needs more than `memory_bytes`, or its weights more than `disk_bytes`.
     """
     numel = sum(math.prod(shape) for _, shape in plan.tensors)
     needed_bytes = numel * SERVER_BYTES_PER_VALUE
@@ -34,6 +34,12 @@ def check_fits(plan: Plan, memory_bytes: int | None) -> None:
         msg = (
             f"a model of {numel} values takes {needed_bytes / 2**30:.1f} GiB on the server, "
             f"which has {memory_bytes / 2**30:.1f} GiB: train a smaller one or use a larger machine"
+        )
+        raise RemotePlanError(msg)
+    if disk_bytes is not None and numel * FLOAT_BYTES > disk_bytes:
+        msg = (
+            f"the weights of {numel} values take {numel * FLOAT_BYTES} bytes, and the server's "
+            f"disk had {disk_bytes} left to --save them: make room there and restart the server"
         )
         raise RemotePlanError(msg)
 

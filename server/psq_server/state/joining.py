@@ -131,7 +131,7 @@ def _check_offer(world: World, plan: Plan) -> None:
             f"the plan says {plan.recipe.name!r}: make --recipe agree"
         )
         raise RemotePlanError(msg)
-    check_fits(plan, world.settings.memory_bytes)
+    check_fits(plan, world.settings.memory_bytes, world.settings.disk_bytes)
     try:
         plan.layout  # noqa: B018 - made here, where its errors are the peer's
     except LocalError as error:

@@ -38,6 +38,7 @@ class Settings:
         lease_s: silence after which a rank counts as lost.
         give_up_after_s: a wait that lasts longer ends the server.
         memory_bytes: what this machine has; a larger model is refused. None: unknown.
+        disk_bytes: what is free where the weights will be saved; likewise. None: not saved.
     """
 
     run_id: bytes
@@ -47,6 +48,7 @@ class Settings:
     lease_s: float = 10.0
     give_up_after_s: float = 900.0
     memory_bytes: int | None = None
+    disk_bytes: int | None = None
 
 
 @dataclass(slots=True)

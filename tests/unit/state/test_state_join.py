@@ -130,6 +130,7 @@ def test_two_plans_offered_before_any_join_make_one_job(cluster, plan_of):
         ({"recipe": "fp32"}, "recipe: this server was started for 'fp32'"),
         ({"world_size": 3}, "world_size: this server was started for 3 workers, the plan says 2"),
         ({"memory_bytes": 1 << 20}, "a model of 1048586 values takes 0.0 GiB on the server"),
+        ({"disk_bytes": 4_194_343}, "take 4194344 bytes, and the server's disk had 4194343 left"),
     ],
 )
 def test_a_plan_that_this_server_was_not_started_for_is_refused(cluster, settings, words):
