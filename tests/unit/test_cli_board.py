@@ -135,6 +135,14 @@ def test_the_summary_counts_samples_of_all_and_means_of_bytes():
     assert (job["wire"]["sent_bytes"], job["wire"]["received_bytes"]) == (50_000, 12_500)
 
 
+def test_the_loss_is_the_mean_of_the_last_tenth_of_the_steps():
+    board = Board(1)
+    for step, loss in ((80, 9.0), (94, 3.0), (100, 1.0)):
+        board.add(progress(step=step, loss=loss), 0.0)
+    board.add(summary(loss=1.0), 0.0)
+    assert board.summary()["loss"] == pytest.approx((4 * 3.0 + 6 * 1.0) / 10)
+
+
 def test_bits_per_parameter_are_those_of_the_wire():
     wire = filled().summary()["wire"]
     assert (wire["bits_per_parameter_up"], wire["bits_per_parameter_down"]) == (4.0, 1.0)

@@ -83,7 +83,7 @@ def test_a_job_without_scores_has_no_score_row(capsys):
     print_summary({**SUMMARY, "metric": "", "score": None, "loss": None}, as_json=False)
     text = capsys.readouterr().out
     assert "test " not in text
-    assert cells(text, "last training loss") == ["-"]
+    assert cells(text, "training loss, last tenth") == ["-"]
 
 
 def test_a_script_that_says_nothing_of_samples_has_no_rate(capsys):

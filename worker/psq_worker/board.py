@@ -118,7 +118,8 @@ class Board:
     def summary(self) -> dict[str, Any]:
         """The job in numbers, as `psq launch --json` prints it.
 
-        Bytes are those of one worker, times those of one step, both averaged over the workers.
+        The loss is the mean over the last tenth of the steps: that of one batch says little. Bytes
+        are those of one worker, times those of one step, both averaged over the workers.
         Steps right after an evaluation are left out of the times, and so of `samples_per_s`.
         """
         ends = [state.summary for state in self.ranks if state.summary is not None]
@@ -130,7 +131,6 @@ class Board:
         metric = next((end.metric for end in ends if end.metric), "")
         samples = sum(end.samples for end in ends)
         step_s = _step_s(ends)
-        losses = [end.loss for end in ends if end.loss is not None]
         return {
             "task": first.task,
             "recipe": first.recipe,
@@ -140,7 +140,7 @@ class Board:
             "samples": samples,
             "samples_per_s": samples / steps / step_s["total"] if step_s["total"] else 0.0,
             "elapsed_s": max(end.elapsed_s for end in ends),
-            "loss": sum(losses) / len(losses) if losses else None,
+            "loss": _late_loss(self.points, steps),
             "metric": metric,
             "score": scores.get(metric),
             "scores": scores,
@@ -178,6 +178,14 @@ def saved_bytes(progress: Progress) -> int:
     """What fp32 both ways would have taken beyond what one worker sent and received."""
     dense = 2 * FP32_BITS // 8 * progress.numel * progress.step
     return dense - progress.sent_bytes - progress.received_bytes
+
+
+def _late_loss(points: list[Point], steps: int) -> float | None:
+    """The mean loss of the last tenth of the steps, all workers together; None if none was said."""
+    start = steps - max(1, steps // 10)
+    late = [(point.loss, min(point.steps, point.step - start)) for point in points]
+    count = sum(made for _, made in late if made > 0)
+    return sum(loss * made for loss, made in late if made > 0) / count if count else None
 
 
 def _wire(ends: list[Summary]) -> dict[str, float]:
