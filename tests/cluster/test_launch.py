@@ -394,6 +394,7 @@ def test_several_servers_are_refused_before_anything_starts(folder):
 
 def test_the_demo_leaves_a_picture_and_numbers(folder):
     flags = ["--task", "tiny:Tiny", "--steps", "8", "--eval-every", "4", "--lr", "0.05"]
+    flags += ["--adam", "beta=0.5,weight_decay=0.3"]  # of both jobs
     result = run(folder, "demo", *flags, "--recipe", "fp32", "--output", "seen")
     assert result.returncode == 0, result.stderr
     assert "plain Adam, fp32" in result.stdout
