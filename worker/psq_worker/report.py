@@ -88,7 +88,9 @@ def _table(names: Sequence[str], jobs: Sequence[Summary]) -> Table:
 
 
 def _sections(first: Summary) -> list[list[tuple[str, Cell]]]:
-    scores: list[tuple[str, Cell]] = [("training loss, last tenth", lambda s: format_loss(s["loss"]))]
+    scores: list[tuple[str, Cell]] = [
+        ("training loss, last tenth", lambda s: format_loss(s["loss"]))
+    ]
     if first["metric"]:
         scores.insert(0, (metric_words(first["metric"]), _score))
     wire: list[tuple[str, Cell]] = [
