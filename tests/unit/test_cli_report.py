@@ -91,6 +91,13 @@ def test_a_script_that_says_nothing_of_samples_has_no_rate(capsys):
     assert cells(capsys.readouterr().out, "samples/s") == ["-"]
 
 
+def test_skipped_pushes_are_counted_where_there_are_any(capsys):
+    print_summary({**SUMMARY, "skipped": 3}, as_json=False)
+    assert cells(capsys.readouterr().out, "pushes skipped") == ["3"]
+    print_summary(SUMMARY, as_json=False)
+    assert "skipped" not in capsys.readouterr().out
+
+
 def test_json_is_the_summary_itself(capsys):
     print_summary(SUMMARY, as_json=True)
     assert json.loads(capsys.readouterr().out) == SUMMARY

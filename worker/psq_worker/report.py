@@ -110,6 +110,8 @@ def _sections(first: Summary) -> list[list[tuple[str, Cell]]]:
         ("samples/s", lambda s: format_rate(s["samples_per_s"])),
         ("time", lambda s: format_seconds(s["elapsed_s"])),
     ]
+    if first["skipped"]:
+        size.insert(1, ("pushes skipped, not finite", lambda s: f"{s['skipped']:,}"))
     return [scores, wire, phases, size]
 
 
