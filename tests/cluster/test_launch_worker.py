@@ -12,6 +12,8 @@ from psq import kernels
 from psq_worker.events import Evaluation, Progress, Started, Summary, parse_event
 
 TASK = """
+import signal
+
 import torch
 from torch import nn
 
@@ -34,6 +36,17 @@ class Tiny:
 
     def evaluate(self, model):
         return {"val_loss": 0.5}
+
+
+class Stuck(Tiny):
+    # the fourth batch comes only to who begins with it
+
+    def batches(self, *, start_step=0, **where):
+        for step, batch in enumerate(super().batches(**where), start_step):
+            if step == 3 > start_step:
+                print("stuck", flush=True)
+                signal.pause()
+            yield batch
 """
 
 ENDLESS = """
@@ -113,6 +126,18 @@ def test_variables_and_torchruns_rank_are_understood(cluster, work):
     server = cluster.server("--world-size", "2")
     for rank in "01":
         work(*TRAIN, PSQ_CONNECT=server.endpoint, RANK=rank, WORLD_SIZE="2", PSQ_RECIPE="fp32")
+    assert server.wait() == 0
+
+
+def test_a_worker_in_the_place_of_a_dead_one_makes_the_steps_that_are_left(cluster, work):
+    server = cluster.server()
+    flags = ("--steps", "5", "--progress", "none", "--json", "--connect", server.endpoint)
+    dead = work("--task", "tiny:Stuck", *flags)
+    dead.wait_line("stuck")
+    dead.signal(signal.SIGKILL)
+    heir = work("--task", "tiny:Stuck", *flags)
+    assert heir.wait() == 0
+    assert json.loads(heir.out().splitlines()[-1])["step"] == 2
     assert server.wait() == 0
 
 
