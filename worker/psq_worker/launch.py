@@ -37,6 +37,7 @@ __all__ = [
 
 READY_TIMEOUT_S: Final = 30.0
 SERVER_END_S: Final = 15.0
+SAVE_S: Final = 600.0  # once every rank has left, the server has only the weights to write
 TICK_S: Final = 0.1
 THREADS_ENV: Final = "OMP_NUM_THREADS"
 SERVER: Final = "server"
@@ -44,6 +45,8 @@ PRINTED_WAIT_S: Final = 15.0  # shorter waits are shown in the table only
 _READY: Final = re.compile(r"psq-server ready .*?\bendpoint=(\S+).*?\bkernel=(\S+)")
 _WAIT: Final = re.compile(r"WARNING (waiting for .* for (\d+) s\b.*)")
 _SERVER_LINE: Final = re.compile(r"\S+ (info|warning|error) (event=.*)")
+_SERVER_WAIT: Final = re.compile(r'\S+ info event=waiting .*text="([^"]*)"')
+_LEFT: Final = re.compile(r"\S+ info event=left rank=(\d+) reason=done")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,8 @@ class _Watch:
         self._view = view
         self._ranks = list(ranks)
         self._endpoint = ""
+        self._server_waits = ""
+        self._left: set[str] = set()
 
     def on_line(self, name: str, text: str) -> None:
         """A child printed a line."""
@@ -168,6 +173,9 @@ class _Watch:
     def _on_server_line(self, text: str) -> None:
         """The ready line is for us; of the log, what is no mere information is for the reader."""
         ready, logged = _READY.match(text), _SERVER_LINE.match(text)
+        waits, left = _SERVER_WAIT.match(text), _LEFT.match(text)
+        self._server_waits = waits[1] if waits else self._server_waits
+        self._left |= {left[1]} if left else set()
         if ready:
             self._endpoint = ready[1]
             self._view.say("", f"server on {ready[1]}, {ready[2]} kernels")
@@ -200,11 +208,18 @@ class _Watch:
             self.pump(children)
 
     def wait_end(self, children: Children) -> None:
-        """Let the server save what it must and end."""
-        deadline = time.monotonic() + SERVER_END_S
+        """Let the server save what it must and end.
+
+        Raises:
+            GaveUpError: it waits for a worker that never came, or does not end.
+        """
+        started = time.monotonic()
         while children.running(SERVER):
-            if time.monotonic() > deadline:
-                msg = f"psq-server did not end within {SERVER_END_S:.0f} s of its workers"
+            patience_s = SAVE_S if len(self._left) == len(self._ranks) else SERVER_END_S
+            if time.monotonic() - started > patience_s:
+                msg = f"psq-server did not end within {patience_s:.0f} s of its workers"
+                if self._server_waits and patience_s == SERVER_END_S:
+                    msg += f": {self._server_waits}; every rank must make a psq.torch.Worker"
                 raise GaveUpError(msg)
             self.pump(children)
 
