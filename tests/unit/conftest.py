@@ -1,5 +1,6 @@
 """A real server in a thread, for tests of what talks to one."""
 
+import contextlib
 import io
 import os
 import socket
@@ -9,7 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import psq.torch
 from psq.link import ServerLink
 from psq_server.line_log import LineLog
 from psq_server.loop import Loop
@@ -103,6 +106,25 @@ def serve() -> Iterator[Callable[..., Served]]:
     yield start
     for served in made:
         served.vanish()
+
+
+@pytest.fixture
+def join(serve, monkeypatch):
+    """Make workers that are closed when the test ends; one server for all of a test's."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    servers = []
+    with contextlib.ExitStack() as stack:
+
+        def start(model: nn.Module, **options) -> psq.torch.Worker:
+            if not servers:
+                servers.append(serve())
+            settings = {"lr": 0.05, "recipe": "fp32", "connect": servers[0].endpoint, "rank": 0}
+            worker = psq.torch.Worker(model, **{**settings, "world_size": 1, **options})
+            stack.callback(worker.close, "error", "the test is over")
+            return worker
+
+        yield start
 
 
 def eventually(condition: Callable[[], object], what: str) -> None:

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 import psq.torch
+from psq import kernels
 from psq.codec import get_codec
-from psq.config import Given, use_given
 from psq.errors import (
-    ConfigError,
     GaveUpError,
     RemotePayloadError,
     RemotePlanError,
@@ -44,25 +43,6 @@ def loss_of(model: nn.Module, step: int, part: slice = slice(None)) -> torch.Ten
 
 def parameters(model: nn.Module) -> np.ndarray:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy().copy()
-
-
-@pytest.fixture
-def join(serve, monkeypatch):
-    """Make workers that are closed when the test ends; one server for all of a test's."""
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    servers = []
-    with contextlib.ExitStack() as stack:
-
-        def start(model: nn.Module, **options) -> psq.torch.Worker:
-            if not servers:
-                servers.append(serve())
-            settings = {"lr": LR, "recipe": "fp32", "connect": servers[0].endpoint, "rank": 0}
-            worker = psq.torch.Worker(model, **{**settings, "world_size": 1, **options})
-            stack.callback(worker.close, "error", "the test is over")
-            return worker
-
-        yield start
 
 
 @pytest.fixture
@@ -98,25 +78,6 @@ def test_adams_settings_reach_the_server(join):
         loss_of(model, step).backward()
         worker.step()
     np.testing.assert_allclose(parameters(model), parameters(twin), rtol=2e-6, atol=2e-7)
-
-
-def test_adams_settings_may_be_a_text_or_a_variable(join, serve, monkeypatch):
-    text = "beta=0.8,weight_decay=0.1"
-    wanted = AdamConfig(beta=0.8, weight_decay=0.1)
-    assert join(make_model(), adam=text).plan.recipe.adam == wanted
-    monkeypatch.setenv("PSQ_ADAM", text)
-    assert join(make_model()).plan.recipe.adam == wanted
-    for settings in ("beta=0.7", AdamConfig(beta=0.7)):
-        worker = join(make_model(), adam=settings, connect=serve().endpoint)
-        assert worker.plan.recipe.adam == AdamConfig(beta=0.7)
-
-
-def test_a_flag_for_adam_is_refused_where_the_script_settles_it():
-    with (
-        use_given(Given({"adam": "beta=0.8"})),
-        pytest.raises(UsageError, match=r"--adam beta=0\.8 would have no effect"),
-    ):
-        psq.torch.Worker(make_model(), adam=AdamConfig())
 
 
 def test_weight_decay_on_the_worker_is_adamws(join):
@@ -559,45 +520,11 @@ def test_after_an_error_the_worker_says_to_close_it_and_leaves_as_failed(join, s
     assert "reason=error" in server.log
 
 
-def test_a_recipe_may_be_a_value_and_then_has_its_own_settings(join):
-    recipe = preset("server-adam").with_codecs(uplink="sign", downlink="weights:bf16")
-    assert join(make_model(), recipe=recipe).plan.recipe == recipe
-    with pytest.raises(ConfigError, match=r"use recipe\.with_adam"):
-        psq.torch.Worker(make_model(), recipe=recipe, adam=AdamConfig())
-
-
-def test_settings_come_from_the_environment(serve, join, monkeypatch):
-    server = serve()
-    settings = {
-        "PSQ_CONNECT": server.endpoint,
-        "PSQ_RECIPE": "qadam",
-        "PSQ_UPLINK": "sign",
-        "PSQ_LR": "0.25",
-        "PSQ_RANK": "0",
-        "PSQ_WORLD_SIZE": "1",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    with psq.torch.Worker(make_model()) as worker:
-        assert worker.plan.recipe.uplink.codec == "sign"
-        assert worker.plan.recipe.name == "qadam"
-        assert worker.lr == 0.25
-    del join
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"rank": 3, "world_size": 2}, "rank: expected 0 to 1"),
-        ({"adam": "betta=0.9"}, "adam: no setting 'betta'; did you mean beta[?]"),
-        ({"recipe": "adamw"}, "no recipe 'adamw'; there are: server-adam"),
-        ({"connect": "nowhere"}, "connect"),
-        ({"lr": -1.0}, "lr"),
-    ],
-)
-def test_arguments_that_cannot_be_are_refused_by_name(options, words):
-    with pytest.raises(ConfigError, match=words):
-        psq.torch.Worker(make_model(), **options)
+def test_kernels_that_cannot_run_here_are_refused_before_the_server_is_asked(monkeypatch):
+    monkeypatch.setenv(kernels.ENVIRONMENT, "v9")
+    monkeypatch.setattr(kernels, "_active", None)
+    with pytest.raises(ConfigError, match="kernel level 'v9' cannot run here"):
+        psq.torch.Worker(make_model(), connect="tcp://127.0.0.1:9", give_up_after_s=0.1)
 
 
 def test_a_worker_with_another_model_is_told_the_first_difference(join):

@@ -1,0 +1,75 @@
+"""A worker's settings: arguments, variables, flags, and which of them win."""
+
+import pytest
+import torch
+from torch import nn
+
+import psq.torch
+from psq.config import Given, use_given
+from psq.errors import ConfigError, UsageError
+from psq.recipe import AdamConfig, preset
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def test_adams_settings_may_be_a_text_or_a_variable(join, serve, monkeypatch):
+    text = "beta=0.8,weight_decay=0.1"
+    wanted = AdamConfig(beta=0.8, weight_decay=0.1)
+    assert join(make_model(), adam=text).plan.recipe.adam == wanted
+    monkeypatch.setenv("PSQ_ADAM", text)
+    assert join(make_model()).plan.recipe.adam == wanted
+    for settings in ("beta=0.7", AdamConfig(beta=0.7)):
+        worker = join(make_model(), adam=settings, connect=serve().endpoint)
+        assert worker.plan.recipe.adam == AdamConfig(beta=0.7)
+
+
+def test_a_flag_for_adam_is_refused_where_the_script_settles_it():
+    with (
+        use_given(Given({"adam": "beta=0.8"})),
+        pytest.raises(UsageError, match=r"--adam beta=0\.8 would have no effect"),
+    ):
+        psq.torch.Worker(make_model(), adam=AdamConfig())
+
+
+def test_a_recipe_may_be_a_value_and_then_has_its_own_settings(join):
+    recipe = preset("server-adam").with_codecs(uplink="sign", downlink="weights:bf16")
+    assert join(make_model(), recipe=recipe).plan.recipe == recipe
+    with pytest.raises(ConfigError, match=r"use recipe\.with_adam"):
+        psq.torch.Worker(make_model(), recipe=recipe, adam=AdamConfig())
+
+
+def test_settings_come_from_the_environment(serve, join, monkeypatch):
+    server = serve()
+    settings = {
+        "PSQ_CONNECT": server.endpoint,
+        "PSQ_RECIPE": "qadam",
+        "PSQ_UPLINK": "sign",
+        "PSQ_LR": "0.25",
+        "PSQ_RANK": "0",
+        "PSQ_WORLD_SIZE": "1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with psq.torch.Worker(make_model()) as worker:
+        assert worker.plan.recipe.uplink.codec == "sign"
+        assert worker.plan.recipe.name == "qadam"
+        assert worker.lr == 0.25
+    del join
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank": 3, "world_size": 2}, "rank: expected 0 to 1"),
+        ({"adam": "betta=0.9"}, "adam: no setting 'betta'; did you mean beta[?]"),
+        ({"recipe": "adamw"}, "no recipe 'adamw'; there are: server-adam"),
+        ({"connect": "nowhere"}, "connect"),
+        ({"lr": -1.0}, "lr"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_by_name(options, words):
+    with pytest.raises(ConfigError, match=words):
+        psq.torch.Worker(make_model(), **options)
