@@ -28,6 +28,7 @@ from typing import Final, Literal, Self, TypeAlias
 import numpy as np
 from torch import Tensor, nn
 
+from psq import kernels
 from psq.adam_text import with_adam_text
 from psq.client import Client, Hooks, Patience
 from psq.codec import ShardCodec, get_codec
@@ -89,7 +90,7 @@ class Worker:
         give_up_after_s: the longest wait before GaveUpError.
 
     Raises:
-        ConfigError: an argument, or a parameter of the model, cannot be used; it is named.
+        ConfigError: an argument, a parameter of the model, or PSQ_KERNEL cannot be used.
         GaveUpError: no server answered in time.
         RemotePlanError, RefusedError: the server trains something else, or does not want this rank.
     """
@@ -123,6 +124,7 @@ class Worker:
         if isinstance(adam, AdamConfig):
             settled += ["adam"]
         config = worker_config(said, settled=settled)
+        kernels.active()  # a PSQ_KERNEL that cannot run here is refused now, not in the first step
         self.skipped = 0
         self._empty_steps = 0
         self._samples = 0

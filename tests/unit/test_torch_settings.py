@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import psq.torch
+from psq import kernels
 from psq.config import Given, use_given
 from psq.errors import ConfigError, UsageError
 from psq.recipe import AdamConfig, preset
@@ -73,3 +74,10 @@ def test_settings_come_from_the_environment(serve, join, monkeypatch):
 def test_arguments_that_cannot_be_are_refused_by_name(options, words):
     with pytest.raises(ConfigError, match=words):
         psq.torch.Worker(make_model(), **options)
+
+
+def test_kernels_that_cannot_run_here_are_refused_before_the_server_is_asked(monkeypatch):
+    monkeypatch.setenv(kernels.ENVIRONMENT, "v9")
+    monkeypatch.setattr(kernels, "_active", None)
+    with pytest.raises(ConfigError, match="kernel level 'v9' cannot run here"):
+        psq.torch.Worker(make_model(), connect="tcp://127.0.0.1:9", give_up_after_s=0.1)

@@ -10,14 +10,8 @@ import torch
 from torch import nn
 
 import psq.torch
-from psq import kernels
 from psq.codec import get_codec
-from psq.errors import (
-    GaveUpError,
-    RemotePayloadError,
-    RemotePlanError,
-    UsageError,
-)
+from psq.errors import GaveUpError, RemotePayloadError, RemotePlanError, UsageError
 from psq.recipe import AdamConfig, preset
 from psq_proto.frames import Header
 from psq_proto.messages import Flags, MessageType
@@ -518,13 +512,6 @@ def test_after_an_error_the_worker_says_to_close_it_and_leaves_as_failed(join, s
     worker.close()
     server.vanish()
     assert "reason=error" in server.log
-
-
-def test_kernels_that_cannot_run_here_are_refused_before_the_server_is_asked(monkeypatch):
-    monkeypatch.setenv(kernels.ENVIRONMENT, "v9")
-    monkeypatch.setattr(kernels, "_active", None)
-    with pytest.raises(ConfigError, match="kernel level 'v9' cannot run here"):
-        psq.torch.Worker(make_model(), connect="tcp://127.0.0.1:9", give_up_after_s=0.1)
 
 
 def test_a_worker_with_another_model_is_told_the_first_difference(join):
