@@ -1,11 +1,11 @@
-"""Speed of Adam and of the server's step as a share of what memory allows.
+"""Speed of Adam as a share of what memory allows (of the server's step: bench/server.py).
 
 The limit is the in-place stream of the same pattern: `r3w3` flips the sign of three vectors (24
 bytes a value), `r4w4` of four. Every round measures the streams, the kernels and torch's fused Adam
 in turn, so that a slow moment of the machine hits all; the best of all rounds counts.
 Ratio = stream time / kernel time: 1.00 is the speed of memory. One thread.
 
-    python bench/optim.py [--numel 25000000] [--rounds 15] [--levels v4,v3] [--workers 2] [--json]
+    python bench/optim.py [--numel 25000000] [--rounds 15] [--levels v4,v3] [--json]
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ import numpy as np
 import torch
 
 from psq import kernels
-from psq.feedback import Compressor
 from psq.optim import Adam
-from psq.plan import Plan
-from psq.recipe import AdamConfig, preset
-from psq_server.reduce import Reducer
+from psq.recipe import AdamConfig
 
 SHARD = 1 << 20
 LR = 1e-3
@@ -31,11 +28,6 @@ ADAMS = {
     "adam": ("r3w3", AdamConfig(), 1),
     "amsgrad": ("r4w4", AdamConfig(amsgrad=True), 1),
     "adam corrected": ("r4w4", AdamConfig(variance_correction=True), 4),
-}
-SERVERS = {
-    "server-adam": "r4w4",  # x, m, v and the residual
-    "fp32": "r3w3",
-    "qadam-1bit": "r2w2",
 }
 Case = tuple[str, str, Callable[[], object]]
 
@@ -50,11 +42,7 @@ def main() -> None:
     streams: dict[str, Callable[[], None]] = {
         f"r{n}w{n}": lambda n=n: flip(vectors[:n]) for n in (2, 3, 4)
     }
-    cases = [
-        case
-        for level in options.levels.split(",")
-        for case in (*adam_cases(level, vectors), *server_cases(level, numel, options.workers))
-    ]
+    cases = [case for level in options.levels.split(",") for case in adam_cases(level, vectors)]
     cases.append(("torch fused Adam", "r3w3", torch_step(g)))
     best = measure(streams, cases, options.rounds)
     report(streams, cases, best, numel, as_json=options.json)
@@ -65,7 +53,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--numel", type=int, default=25_000_000)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--levels", default=kernels.available()[0])
-    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
@@ -92,36 +79,6 @@ def adam_cases(level: str, vectors: list[np.ndarray]) -> list[Case]:
     return [
         (f"{level} {name}", stream, steps(config, workers))
         for name, (stream, config, workers) in ADAMS.items()
-    ]
-
-
-def server_cases(level: str, numel: int, workers: int) -> list[Case]:
-    """A whole round on the server: payloads decoded, averaged, applied, answered."""
-
-    def rounds(recipe: str) -> Callable[[], None]:
-        plan = Plan.of([("w", (numel,))], preset(recipe), workers)
-        reducer, answer = Reducer(plan), [np.empty(0, np.uint8)] * len(plan.layout.shards)
-        payloads = [[np.empty(0, np.uint8)] * workers for _ in plan.layout.shards]
-        rng = np.random.default_rng(2)
-        for rank in range(workers):
-            compressor = Compressor(plan, rank)
-            for shard in plan.layout.shards:
-                payload = np.empty(compressor.nbytes(shard.index), np.uint8)
-                g = rng.standard_normal(shard.numel, dtype=np.float32)
-                compressor.compress(shard.index, [g], LR, payload)
-                payloads[shard.index][rank] = payload
-                answer[shard.index] = np.empty(reducer.payload_nbytes(shard.index), np.uint8)
-
-        def run() -> None:
-            with kernels.use(level):
-                for shard in plan.layout.shards:
-                    reducer.reduce(shard.index, payloads[shard.index], LR, answer[shard.index])
-
-        return run
-
-    return [
-        (f"{level} server {name} W={workers}", stream, rounds(name))
-        for name, stream in SERVERS.items()
     ]
 
 

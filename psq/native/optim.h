@@ -34,7 +34,7 @@ struct PsqAdam {
   PsqCorrectionCoefficients correction;  // adam_corrected only, whose result is always PSQ_WRITE
   PsqResult result;
   float g_scale;  // g is multiplied by it first
-  size_t ahead;   // unless the result is PSQ_WRITE: how far on to fetch m, v, third and x
+  size_t ahead;   // unless the result is PSQ_WRITE: how far on to fetch m, v and third
 };
 
 struct PsqOptimKernels {

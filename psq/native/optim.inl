@@ -83,7 +83,6 @@ PSQ_INLINE void adam_fetch(size_t i, AdamKind kind, const PsqAdam& a) {
   __builtin_prefetch(a.m + i, 1);
   __builtin_prefetch(a.v + i, 1);
   if (kind.mode != kPlain) __builtin_prefetch(a.third + i, 1);
-  __builtin_prefetch(a.x + i, 1);
 }
 
 // The last values, fewer than a row: the same row with zeros behind them, which divide into nothing but zeros.
