@@ -15,6 +15,7 @@ import pytest
 from psq.process import PARENT_FD_ENV
 from psq_worker.children import (
     MAX_LINE_BYTES,
+    STOP_GRACE_S,
     TAIL_LINES,
     ChildFailedError,
     Children,
@@ -154,6 +155,31 @@ def test_leaving_the_block_ends_a_child_that_listens_and_one_that_does_not():
         began_s = time.monotonic()
     assert time.monotonic() - began_s < 2.0
     assert not any(is_alive(pid) for pid in pids)
+
+
+POLITE = """
+    import signal, sys, threading, time
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
+    print("ready")
+    told.wait()
+    print("told", time.monotonic())
+"""
+
+
+@pytest.mark.parametrize("stubborn", [True, False])
+def test_the_first_child_is_told_last_and_in_time_even_when_others_do_not_end(stubborn):
+    group = Crowd()
+    with group.children:
+        group.start("server", POLITE)
+        group.start("rank 0", POLITE)
+        if stubborn:
+            ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            group.start("rank 1", ignore + 'print("ready")\n' + WAIT_FOR_EVER)
+        ready = 3 if stubborn else 2
+        group.until(lambda: sum(text == "ready" for _, text in group.lines) == ready)
+    told = {name: float(text.split()[1]) for name, text in group.lines if "told" in text}
+    assert told["rank 0"] < told["server"] < told["rank 0"] + STOP_GRACE_S
 
 
 def test_what_a_child_left_behind_in_its_group_is_ended_too():

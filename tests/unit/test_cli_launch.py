@@ -20,9 +20,10 @@ class Said:
 
     def __init__(self, looks):
         self._looks = looks
+        self.lines = []
 
     def say(self, who, text):
-        pass
+        self.lines.append((who, text))
 
     def refresh(self, board):
         pass
@@ -63,3 +64,12 @@ def test_a_save_without_an_end_is_given_up_too(watch, monkeypatch):
         watch.on_line("server", LEFT.format(rank))
     with pytest.raises(GaveUpError, match=r"did not end within -2 s of its workers$"):
         watch.wait_end(Said(3))
+
+
+def test_of_the_servers_log_warnings_are_shown_but_not_what_the_launcher_says_itself():
+    said = Said(0)
+    watch = launch._Watch(Board(2), said, ["rank 0", "rank 1"])
+    gone = "2026-01-01T00:00:00Z warning event=left rank=0 reason={} text=SIGTERM"
+    for line in (WAITING, gone.format("interrupted"), gone.format("error")):
+        watch.on_line("server", line)
+    assert said.lines == [("server", gone.format("error"))]

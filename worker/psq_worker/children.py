@@ -7,8 +7,8 @@
             children.pump(0.2)                      # lines, signals, exits
 
 - Each child is the leader of a session of its own, so a Ctrl-C in the terminal reaches only the
-  parent, which then ends the children in order: SIGTERM, and SIGKILL to the whole process group
-  after `STOP_GRACE_S`.
+  parent, which then ends the children in order: SIGTERM, to the one they all talk to last, and
+  SIGKILL to the whole process group after `STOP_GRACE_S`.
 - Each child holds the read end of a pipe whose write end only the parent has (`psq.process`): when
   the parent is killed in a way it cannot handle, the children end themselves.
 - One child that ends with a code other than 0 ends all; the error carries its code and last words.
@@ -36,6 +36,7 @@ from psq.process import PARENT_FD_ENV
 __all__ = ["STOP_GRACE_S", "ChildFailedError", "Children", "InterruptedByError"]
 
 STOP_GRACE_S: Final = 1.2  # with what else must be done, all is over within 2 s of a Ctrl-C
+FIRST_STAYS_S: Final = 0.3
 TAIL_LINES: Final = 12
 MAX_LINE_BYTES: Final = 65_536
 READ_BYTES: Final = 65_536
@@ -176,21 +177,28 @@ class Children:
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """End every child: SIGTERM, then SIGKILL to what is left after `grace_s`.
 
-        A signal that comes meanwhile (a second Ctrl-C) ends the patience at once.
+        The first one started is told when the others have ended, or `FIRST_STAYS_S` later: they
+        talk to it, and to say goodbye to nobody would cost them half a second. A signal that comes
+        meanwhile (a second Ctrl-C) ends the patience at once.
         """
         self._signals.clear()
-        alive = [c for c in self._children.values() if c.process.poll() is None]
-        for child in alive:
-            child.process.terminate()
-        deadline = time.monotonic() + grace_s
-        while any(c.process.poll() is None for c in alive) and not self._signals:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                break
-            self._read(min(left, 0.05))
+        first, others = list(self._children.values())[:1], list(self._children.values())[1:]
+        began_s = time.monotonic()
+        _terminate(others)
+        self._wait_ended(others, began_s + min(FIRST_STAYS_S, grace_s))
+        _terminate(first)
+        self._wait_ended([*first, *others], began_s + grace_s)
         for child in self._children.values():
             self._kill_group(child)
             self._read_rest(child)
+
+    def _wait_ended(self, children: Sequence[_Child], deadline_s: float) -> None:
+        """Pass on what the children still say, until they have ended or patience has."""
+        while any(c.process.poll() is None for c in children) and not self._signals:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return
+            self._read(min(left_s, 0.05))
 
     def _kill_group(self, child: _Child) -> None:
         """End a child, and whatever it started and left behind in its session."""
@@ -243,6 +251,12 @@ class Children:
             if not text.startswith('{"psq":'):
                 child.tail.append(text)
             self._on_line(child.name, text)
+
+
+def _terminate(children: Sequence[_Child]) -> None:
+    for child in children:
+        if child.process.poll() is None:
+            child.process.terminate()
 
 
 def _describe(code: int) -> str:

@@ -44,6 +44,7 @@ SERVER: Final = "server"
 PRINTED_WAIT_S: Final = 15.0  # shorter waits are shown in the table only
 _READY: Final = re.compile(r"psq-server ready .*?\bendpoint=(\S+).*?\bkernel=(\S+)")
 _WAIT: Final = re.compile(r"WARNING (waiting for .* for (\d+) s\b.*)")
+_INTERRUPTED: Final = "reason=interrupted"  # the launcher says itself who ended whom
 _SERVER_LINE: Final = re.compile(r"\S+ (info|warning|error) (event=.*)")
 _SERVER_WAIT: Final = re.compile(r'\S+ info event=waiting .*text="([^"]*)"')
 _LEFT: Final = re.compile(r"\S+ info event=left rank=(\d+) reason=done")
@@ -179,7 +180,7 @@ class _Watch:
         if ready:
             self._endpoint = ready[1]
             self._view.say("", f"server on {ready[1]}, {ready[2]} kernels")
-        elif not logged or logged[1] != "info":
+        elif not logged or (logged[1] != "info" and _INTERRUPTED not in logged[2]):
             self._view.say(SERVER, text)
 
     def pump(self, children: Children) -> None:
