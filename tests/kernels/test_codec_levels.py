@@ -12,6 +12,8 @@ from psq import kernels
 from psq.codec import get_codec
 from psq.codec.registry import all_codecs
 from psq.kernels import BLOCKS, Family, Format
+from psq.kernels.quantizers import CENTROIDS
+from psq.kernels.reference import _norm
 
 NATIVE = [name for name in kernels.available() if name != kernels.REFERENCE]
 SIZES = (0, 1, 15, 16, 17, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 3000, 9000)
@@ -134,6 +136,35 @@ def test_any_bytes_of_the_right_length_decode_alike_everywhere(data, spec, numel
                 decoded(kernels.get(name), form, payload, base, add=add),
                 decoded(reference, form, payload, base, add=add),
             )
+
+
+@native
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_value_halfway_between_two_centroids_takes_the_outer_one_on_every_level(other, bits):
+    form = get_codec(f"lloyd-max:bits={bits},block=256").format
+    points = CENTROIDS[bits]
+    for level, halfway in enumerate((points[:-1] + points[1:]) * np.float32(0.5)):
+        values = of_norm_one(form, halfway)
+        payload, _ = encoded(reference, form, values, None)
+        came = decoded(other, form, payload, np.zeros_like(values), add=False)
+        assert came[0] == points[level + 1] * payload[:4].view(np.float32)[0]
+        assert_same_bits(other, form, values, None)
+
+
+def of_norm_one(form, value):
+    """A block that begins with this value and whose root mean square is 1 to the last bit."""
+    values = np.zeros(256, np.float32)
+    values[:3] = value, 15, np.sqrt(256 - 15**2 - np.float64(value) ** 2)
+    assert _norm(values, form) == 1
+    return values
+
+
+@native
+@pytest.mark.parametrize("spec", ["sign", "sign:norm=l2", "lloyd-max:bits=2", "log:k=2"])
+def test_a_segment_of_many_chunks_under_one_scale_gives_the_same_bits(other, spec, gradient):
+    form = get_codec(spec).format._replace(block=0)
+    for numel in (5 * 8192 + 3, 21 * 8192):
+        assert_same_bits(other, form, gradient(numel), gradient(numel))
 
 
 @pytest.mark.parametrize("numel", [2**40, 2**62, 2**63, 2**64 - 1])
