@@ -31,10 +31,10 @@ struct PsqAdam {
   float* out;      // not used by PSQ_SUBTRACT
   size_t numel;
   PsqAdamCoefficients coefficients;
-  PsqCorrectionCoefficients correction;  // adam_corrected only, whose result is always PSQ_WRITE
+  PsqCorrectionCoefficients correction;  // adam_corrected only, which does not subtract
   PsqResult result;
   float g_scale;  // g is multiplied by it first
-  size_t ahead;   // unless the result is PSQ_WRITE: how far on to fetch m, v and third
+  size_t ahead;   // how far on to fetch m, v and third, for callers who come to those values later
 };
 
 struct PsqOptimKernels {

@@ -54,28 +54,27 @@ PSQ_INLINE F adam_row(AdamRow& row, AdamMode mode, AdamDecay decay, bool from_m,
   return u;
 }
 
-PSQ_INLINE F negative(F row) { return as_f(as_u(row) ^ splat(0x80000000u)); }
-
 // Everything that is decided once for a whole vector: constants in the loops below, where a choice between rows would
 // send them through memory.
 struct AdamKind {
   AdamMode mode;
   AdamDecay decay;
-  PsqResult result;
+  bool subtract;
   bool from_m;
 };
 
 PSQ_INLINE void adam_at(size_t i, AdamKind kind, const PsqAdam& a) {
   AdamRow row = {load(a.g + i) * splat(a.g_scale), load(a.m + i), load(a.v + i), F{}, F{}};
   if (kind.mode != kPlain) row.third = load(a.third + i);
-  if (kind.decay != kNoDecay || kind.result == PSQ_SUBTRACT) row.x = load(a.x + i);
+  if (kind.decay != kNoDecay || kind.subtract) row.x = load(a.x + i);
   const F u = adam_row(row, kind.mode, kind.decay, kind.from_m, a);
   store(a.m + i, row.m);
   store(a.v + i, row.v);
   if (kind.mode != kPlain) store(a.third + i, row.third);
-  if (kind.result == PSQ_WRITE) store(a.out + i, u);
-  if (kind.result == PSQ_NEGATE) store(a.out + i, negative(u));
-  if (kind.result == PSQ_SUBTRACT) store(a.x + i, row.x - u);
+  if (kind.subtract)
+    store(a.x + i, row.x - u);
+  else
+    store(a.out + i, as_f(as_u(u) ^ splat(a.result == PSQ_NEGATE ? 0x80000000u : 0u)));
 }
 
 // For a caller who does other things before it comes to those values.
@@ -85,60 +84,60 @@ PSQ_INLINE void adam_fetch(size_t i, AdamKind kind, const PsqAdam& a) {
   if (kind.mode != kPlain) __builtin_prefetch(a.third + i, 1);
 }
 
-// The last values, fewer than a row: the same row with zeros behind them, which divide into nothing but zeros.
-PSQ_INLINE void adam_tail(size_t start, AdamKind kind, const PsqAdam& a) {
-  float g[16] = {}, m[16] = {}, v[16] = {}, third[16] = {}, x[16] = {}, out[16];
-  const size_t bytes = (a.numel - start) * sizeof(float);
-  PsqAdam tail = {g, m, v, third, x, out, 16, a.coefficients, a.correction, a.result, a.g_scale, 0};
-  __builtin_memcpy(g, a.g + start, bytes);
-  __builtin_memcpy(m, a.m + start, bytes);
-  __builtin_memcpy(v, a.v + start, bytes);
-  if (kind.mode != kPlain) __builtin_memcpy(third, a.third + start, bytes);
-  if (kind.decay != kNoDecay || kind.result == PSQ_SUBTRACT) __builtin_memcpy(x, a.x + start, bytes);
-  adam_at(0, kind, tail);
-  __builtin_memcpy(a.m + start, m, bytes);
-  __builtin_memcpy(a.v + start, v, bytes);
-  if (kind.mode != kPlain) __builtin_memcpy(a.third + start, third, bytes);
-  if (kind.result == PSQ_SUBTRACT)
-    __builtin_memcpy(a.x + start, x, bytes);
-  else
-    __builtin_memcpy(a.out + start, out, bytes);
-}
-
 PSQ_INLINE void adam_loop(AdamKind kind, const PsqAdam& a) {
-  const size_t rows_end = a.numel / 16 * 16;
-  for (size_t i = 0; i < rows_end; i += 16) {
-    if (kind.result != PSQ_WRITE) adam_fetch(i + a.ahead, kind, a);
+  for (size_t i = 0; i < a.numel; i += 16) {
+    adam_fetch(i + a.ahead, kind, a);
     adam_at(i, kind, a);
   }
-  if (rows_end < a.numel) adam_tail(rows_end, kind, a);
 }
 
-template <AdamMode mode, AdamDecay decay, PsqResult result>
-void adam_of(const PsqAdam& arguments) {
+// Whole rows only.
+template <AdamMode mode, AdamDecay decay, bool subtract>
+void adam_rows(const PsqAdam& arguments) {
   const PsqAdam a = arguments;  // a local copy: the stores below cannot change it
   if (a.coefficients.m_weight > 0.0f)
-    adam_loop({mode, decay, result, true}, a);
+    adam_loop({mode, decay, subtract, true}, a);
   else
-    adam_loop({mode, decay, result, false}, a);
+    adam_loop({mode, decay, subtract, false}, a);
 }
 
-template <AdamMode mode, PsqResult result>
+// All rows, then the last values, fewer than a row, with zeros behind them, which divide into nothing but zeros.
+PSQ_OUTLINE void adam_over(const PsqAdam& a, void (*rows)(const PsqAdam&)) {
+  PsqAdam part = a;
+  part.numel = a.numel / 16 * 16;
+  rows(part);
+  const size_t at = part.numel, bytes = (a.numel - at) * sizeof(float);
+  if (bytes == 0) return;
+  float g[16] = {}, m[16] = {}, v[16] = {}, third[16] = {}, x[16] = {}, out[16] = {};
+  __builtin_memcpy(g, a.g + at, bytes);
+  __builtin_memcpy(m, a.m + at, bytes);
+  __builtin_memcpy(v, a.v + at, bytes);
+  if (a.third != nullptr) __builtin_memcpy(third, a.third + at, bytes);
+  if (a.x != nullptr) __builtin_memcpy(x, a.x + at, bytes);
+  rows({g, m, v, third, x, out, 16, a.coefficients, a.correction, a.result, a.g_scale, 0});
+  __builtin_memcpy(a.m + at, m, bytes);
+  __builtin_memcpy(a.v + at, v, bytes);
+  if (a.third != nullptr) __builtin_memcpy(a.third + at, third, bytes);
+  if (a.result == PSQ_SUBTRACT)
+    __builtin_memcpy(a.x + at, x, bytes);
+  else
+    __builtin_memcpy(a.out + at, out, bytes);
+}
+
+template <AdamMode mode, bool subtract>
 void adam_with_decay(const PsqAdam& a) {
-  if (a.x != nullptr && a.coefficients.l2 != 0.0f) return adam_of<mode, kL2, result>(a);
-  if (a.x != nullptr && a.coefficients.decay != 0.0f) return adam_of<mode, kDecoupled, result>(a);
-  adam_of<mode, kNoDecay, result>(a);
+  if (a.x != nullptr && a.coefficients.l2 != 0.0f) return adam_over(a, adam_rows<mode, kL2, subtract>);
+  if (a.x != nullptr && a.coefficients.decay != 0.0f) return adam_over(a, adam_rows<mode, kDecoupled, subtract>);
+  adam_over(a, adam_rows<mode, kNoDecay, subtract>);
 }
 
 template <AdamMode mode>
 void adam_with_result(const PsqAdam& a) {
-  if (a.result == PSQ_NEGATE) return adam_with_decay<mode, PSQ_NEGATE>(a);
-  if (a.result == PSQ_SUBTRACT) return adam_with_decay<mode, PSQ_SUBTRACT>(a);
-  adam_with_decay<mode, PSQ_WRITE>(a);
+  a.result == PSQ_SUBTRACT ? adam_with_decay<mode, true>(a) : adam_with_decay<mode, false>(a);
 }
 
 void adam(const PsqAdam& a) { a.third == nullptr ? adam_with_result<kPlain>(a) : adam_with_result<kAmsgrad>(a); }
-void adam_corrected(const PsqAdam& a) { adam_with_decay<kCorrected, PSQ_WRITE>(a); }
+void adam_corrected(const PsqAdam& a) { adam_with_decay<kCorrected, false>(a); }
 
 const PsqOptimKernels optim_kernels = {adam, adam_corrected};
 

@@ -43,7 +43,7 @@ PSQ_INLINE void add_loop(const float* sum, float scale, bool subtract, float* ou
     if (subtract)
       store(x + i, load(x + i) - u);
     else
-      store(out + i, negative(u));
+      store(out + i, as_f(as_u(u) ^ splat(kSignBit)));
   }
   for (size_t i = whole; i < numel; ++i) {
     if (subtract)
