@@ -13,7 +13,7 @@ from psq.recipe import preset
 from psq_proto.frames import Header
 from psq_proto.messages import Flags, MessageType
 
-NUMEL = PART_NUMEL + 10  # one shard in one bit, two parts in f32
+NUMEL = PART_NUMEL + 10  # one shard in few bits, two parts in f32
 DENSE = get_codec("fp32").wire_id
 
 
@@ -30,7 +30,8 @@ def weights(version: int, shard: int = 0, part: int = 0, **fields) -> Header:
 
 
 def delta(version: int, shard: int = 0) -> Header:
-    return weights(version, shard, flags=Flags.DELTA, codec=get_codec("sign").wire_id)
+    codec = get_codec(preset("server-adam").downlink.codec)
+    return weights(version, shard, flags=Flags.DELTA, codec=codec.wire_id)
 
 
 def payload_bytes(plan: Plan, shard: int = 0) -> int:
