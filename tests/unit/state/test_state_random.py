@@ -70,12 +70,21 @@ def machine_of(cluster, plan_of, reached):  # noqa: C901 - one class of many sma
         @precondition(lambda self: self.job.held)
         @rule(all_of_them=st.booleans())
         def the_reducer_works(self, all_of_them):
-            while self.job.held and self.job.stop_action is None:
+            self.reduce(10**6 if all_of_them else 1)
+
+        @rule(ranks=st.permutations([0, 1, 2]))
+        def a_round_passes_without_trouble(self, ranks):
+            for rank in ranks:
+                self.act(rank, "push_all")
+            self.reduce(10**6)
+
+        def reduce(self, at_most):
+            for _ in range(at_most):
+                if not self.job.held or self.job.stop_action is not None:
+                    break
                 action = self.job.held.pop(0)
                 assert action.round == self.job.version
                 self.job.reduce(action)
-                if not all_of_them:
-                    break
             self.check_verdicts()
 
         @rule(seconds=st.floats(0, 12))
