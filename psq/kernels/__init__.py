@@ -90,6 +90,11 @@ def get(name: str) -> Kernels:
         why = "" if _native is not None else " (installed without native code)"
         msg = f"kernel level {name!r} cannot run here{why}: choose one of {here}, or none at all"
         raise ConfigError(msg)
+    verbs = [name for name in vars(_Reference) if not name.startswith("_")]
+    lacking = [verb for verb in verbs if not hasattr(_native.Level, verb)]
+    if lacking:
+        msg = f"the native kernels are older than psq (no {lacking[0]}): install psq again"
+        raise ConfigError(msg)
     return _native.Level(name)
 
 

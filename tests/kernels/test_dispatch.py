@@ -89,6 +89,20 @@ def test_use_of_an_unknown_level_changes_nothing():
     assert kernels.level() == before
 
 
+def test_native_kernels_of_an_older_build_are_refused_with_advice(monkeypatch):
+    class Older:
+        @staticmethod
+        def levels():
+            return ("v3",)
+
+        class Level:
+            encode = decode = payload_finite = all_finite = name = None
+
+    monkeypatch.setattr(kernels, "_native", Older)
+    with pytest.raises(ConfigError, match=r"older than psq \(no adam_update\): install psq again"):
+        kernels.get("v3")
+
+
 # ---- object files of the build, where there is one -----------------------------------------------
 
 
