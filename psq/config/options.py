@@ -30,12 +30,19 @@ from psq.config.setting import Setting, settings_of
 from psq.config.sources import CONFIG_ENV, Given
 from psq.errors import EXIT_USAGE, PsqError
 
-__all__ = ["EXIT_INTERRUPTED", "fail", "options", "run"]
+__all__ = ["EPILOG", "EXIT_INTERRUPTED", "fail", "options", "run"]
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 DEBUG_ENV: Final = "PSQ_DEBUG"
+# What --help of every command ends with.
+EPILOG: Final = """\
+Exit codes: 0 done, 1 another error, 64 wrong use, 65 file unusable, 75 gave up waiting, 76 fenced
+by a newer process, 77 turned away by the server, 78 wrong configuration, 130 Ctrl-C, 143 SIGTERM.
+Each setting may be a flag, a PSQ_* variable (in brackets) or a key of the TOML file; the first of
+these that speaks wins.
+"""
 
 
 def options(

@@ -24,7 +24,7 @@ import click
 import psq
 from psq import kernels
 from psq.config import Given, ServerConfig, is_loopback, stray_variables
-from psq.config.options import options, run
+from psq.config.options import EPILOG, options, run
 from psq.link import ServerLink
 from psq.metrics import CONTENT_TYPE, Metrics, Totals
 from psq.process import watch_parent
@@ -46,7 +46,9 @@ STUCK_S: Final = 10.0
 """A loop that has not ticked for so long is called stuck by /healthz."""
 
 
-@click.command("psq-server", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    "psq-server", context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG
+)
 @click.version_option(psq.__version__, prog_name="psq-server")
 @options(ServerConfig)
 def serve(given: Given) -> int:

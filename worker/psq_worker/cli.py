@@ -23,7 +23,7 @@ from psq.config import (
     settings_of,
     stray_variables,
 )
-from psq.config.options import options, run
+from psq.config.options import EPILOG, options, run
 from psq.errors import ConfigError, UsageError
 
 __all__ = ["main", "psq", "worker", "worker_main"]
@@ -42,12 +42,6 @@ NOT_FOR_LAUNCH: Final = (
 # Everything after the script's name belongs to the script.
 HELP_SETTINGS: Final = {"help_option_names": ["-h", "--help"]}
 SCRIPT_SETTINGS: Final = {**HELP_SETTINGS, "allow_interspersed_args": False}
-EPILOG: Final = """\
-Exit codes: 0 done, 1 another error, 64 wrong use, 65 file unusable, 75 gave up waiting, 76 fenced
-by a newer process, 77 turned away by the server, 78 wrong configuration, 130 Ctrl-C, 143 SIGTERM.
-Each setting may be a flag, a PSQ_* variable (in brackets) or a key of the TOML file; the first of
-these that speaks wins.
-"""
 
 
 def script_arguments(function: Any) -> Any:
