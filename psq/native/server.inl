@@ -11,6 +11,8 @@
 namespace {
 
 constexpr size_t kPiece = 1024;
+// Of many payloads each piece is a short read somewhere else in memory: longer ones cost less (at 32, 15 to 25 %).
+constexpr size_t kMany = 16, kPieceOfMany = 4096;
 
 // A payload from value `from` of its segment on, a multiple of the block and of 512 (codec.h).
 PSQ_INLINE size_t scale_offset(const PsqFormat& format, size_t from) {
@@ -78,7 +80,7 @@ PSQ_INLINE void reply(const PsqServerStep& s, size_t from, size_t numel, const f
 }
 
 void server_step(const PsqServerStep& s) {
-  size_t piece = kPiece;
+  size_t piece = s.payload_count < kMany ? kPiece : kPieceOfMany;
   if (s.uplink.block > piece) piece = s.uplink.block;
   if (s.downlink.block > piece) piece = s.downlink.block;
   const bool one_scale = s.downlink.block == 0 && s.downlink.family != PSQ_BF16 && s.downlink.family != PSQ_FP32;

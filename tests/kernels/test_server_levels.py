@@ -129,6 +129,11 @@ def test_one_to_eight_contributions(uplink, count):
     assert_same(make_step((2500, 40), uplink=uplink, count=count, downlink=downlink))
 
 
+@pytest.mark.parametrize("uplink", UPLINKS)
+def test_a_crowd_of_contributions(uplink):
+    assert_same(make_step((9001, 40), uplink=uplink, count=17, adam=AdamConfig()))
+
+
 def test_the_sum_is_taken_by_rank_and_multiplied_by_the_rounded_inverse():
     """1e8 + -1e8 + 1 keeps the 1, 1e8 + 1 + -1e8 loses it."""
     base = make_step((20,), uplink="fp32", answer="none")
