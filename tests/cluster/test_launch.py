@@ -287,11 +287,12 @@ def test_a_script_that_fails_ends_all_with_its_code_and_its_last_words(folder):
                     sys.exit(7)
         """,
     )
+    before = descendants(os.getpid())
     result = run(folder, "launch", "-n", "2", script)
     assert result.returncode == 7
     assert re.search(r"psq: error: rank 1 ended with code 7(.|\n)*the disk is gone", result.stderr)
     assert "Traceback" not in result.stderr
-    assert not descendants(os.getpid())
+    assert not descendants(os.getpid()) - before
 
 
 def test_a_users_own_error_shows_the_users_traceback(folder):

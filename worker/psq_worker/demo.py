@@ -138,11 +138,14 @@ def _draw(path: Path, ours: dict[str, Any], psq: Board, baseline: Board) -> str:
     wire = ours["wire"]
     title = f"{ours['task']}: psq with {ours['workers']} workers, beside plain fp32 Adam"
     subtitle = (
-        f"recipe {ours['recipe']}, {ours['numel']:,} parameters, "
-        f"{wire['bits_per_parameter_up']:.2f} bits per parameter up, "
+        f"recipe {ours['recipe']}\n{ours['numel']:,} parameters, "
+        f"{wire['bits_per_parameter_up']:.2f} bits per parameter up and "
         f"{wire['bits_per_parameter_down']:.2f} down, counted on the wire with headers"
     )
-    label = f"psq ({wire['bits_per_parameter_up']:.1f} bits up)"
+    bits = (
+        f"{wire['bits_per_parameter_up']:.1f} bits up, {wire['bits_per_parameter_down']:.1f} down"
+    )
+    label = f"psq ({bits})"
     curves: list[Curve] = [curve_of(label, psq), curve_of("plain Adam (fp32, 32 bits)", baseline)]
     try:
         draw(path, title, subtitle, *curves)

@@ -125,6 +125,8 @@ def _draw_curve(axes: Any, curve: Curve, style: dict[str, Any]) -> None:
 
 
 def _label(axes: Any, metric: str) -> None:
+    from matplotlib.ticker import LogLocator  # noqa: PLC0415 - an extra, absent from some installs
+
     axes[0, 0].set_title("Training loss by step")
     axes[0, 1].set_title("Training loss by bytes sent")
     axes[1, 0].set_title(f"{metric} by step")
@@ -138,7 +140,9 @@ def _label(axes: Any, metric: str) -> None:
         axis.set_xlabel("sent by each worker, MB")
         if any(max(line.get_xdata(), default=0) > 0 for line in axis.lines):
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("")
             axis.set_xlabel("sent by each worker, MB (logarithmic)")
     axes[0, 0].legend(loc="upper right")
 
