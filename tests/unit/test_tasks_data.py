@@ -140,6 +140,15 @@ def test_a_file_that_unpacks_beyond_the_limit_is_refused(tmp_path, monkeypatch):
         read_idx(path)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [b"\0\0\x08\0x", b"\0\0\x08\x01" + bytes(4), b"\0\0\x08\x04" + b"\0\0\0\x01" * 4 + b"x"],
+)
+def test_a_header_without_values_or_with_too_many_dimensions_is_refused(header):
+    with pytest.raises(ConfigError, match="expected 1 to 3"):
+        idx._parse(Path("images.gz"), header)
+
+
 @given(raw=st.binary(max_size=64) | st.builds(lambda tail: b"\0\0\x08" + tail, st.binary()))
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_give_an_array_or_a_clear_error(raw):

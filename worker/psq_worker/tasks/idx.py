@@ -33,6 +33,7 @@ __all__ = [
 
 DEBIAN_DIR: Final = Path("/usr/share/datasets/fashion-mnist")
 SHIPPED_DIR: Final = Path(__file__).parent / "data" / "fashion-mnist"
+MAX_DIMENSIONS: Final = 3  # images are count x rows x columns, labels a count
 MAX_IDX_BYTES: Final = 256 * 1024 * 1024
 _MAGIC: Final = bytes((0, 0, 8))  # 8: the values are unsigned bytes
 _IMAGE_DIMENSIONS: Final = 3
@@ -169,11 +170,17 @@ def _parse(path: Path, raw: bytes) -> npt.NDArray[np.uint8]:
     shape = tuple(
         int.from_bytes(raw[at : at + 4], "big") for at in range(4, min(offset, len(raw)), 4)
     )
-    numel = math.prod(shape) if shape else 0
+    numel = math.prod(shape)
     if len(raw) != offset + numel:
         msg = (
             f"data file {path} has {len(raw)} bytes, its header of shape {shape} wants "
             f"{offset + numel}: {_REMEDY}"
+        )
+        raise ConfigError(msg)
+    if not 1 <= raw[3] <= MAX_DIMENSIONS or numel == 0:
+        msg = (
+            f"data file {path} has a header of {raw[3]} dimensions and shape {shape}, expected 1 "
+            f"to {MAX_DIMENSIONS} and none of size 0: {_REMEDY}"
         )
         raise ConfigError(msg)
     return np.frombuffer(raw, np.uint8, offset=offset).reshape(shape)
