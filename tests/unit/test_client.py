@@ -15,7 +15,7 @@ from psq.recipe import preset
 from psq_proto.frames import Header
 
 NUMEL = PART_NUMEL + 100
-HURRY = Patience(give_up_after_s=0.3, heartbeat_s=0.02, report_s=0.05, farewell_s=5.0)
+HURRY = Patience(give_up_after_s=1.0, heartbeat_s=0.02, report_s=0.05, farewell_s=5.0)
 CALM = Patience(give_up_after_s=10.0, heartbeat_s=0.02, report_s=5.0, farewell_s=5.0)
 
 

@@ -504,7 +504,7 @@ def test_a_context_leaves_with_the_reason_of_its_end(join, serve):
 def test_after_an_error_the_worker_says_to_close_it_and_leaves_as_failed(join, serve):
     server = serve()
     model = make_model()
-    worker = join(model, connect=server.endpoint, give_up_after_s=0.2, world_size=2)
+    worker = join(model, connect=server.endpoint, give_up_after_s=2.5, world_size=2)
     with pytest.raises(GaveUpError, match="waiting for rank 1"):
         worker.step()
     with pytest.raises(UsageError, match=r"stopped working [(]GaveUpError"):
