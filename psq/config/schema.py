@@ -7,10 +7,12 @@ twice.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from psq.config.setting import check_fields, setting, switch
+from psq.config.setting import COMMA, check_fields, setting, switch
 from psq.errors import ConfigError
 
 __all__ = [
@@ -30,9 +32,12 @@ DEFAULT_ENDPOINT: Final = f"tcp://127.0.0.1:{DEFAULT_PORT}"
 MAX_PORT: Final = 65_535
 MAX_WORLD_SIZE: Final = 4096
 MAX_LOCAL_WORKERS: Final = 256
+MAX_LOCAL_SERVERS: Final = 64
+MAX_SERVERS: Final = 256
 MAX_STEPS: Final = 1_000_000_000
 MAX_SEED: Final = 2**32 - 1
 MAX_WAIT_S: Final = 30 * 86_400.0
+_HOST: Final = re.compile(r"\*|[\w.-]+|\[[\w:.%]+\]")  # any, a name or IPv4, IPv6
 LOOPBACK_HOSTS: Final = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -91,7 +96,11 @@ class WorkerConfig:
     """What one worker is told: by `psq-worker`, or by a script that makes a `psq.torch.Worker`."""
 
     connect: str = setting(
-        DEFAULT_ENDPOINT, "the server's address", metavar="URL", cluster=("MASTER_ADDR",)
+        DEFAULT_ENDPOINT,
+        "the server's address; of several servers all, in the same order for every worker",
+        metavar="URL[,URL...]",
+        many=True,
+        cluster=("MASTER_ADDR",),
     )
     rank: int = setting(
         0,
@@ -131,6 +140,17 @@ class WorkerConfig:
         "Adam's settings, as in \"beta=0.95,weight_decay=0.01\" (default: the recipe's)",
         metavar="NAME=VALUE,...",
     )
+    consistency: str = setting(
+        "bsp",
+        "how many rounds workers may be apart: bsp (none), ssp:K (K) or asp (any number); bsp and "
+        "ssp take ,quorum=Q (Q pushes close a round) and ,mads=X (once the others are late by X "
+        "median deviations)",
+        metavar="RULE",
+    )
+    overlap: bool = switch("push gradients while backward still runs")
+    residual: Literal["f32", "bf16"] = setting(
+        "f32", "how error feedback keeps what was not sent: 4 bytes per parameter, or 2"
+    )
     lr: float | None = setting(
         None, f"learning rate (default: the task's, or {DEFAULT_LR:g})", above=0, high=1e6
     )
@@ -169,13 +189,18 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         """Types, ranges, and what only makes sense together."""
         check_fields(self)
-        _check_endpoint("connect", self.connect, allow_any_port=False)
+        _check_connect(self.endpoints)
         if self.rank >= self.world_size:
             msg = (
                 f"rank: expected 0 to {self.world_size - 1} in a job of world_size "
                 f"{self.world_size}, got {self.rank}"
             )
             raise ConfigError(msg)
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """The servers' addresses; a server's number in the job is its place here."""
+        return tuple(part.strip() for part in self.connect.split(COMMA))
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,11 +249,25 @@ TABLES: Final[dict[str, type[Any]]] = {
 def _check_endpoint(name: str, endpoint: str, *, allow_any_port: bool) -> None:
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     low = 0 if allow_any_port else 1
-    good = endpoint.startswith("tcp://") and host and port.isascii() and port.isdigit()
+    named = endpoint.startswith("tcp://") and _HOST.fullmatch(host)
+    good = named and port.isascii() and port.isdigit()
     if not good or not low <= int(port) <= MAX_PORT:
         msg = (
             f"{name}: expected tcp://HOST:PORT with a port of {low} to {MAX_PORT}, got {endpoint!r}"
         )
+        raise ConfigError(msg)
+
+
+def _check_connect(endpoints: Sequence[str]) -> None:
+    """Every address by itself, and each one once: a server has one number in a job."""
+    for endpoint in endpoints:
+        _check_endpoint("connect", endpoint, allow_any_port=False)
+    twice = next((one for one in endpoints if endpoints.count(one) > 1), "")
+    if twice:
+        msg = f"connect: {twice} stands there twice: each server of a job has one address"
+        raise ConfigError(msg)
+    if len(endpoints) > MAX_SERVERS:
+        msg = f"connect: expected at most {MAX_SERVERS} servers, got {len(endpoints)}"
         raise ConfigError(msg)
 
 

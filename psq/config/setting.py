@@ -4,7 +4,9 @@
 
 declares `--lease`, `PSQ_LEASE`, `lease =` in the TOML table, the unit (the field's last word), the
 default and the check, once. `settings_of` turns such a dataclass into `Setting` values;
-`psq.config.sources` and `psq.config.options` read nothing else. This module never reads the
+`psq.config.sources` and `psq.config.options` read nothing else. A setting with `many` is a list
+that a flag or a variable writes with commas; a TOML file and code may say it as a list. One typed
+`int | Literal["auto"]` takes the word in place of a number. This module never reads the
 environment, a file or the command line.
 """
 
@@ -24,6 +26,8 @@ __all__ = ["ENV_PREFIX", "Setting", "check_fields", "setting", "settings_of", "s
 
 ENV_PREFIX: Final = "PSQ_"
 MAX_TEXT_CHARS: Final = 4096
+MAX_LIST_CHARS: Final = 65_536
+COMMA: Final = ","
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"0", "false", "no", "off"})
 _METAVARS: Final = {str: "TEXT", int: "N", float: "X", bool: ""}
@@ -40,6 +44,7 @@ class _Meta:
     low: float | None
     above: float | None
     high: float | None
+    many: bool
     cluster: tuple[str, ...]
 
 
@@ -52,8 +57,10 @@ class Setting:
         key: the TOML key, as in "lease".
         kind: str, int, float or bool.
         choices: the allowed texts; empty when any will do.
+        words: the texts that may stand in place of a number.
         optional: None is allowed and means "not set".
         low, above, high: the range: low <= value <= high, value > above; None is no limit.
+        many: a text of several parts with commas between them; a list of them will do too.
         cluster: torchrun's and Slurm's variables that say the same, in order of preference.
     """
 
@@ -65,10 +72,12 @@ class Setting:
     short: str
     metavar: str
     choices: tuple[str, ...]
+    words: tuple[str, ...]
     optional: bool
     low: float | None
     above: float | None
     high: float | None
+    many: bool
     cluster: tuple[str, ...]
 
     @property
@@ -93,7 +102,8 @@ class Setting:
             for sign, limit in ((">", self.above), (">=", self.low), ("<=", self.high))
             if limit is not None
         ]
-        return f"{kind} {' and '.join(limits)}" if limits else kind
+        said = f"{kind} {' and '.join(limits)}" if limits else kind
+        return " or ".join((said, *self.words))
 
     def parse(self, text: str) -> Any:
         """The value a text (a flag's or a variable's) stands for.
@@ -105,13 +115,13 @@ class Setting:
             if self.kind is bool:
                 value: Any = _parse_bool(text)
             else:
-                value = self.kind(text)
+                value = text if text in self.words else self.kind(text)
         except ValueError:
             raise ValueError(self.complaint(text)) from None
         return self.check(value)
 
     def check(self, value: Any) -> Any:
-        """The value itself, an int widened to float where a float is meant.
+        """The value itself; an int widened to float where a float is meant, a list made one text.
 
         Raises:
             ValueError: it has another type, or is out of range; the message says what was expected
@@ -119,8 +129,12 @@ class Setting:
         """
         if value is None and self.optional:
             return None
+        if self.words and value in self.words:
+            return value
         if self.kind is float and type(value) is int:
             value = float(value)
+        if self.many and isinstance(value, list | tuple) and all(type(v) is str for v in value):
+            value = COMMA.join(value)
         if type(value) is not self.kind or not self._in_range(value):
             raise ValueError(self.complaint(value))
         return value
@@ -133,7 +147,7 @@ class Setting:
         if self.choices:
             return value in self.choices
         if isinstance(value, str):
-            return 0 < len(value) <= MAX_TEXT_CHARS
+            return 0 < len(value) <= (MAX_LIST_CHARS if self.many else MAX_TEXT_CHARS)
         if isinstance(value, bool):
             return True
         return (
@@ -154,6 +168,7 @@ def setting(  # noqa: PLR0913 - one keyword for each thing that can be said of a
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
+    many: bool = False,
     cluster: tuple[str, ...] = (),
 ) -> Any:
     """A dataclass field that is also a flag, a variable and a TOML key.
@@ -167,9 +182,10 @@ def setting(  # noqa: PLR0913 - one keyword for each thing that can be said of a
         low: smallest number allowed.
         above: a number must be larger than this.
         high: largest number allowed.
+        many: several texts, with commas between them or as a list.
         cluster: variables of torchrun and Slurm that say the same.
     """
-    meta = _Meta(help, key, short, metavar, low, above, high, cluster)
+    meta = _Meta(help, key, short, metavar, low, above, high, many, cluster)
     return dataclasses.field(default=default, metadata={"setting": meta})
 
 
@@ -211,7 +227,7 @@ def check_fields(config: Any) -> None:
 
 def _describe(field: dataclasses.Field[Any], hint: Any) -> Setting:
     meta: _Meta = field.metadata["setting"]
-    kind, choices, optional = _read_hint(hint)
+    kind, choices, words, optional = _read_hint(hint)
     return Setting(
         field=field.name,
         key=meta.key or field.name,
@@ -221,24 +237,25 @@ def _describe(field: dataclasses.Field[Any], hint: Any) -> Setting:
         short=meta.short,
         metavar=meta.metavar or ("|".join(choices) if choices else _METAVARS[kind]),
         choices=choices,
+        words=words,
         optional=optional,
         low=meta.low,
         above=meta.above,
         high=meta.high,
+        many=meta.many,
         cluster=meta.cluster,
     )
 
 
-def _read_hint(hint: Any) -> tuple[Any, tuple[str, ...], bool]:
-    """(kind, choices, optional) of `int`, `str | None`, `Literal["a", "b"]`."""
-    optional = False
-    if get_origin(hint) in (Union, UnionType):
-        (inner,) = (a for a in get_args(hint) if a is not NoneType)
-        hint, optional = inner, True
-    if get_origin(hint) is Literal:
-        return str, get_args(hint), optional
-    assert hint in _METAVARS, hint  # noqa: S101 - our own dataclasses only
-    return hint, (), optional
+def _read_hint(hint: Any) -> tuple[Any, tuple[str, ...], tuple[str, ...], bool]:
+    """(kind, choices, words, optional) of `str | None`, `Literal["a"]`, `int | Literal["auto"]`."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    literals = [part for part in parts if get_origin(part) is Literal]
+    kinds = [part for part in parts if part in _METAVARS]
+    assert len(kinds) + len(literals) in (1, 2), hint  # noqa: S101 - our own dataclasses only
+    texts = get_args(literals[0]) if literals else ()
+    optional = NoneType in parts
+    return (kinds[0], (), texts, optional) if kinds else (str, texts, (), optional)
 
 
 def _parse_bool(text: str) -> bool:

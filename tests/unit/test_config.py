@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import pytest
@@ -266,6 +266,61 @@ def test_a_config_made_in_code_is_checked_too() -> None:
     with pytest.raises(ConfigError, match="rank: expected a whole number"):
         WorkerConfig(rank="1")  # type: ignore[arg-type]
     assert type(ServerConfig(lease_s=3).lease_s) is float
+
+
+TWO = "tcp://a:7001,tcp://b:7002"
+
+
+def test_the_servers_of_a_job_are_a_list_in_their_order(tmp_path: Path) -> None:
+    file = tmp_path / "psq.toml"
+    file.write_text('[worker]\nconnect = ["tcp://a:7001", "tcp://b:7002"]\n')
+    said = [
+        run_flags(WorkerConfig, ["--connect", TWO], {}),
+        ask(WorkerConfig, environ={"PSQ_CONNECT": "tcp://a:7001, tcp://b:7002"}),
+        ask(WorkerConfig, file=str(file)),
+        ask(WorkerConfig, arguments={"connect": ["tcp://a:7001", "tcp://b:7002"]}),
+        ask(WorkerConfig, arguments={"connect": TWO}),
+    ]
+    for resolved in said:
+        assert resolved.config.endpoints == ("tcp://a:7001", "tcp://b:7002")
+    assert said[2].config.connect == TWO
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("tcp://a:1,tcp://a:1", "connect: tcp://a:1 stands there twice"),
+        ("tcp://a:1,", "expected tcp://HOST:PORT with a port of 1 to 65535, got ''"),
+        ("tcp://a:1;tcp://b:1", "expected tcp://HOST:PORT"),
+        (",".join(f"tcp://a:{port}" for port in range(1, 258)), "at most 256 servers, got 257"),
+    ],
+)
+def test_a_list_of_servers_is_checked_part_by_part(text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(complaint)):
+        ask(WorkerConfig, environ={"PSQ_CONNECT": text})
+
+
+def test_a_list_of_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "psq.toml"
+    file.write_text("[worker]\nconnect = [5555]\n")
+    with pytest.raises(ConfigError, match=r"connect\): expected text, got \[5555\]"):
+        ask(WorkerConfig, file=str(file))
+    with pytest.raises(ConfigError, match=r"task\): expected text, got \['a', 'b'\]"):
+        ask(WorkerConfig, arguments={"task": ["a", "b"]})
+
+
+def test_a_word_may_stand_in_place_of_a_number() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Sample:
+        count: int | Literal["auto"] = setting(1, "how many", low=1)
+
+    (item,) = settings_of(Sample)
+    assert [item.parse("3"), item.parse("auto"), item.check("auto")] == [3, "auto", "auto"]
+    for wrong in ("0", "automatic", "1.5"):
+        with pytest.raises(ValueError, match="expected a whole number >= 1 or auto, got"):
+            item.parse(wrong)
+    with pytest.raises(ValueError, match="expected a whole number"):
+        item.check("3")
 
 
 def test_several_servers_are_refused_by_name() -> None:

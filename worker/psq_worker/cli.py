@@ -66,6 +66,7 @@ def worker(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     What comes after "--" is the script's own command line.
     """
     from psq.process import watch_parent  # noqa: PLC0415 - --help needs none of these
+    from psq_worker.recipes import check_available  # noqa: PLC0415 - as above
 
     launched = watch_parent()
     # Before torch is imported: threads that spin while they wait starve the other workers of a
@@ -73,6 +74,7 @@ def worker(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     check_script(given, script)
     config = given.resolve(WorkerConfig).config
+    check_available(config)
     if not launched:  # else the launcher's server says it, once
         for name, meant in stray_variables(os.environ).items():
             hint = f"did you mean {meant}?" if meant else "psq reads no such variable"
@@ -100,11 +102,12 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     """
     need("torch", "rich")
     from psq_worker.launch import Commands, run_launch  # noqa: PLC0415 - --help needs no rich
-    from psq_worker.recipes import recipe_of  # noqa: PLC0415 - --help needs no numpy
+    from psq_worker.recipes import check_available, recipe_of  # noqa: PLC0415 - nor numpy
 
     check_script(given, script)
     config = given.resolve(LaunchConfig).config
     told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
+    check_available(told)
     recipe_of(told)  # fails before anything is started
     words = [script, "--", *script_words(arguments)] if script is not None else []
     commands = Commands(
