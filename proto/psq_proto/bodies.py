@@ -107,17 +107,26 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of the contribution `seq` of the header; `server_s` is what its round took."""
+    """What became of the contribution `seq` of the header; `server_s` is what its round took.
+
+    "applied": every shard counts but those in `rejected`, which were refused (at most
+    MAX_LIST_ITEMS, ascending). "rejected": none counts, and the list is empty.
+    """
 
     outcome: Literal["applied", "rejected"]
     reason: str = ""
     server_s: float = 0.0
+    rejected: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what the wire cannot carry."""
         checks.choice("outcome", self.outcome, ("applied", "rejected"))
         checks.text("reason", self.reason)
         object.__setattr__(self, "server_s", checks.seconds("server_s", self.server_s))
+        checks.shards("rejected", self.rejected)
+        if self.rejected and self.outcome == "rejected":
+            msg = f"a rejected contribution names no shards of its own, got {self.rejected!r:.80}"
+            raise UsageError(msg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +147,9 @@ class Status:
     """The answer to HEARTBEAT: the open round, the shards this worker owes it, who is waited for.
 
     `waiting` holds (rank, seconds since it was heard). Both lists hold at most MAX_LIST_ITEMS.
+    `resolved` is the seq of this rank's last VERDICT (NONE if there was none). `clock_s` is what
+    the server's monotonic clock says: good for drawing several machines on one axis of time, and
+    for nothing else.
     """
 
     round: int
@@ -145,6 +157,8 @@ class Status:
     missing: tuple[int, ...] = ()
     waiting: tuple[tuple[int, float], ...] = ()
     text: str = ""
+    resolved: int = NONE
+    clock_s: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what the wire cannot carry."""
@@ -162,6 +176,8 @@ class Status:
         )
         object.__setattr__(self, "waiting", pairs)
         checks.text("text", self.text)
+        checks.whole("resolved", self.resolved, NONE, U64_MAX)
+        object.__setattr__(self, "clock_s", checks.seconds("clock_s", self.clock_s))
 
 
 @dataclass(frozen=True, slots=True)

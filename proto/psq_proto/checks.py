@@ -10,9 +10,9 @@ import math
 from typing import Any
 
 from psq_proto.errors import UsageError
-from psq_proto.limits import MAX_LIST_ITEMS, MAX_TEXT_BYTES
+from psq_proto.limits import MAX_LIST_ITEMS, MAX_TEXT_BYTES, NO_SHARD
 
-__all__ = ["choice", "clip_text", "flag", "items", "seconds", "text", "whole"]
+__all__ = ["choice", "clip_text", "flag", "items", "seconds", "shards", "text", "whole"]
 
 
 def clip_text(value: str) -> str:
@@ -65,3 +65,14 @@ def items(what: str, value: object) -> tuple[Any, ...]:
         msg = f"{what} must be a tuple of at most {MAX_LIST_ITEMS} items, got {value!r:.80}"
         raise UsageError(msg)
     return value
+
+
+def shards(what: str, value: object) -> None:
+    """A tuple of shard indexes, ascending and none twice, so that nobody can act on one twice."""
+    before = -1
+    for shard in items(what, value):
+        whole(what, shard, 0, NO_SHARD - 1)
+        if shard <= before:
+            msg = f"{what} must name shards in ascending order, got {shard} after {before}"
+            raise UsageError(msg)
+        before = shard

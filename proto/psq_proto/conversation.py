@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import NamedTuple, TypedDict, Unpack
 
 from psq_proto.errors import RemoteProtocolError, UsageError
-from psq_proto.frames import Buffer, Header, encode_control, encode_frame, seal
+from psq_proto.frames import (
+    HEADER_BYTES,
+    Buffer,
+    Header,
+    encode_control,
+    encode_frame,
+    seal,
+)
 from psq_proto.messages import ControlBody, Error, Flags, MessageType, from_worker
 from psq_proto.transitions import TRANSITIONS, State
 
-__all__ = ["Conversation", "HeaderFields", "Message", "describe"]
+__all__ = ["Conversation", "HeaderFields", "Message", "describe", "is_wish"]
 
 
 class Message(NamedTuple):
@@ -89,7 +96,7 @@ class Conversation:
         """
         self._check_may_send(message_type)
         seal(frame, self._address(message_type, fields))
-        self._sent(message_type, b"")
+        self._sent(message_type, memoryview(frame).cast("B")[HEADER_BYTES:])
 
     def _check_may_send(self, message_type: MessageType) -> None:
         if not self.may_send(message_type):
@@ -112,8 +119,10 @@ class Conversation:
 
     def _sent(self, message_type: MessageType, body: ControlBody | Buffer) -> None:
         """Take note of a message that is on its way."""
-        fatal = isinstance(body, Error) and body.fatal
-        self.state = State.CLOSED if fatal else TRANSITIONS[self.state][message_type]
+        if isinstance(body, Error) and body.fatal:
+            self.state = State.CLOSED
+        elif not is_wish(message_type, body):
+            self.state = TRANSITIONS[self.state][message_type]
 
     def _check_allowed(self, header: Header) -> None:
         if header.type not in TRANSITIONS[self.state]:
@@ -122,6 +131,11 @@ class Conversation:
 
     def _who(self) -> str:
         return f"rank {self.rank} incarnation {self.incarnation} of epoch {self.epoch}"
+
+
+def is_wish(message_type: MessageType, body: ControlBody | Buffer) -> bool:
+    """Whether a message is a PLAN without a body: it asks for the job's and moves nobody on."""
+    return message_type is MessageType.PLAN and not body
 
 
 def describe(header: Header) -> str:

@@ -68,6 +68,7 @@ _CRC_OFFSET: Final = HEADER_BYTES - _CRC.size
 _SKIP: Final = int(Flags.SKIP)
 _ALL_FLAGS: Final = int(Flags.SKIP | Flags.DELTA | Flags.FULL)
 _RUN_ID_BYTES: Final = 16
+_MAY_BE_EMPTY: Final = frozenset({MessageType.PLAN, MessageType.PROBE, MessageType.ECHO})
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def _misuse_of_others(header: Header, flags: int) -> str:
         return f"{name} has no codec and no flags, got codec {header.codec} flags {flags}"
     if header.type is MessageType.INIT:
         return f"INIT must name a shard, got {NO_SHARD}" if header.shard == NO_SHARD else ""
-    if header.shard or header.part:
+    if header.shard or (header.part and header.type is not MessageType.PROBE):
         return f"{name} has no shard and no part, got shard {header.shard} part {header.part}"
     return ""
 
@@ -142,11 +143,7 @@ def _misuse_of_push(header: Header, flags: int) -> str:
     if flags & ~_SKIP or header.part:
         return f"PUSH has no flag but SKIP and no part, got flags {flags} part {header.part}"
     if flags:
-        if header.codec or header.shard != NO_SHARD:
-            return (
-                f"PUSH SKIP has codec 0 and shard {NO_SHARD}, got {header.codec} and {header.shard}"
-            )
-        return ""
+        return f"PUSH SKIP has codec 0, got {header.codec}" if header.codec else ""
     if not header.codec or header.shard == NO_SHARD:
         return f"PUSH must name a codec and a shard, got codec {header.codec} shard {header.shard}"
     return ""
@@ -169,12 +166,15 @@ def _misfit(header: Header, body_len: int) -> str:
     kind = header.type
     limit = MAX_PAYLOAD_BYTES if kind in DATA_TYPES else MAX_CONTROL_BYTES
     empty = kind is MessageType.PULL or bool(int(header.flags) & _SKIP)
+    least = 0 if kind in _MAY_BE_EMPTY else 1
     if empty and body_len:
         return f"{kind.name} has no body here, got {body_len} bytes"
-    if not empty and not 0 < body_len <= limit:
-        return f"{kind.name} must have a body of 1..{limit} bytes, got {body_len}"
+    if not empty and not least <= body_len <= limit:
+        return f"{kind.name} must have a body of {least}..{limit} bytes, got {body_len}"
     if kind is MessageType.INIT and body_len % 4:
         return f"INIT holds 4-byte floats, got {body_len} bytes"
+    if kind is MessageType.PROBE and header.part > body_len:
+        return f"PROBE of {body_len} bytes wants {header.part} back: an ECHO is never the longer"
     return ""
 
 

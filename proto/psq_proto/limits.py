@@ -38,7 +38,7 @@ MAX_LIST_ITEMS: Final = 1024
 """The longest list in a control body; who has more to report reports the first ones."""
 
 NO_SHARD: Final = U32_MAX
-"""The shard of a PUSH that carries none (SKIP)."""
+"""The shard of a SKIP that speaks for every shard not said yet."""
 NO_VERSION: Final = U64_MAX
 """The version of a PULL from a worker that has no weights yet."""
 NONE: Final = -1

@@ -1,8 +1,8 @@
 """Message types, flags and control bodies: what psq's processes can say to each other.
 
 This is the module to import from; limits and bodies have files of their own. Data bodies (PLAN,
-INIT, PUSH, WEIGHTS) are raw bytes and have no class; PULL has no body at all. Nothing here does I/O
-or keeps state. `proto/README.md` is the specification.
+INIT, PUSH, WEIGHTS, PROBE, ECHO, JOB) are raw bytes and have no class; PULL has no body at all.
+Nothing here does I/O or keeps state. `proto/README.md` is the specification.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class MessageType(IntEnum):
     PULL = 6
     HEARTBEAT = 7
     LEAVE = 8
+    PROBE = 10
     COOKIE = 65
     WELCOME = 66
     VERDICT = 67
@@ -103,10 +104,20 @@ class MessageType(IntEnum):
     STATUS = 72
     ERROR = 73
     BYE = 74
+    ECHO = 75
+    JOB = 76
 
 
 DATA_TYPES: Final = frozenset(
-    {MessageType.PLAN, MessageType.INIT, MessageType.PUSH, MessageType.WEIGHTS}
+    {
+        MessageType.PLAN,
+        MessageType.INIT,
+        MessageType.PUSH,
+        MessageType.WEIGHTS,
+        MessageType.PROBE,
+        MessageType.ECHO,
+        MessageType.JOB,
+    }
 )
 
 
@@ -120,7 +131,7 @@ class Flags(IntFlag):
 
     NONE = 0
     SKIP = 1
-    """PUSH without payload: this rank contributes nothing to this round."""
+    """PUSH without payload: this rank contributes nothing to a shard, or to all it has not said."""
     DELTA = 2
     """WEIGHTS to add to the version before."""
     FULL = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from psq_proto.conversation import Conversation, HeaderFields, Message, describe
+from psq_proto.conversation import Conversation, HeaderFields, Message, describe, is_wish
 from psq_proto.errors import (
     FencedError,
     RefusedError,
@@ -17,7 +17,15 @@ from psq_proto.errors import (
     StaleFrameError,
     UsageError,
 )
-from psq_proto.frames import Buffer, Header, decode_control, decode_frame, digest64, encode_control
+from psq_proto.frames import (
+    Buffer,
+    Header,
+    decode_control,
+    decode_frame,
+    digest64,
+    encode_control,
+    encode_frame,
+)
 from psq_proto.messages import (
     BODY_TYPES,
     MAJOR,
@@ -48,6 +56,9 @@ _CODES: Final[tuple[tuple[type[RemoteError], ErrorCode, bool], ...]] = (
 )
 """What a server answers to each error, and whether that is fatal; the first that fits counts."""
 
+_BEFORE_THE_PLAN: Final = frozenset({MessageType.PLAN, MessageType.PROBE})
+"""What may name another plan than this session has: one is it, the other has no use for it."""
+
 
 class ServerSession(Conversation):
     """A server's end of its conversation with one peer (one routing id).
@@ -57,7 +68,8 @@ class ServerSession(Conversation):
     digest) and `plan_body` are the worker's. When a JOIN takes over a rank that another connection
     held, send FENCED on that connection's session; if it was this same connection, its worker
     joined again and there is nobody to fence. WEIGHTS made here are addressed to all (rank 0,
-    incarnation 0), so that one frame serves every worker.
+    incarnation 0), so that one frame serves every worker. On a PLAN without a body `send_job`, as
+    soon as there is a job; on PROBE `send_echo`.
     """
 
     def __init__(self, *, run_id: bytes, epoch: int) -> None:
@@ -94,6 +106,27 @@ class ServerSession(Conversation):
         self._offered = self._offered or incarnation
         self.incarnation = self._offered
         return self.send(MessageType.COOKIE, Cookie(self.hello.nonce))
+
+    def send_job(self, plan_body: Buffer) -> bytearray:
+        """The JOB that tells a worker which plan to join with; its header names that plan."""
+        self._check_may_send(MessageType.JOB)
+        header = Header(
+            type=MessageType.JOB,
+            run_id=self.run_id,
+            epoch=self.epoch,
+            incarnation=self.incarnation,
+            rank=self.rank,
+            plan=digest64(plan_body),
+        )
+        return encode_frame(header, plan_body)
+
+    def send_echo(self, probe: Message) -> bytearray:
+        """The ECHO of a PROBE: the first `part` bytes of its body, under its seq."""
+        if not isinstance(probe.body, memoryview):
+            msg = f"only a PROBE has an ECHO, not {describe(probe.header)}"
+            raise UsageError(msg)
+        body = probe.body[: probe.header.part]
+        return self.send(MessageType.ECHO, body, seq=probe.header.seq)
 
     def receive(self, buffer: Buffer) -> Message:
         """The message in `buffer`, once it is found whole, current and legal.
@@ -151,6 +184,9 @@ class ServerSession(Conversation):
         if message_type is MessageType.COOKIE and not self.incarnation:
             msg = "a COOKIE hands out an incarnation: use send_cookie"
             raise UsageError(msg)
+        if message_type is MessageType.JOB:
+            msg = "a JOB names the plan that it carries: use send_job"
+            raise UsageError(msg)
         if message_type is MessageType.WEIGHTS:
             return Header(
                 type=message_type, run_id=self.run_id, epoch=self.epoch, plan=self.plan, **fields
@@ -176,7 +212,7 @@ class ServerSession(Conversation):
         if header.rank != self.rank:
             msg = f"{describe(header)}, which said HELLO as rank {self.rank}"
             raise RemoteProtocolError(msg)
-        if header.plan != self.plan and header.type is not MessageType.PLAN:
+        if header.plan != self.plan and header.type not in _BEFORE_THE_PLAN:
             msg = f"{describe(header)} names plan {header.plan:016x}, it sent plan {self.plan:016x}"
             raise RemotePlanError(msg)
 
@@ -188,7 +224,8 @@ class ServerSession(Conversation):
             self._offered = 0
         elif header.type is MessageType.PLAN and isinstance(body, memoryview):
             self._take_plan(header, body)
-        self.state = TRANSITIONS[self.state][header.type]
+        if not is_wish(header.type, body):
+            self.state = TRANSITIONS[self.state][header.type]
 
     def _take_hello(self, header: Header, body: Hello) -> None:
         if MAJOR not in body.majors:
@@ -209,4 +246,5 @@ class ServerSession(Conversation):
         if digest != header.plan:
             msg = f"PLAN has digest {digest:016x}, its header says {header.plan:016x}"
             raise RemotePlanError(msg)
-        self.plan, self.plan_body = digest, bytes(body)
+        if body.nbytes:
+            self.plan, self.plan_body = digest, bytes(body)

@@ -7,6 +7,9 @@ what.
     IDLE -HELLO-> GREETED -COOKIE-> COOKIED -PLAN-> PLANNED -JOIN-> JOINING -WELCOME-> JOINED
     JOINED -INIT PUSH PULL HEARTBEAT VERDICT WEIGHTS STATUS-> JOINED -LEAVE-> LEAVING -BYE-> CLOSED
 
+PROBE and its ECHO measure the link and move nobody, from COOKIED until LEAVING. JOB, which answers
+a PLAN without a body, leaves a COOKIED worker so.
+
 HELLO starts over from every open state: that is how a worker joins again. FENCED is the end of a
 worker's claim to its rank, CLOSED the end of the conversation; neither is left again.
 """
@@ -46,7 +49,7 @@ def _table() -> _Table:
     join: _Table = {
         s.IDLE: {},
         s.GREETED: {m.COOKIE: s.COOKIED},
-        s.COOKIED: {m.PLAN: s.PLANNED},
+        s.COOKIED: {m.PLAN: s.PLANNED, m.JOB: s.COOKIED},
         s.PLANNED: {m.JOIN: s.JOINING},
         s.JOINING: {m.WELCOME: s.JOINED},
     }
@@ -60,6 +63,8 @@ def _table() -> _Table:
         s.LEAVING: dict.fromkeys((m.HEARTBEAT, m.LEAVE, m.VERDICT, m.WEIGHTS, m.STATUS), s.LEAVING),
     }
     table = join | work
+    for state in (s.COOKIED, s.PLANNED, s.JOINING, s.JOINED):
+        table[state] |= dict.fromkeys((m.PROBE, m.ECHO), state)
     for state, row in table.items():
         row |= {m.HELLO: s.GREETED, m.STALE_EPOCH: state, m.ERROR: state}
         row |= {m.FENCED: s.FENCED, m.BYE: s.CLOSED}
@@ -70,6 +75,7 @@ def _table() -> _Table:
 TRANSITIONS: Final = _table()
 """TRANSITIONS[state][type sent or received] -> next state; a type that is not there is illegal.
 
-Two moves depend on more than the type: a fatal ERROR leads to CLOSED, and the worker that receives
-STALE_EPOCH goes back to IDLE (the server that sends it stays where it is).
+Three moves depend on more than the type: a fatal ERROR leads to CLOSED, a PLAN without a body moves
+nobody, and the worker that receives STALE_EPOCH goes back to IDLE (the server that sends it stays
+where it is).
 """

@@ -34,9 +34,16 @@ from psq_proto.transitions import OVER, TRANSITIONS, State
 __all__ = ["WorkerSession"]
 
 _LEFTOVERS: Final = frozenset(
-    {MessageType.COOKIE, MessageType.VERDICT, MessageType.WEIGHTS, MessageType.STATUS}
+    {
+        MessageType.COOKIE,
+        MessageType.VERDICT,
+        MessageType.WEIGHTS,
+        MessageType.STATUS,
+        MessageType.ECHO,
+        MessageType.JOB,
+    }
 )
-"""What a server may have under way when a worker begins to join again: dropped, not a fault."""
+"""What a server may have under way when a worker moves on or joins again: dropped, no fault."""
 
 _NAMING_THE_PLAN: Final = frozenset(
     {MessageType.WELCOME, MessageType.VERDICT, MessageType.WEIGHTS, MessageType.STATUS}
@@ -56,7 +63,9 @@ class WorkerSession(Conversation):
     """A worker's end of its conversation with one server.
 
     HELLO; on COOKIE both PLAN (`plan_body`) and JOIN; on WELCOME the rounds. After STALE_EPOCH the
-    state is IDLE and it starts again from HELLO, with the same lineage.
+    state is IDLE and it starts again from HELLO, with the same lineage. One that does not know the
+    job has an empty `plan_body`: it says PLAN with it, gets the job's plan in JOB, and another
+    session joins with that.
     """
 
     def __init__(self, *, rank: int, plan_body: bytes) -> None:
@@ -90,6 +99,9 @@ class WorkerSession(Conversation):
             msg = f"{describe(header)} names plan {header.plan:016x}, ours is {self.plan:016x}"
             raise RemotePlanError(msg)
         body = decode_control(frame) if header.type in BODY_TYPES else frame.body
+        if header.type is MessageType.JOB and digest64(frame.body) != header.plan:
+            msg = f"{describe(header)} names plan {header.plan:016x}, which its body is not"
+            raise RemotePlanError(msg)
         self._received(header, body)
         return Message(header, body)
 

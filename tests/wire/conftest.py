@@ -36,6 +36,7 @@ settings.load_profile("wire")
 U64 = st.integers(0, U64_MAX)
 U64_OR_NONE = st.integers(NONE, U64_MAX)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=60)
+SHARDS = st.sets(st.integers(0, U32_MAX - 1), max_size=9).map(lambda some: tuple(sorted(some)))
 SECONDS = st.floats(0, 1e300, allow_nan=False) | st.integers(0, 10**6)
 LEAVE_REASONS = st.sampled_from(["done", "error", "interrupted"])
 
@@ -60,8 +61,9 @@ STRATEGIES = {
         has_weights=st.booleans(),
     ),
     Verdict: st.builds(
-        Verdict, outcome=st.sampled_from(["applied", "rejected"]), reason=TEXT, server_s=SECONDS
-    ),
+        Verdict, outcome=st.just("applied"), reason=TEXT, server_s=SECONDS, rejected=SHARDS
+    )
+    | st.builds(Verdict, outcome=st.just("rejected"), reason=TEXT, server_s=SECONDS),
     Heartbeat: st.builds(Heartbeat, have_version=U64_OR_NONE, progress=U64),
     Status: st.builds(
         Status,
@@ -70,6 +72,8 @@ STRATEGIES = {
         missing=st.lists(st.integers(0, U32_MAX - 1), max_size=9).map(tuple),
         waiting=st.lists(st.tuples(st.integers(0, U32_MAX), SECONDS), max_size=9).map(tuple),
         text=TEXT,
+        resolved=U64_OR_NONE,
+        clock_s=SECONDS,
     ),
     Leave: st.builds(Leave, reason=LEAVE_REASONS, text=TEXT),
     Error: st.builds(

@@ -38,6 +38,7 @@ from psq_proto.messages import (
 
 U16, U32, U64 = st.integers(0, 0xFFFF), st.integers(0, U32_MAX), st.integers(0, U64_MAX)
 SHARD = st.integers(0, NO_SHARD - 1)
+MAY_BE_EMPTY = (MessageType.PLAN, MessageType.PROBE, MessageType.ECHO)
 PUSH = Header(MessageType.PUSH, codec=0x101, shard=3, rate=0.1, seq=4, round=4, version=4)
 
 # Offsets in the header of the fields that these tests falsify; proto/README.md has them all.
@@ -65,7 +66,7 @@ def sealed(draw: st.DrawFn) -> tuple[Header, bytes]:
     if kind is MessageType.PUSH:
         fields["rate"] = draw(st.floats(0, allow_infinity=False))
     if kind is MessageType.PUSH and draw(st.booleans()):
-        fields |= {"flags": Flags.SKIP, "shard": NO_SHARD}
+        fields |= {"flags": Flags.SKIP, "shard": draw(SHARD | st.just(NO_SHARD))}
         body = b""
     elif kind in (MessageType.PUSH, MessageType.WEIGHTS):
         fields |= {"codec": draw(U16.filter(bool)), "shard": draw(SHARD)}
@@ -75,8 +76,10 @@ def sealed(draw: st.DrawFn) -> tuple[Header, bytes]:
     if kind is MessageType.INIT:
         fields |= {"shard": draw(SHARD), "part": draw(U32)}
         body *= 4
-    if kind is MessageType.PULL:
+    if kind is MessageType.PULL or (kind in MAY_BE_EMPTY and draw(st.booleans())):
         body = b""
+    if kind is MessageType.PROBE:
+        fields["part"] = draw(st.integers(0, len(body)))
     return Header(kind, **fields), body
 
 
@@ -230,7 +233,11 @@ def test_each_lie_is_named(offset: int, lie: bytes, words: str) -> None:
         (MessageType.PUSH, {"codec": 1, "shard": NO_SHARD}, "must name a codec and a shard"),
         (MessageType.PUSH, {"codec": 1, "part": 1}, "no part"),
         (MessageType.PUSH, {"codec": 1, "flags": Flags.FULL}, "no flag but SKIP"),
-        (MessageType.PUSH, {"flags": Flags.SKIP, "shard": 0}, "SKIP has codec 0 and shard"),
+        (MessageType.PUSH, {"flags": Flags.SKIP, "codec": 1}, "SKIP has codec 0, got 1"),
+        (MessageType.PUSH, {"flags": Flags.SKIP, "part": 1}, "no part"),
+        (MessageType.PROBE, {"shard": 1}, "no shard"),
+        (MessageType.ECHO, {"part": 1}, "no shard and no part"),
+        (MessageType.JOB, {"flags": Flags.SKIP}, "no flags"),
         (MessageType.WEIGHTS, {"codec": 1}, "either DELTA or FULL"),
         (MessageType.WEIGHTS, {"codec": 1, "flags": Flags.DELTA | Flags.FULL}, "either DELTA"),
         (MessageType.WEIGHTS, {"codec": 1, "flags": Flags.DELTA, "part": 1}, "no parts"),
@@ -262,6 +269,9 @@ def test_a_header_that_cannot_be_sent_cannot_be_made(
         (Header(MessageType.PUSH, flags=Flags.SKIP, shard=NO_SHARD), b"x", "PUSH has no body here"),
         (PUSH, b"", "must have a body"),
         (Header(MessageType.INIT), b"abc", "4-byte floats, got 3 bytes"),
+        (Header(MessageType.PROBE, part=4), b"abc", "PROBE of 3 bytes wants 4 back"),
+        (Header(MessageType.PROBE), bytes(MAX_PAYLOAD_BYTES + 1), r"a body of 0\.\.1048576 bytes"),
+        (Header(MessageType.JOB), b"", r"JOB must have a body of 1\.\.1048576 bytes, got 0"),
     ],
 )
 def test_a_body_that_does_not_go_with_its_header_is_refused(

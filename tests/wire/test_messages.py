@@ -16,6 +16,7 @@ from psq_proto.messages import (
     MAX_CONTROL_BYTES,
     MAX_LIST_ITEMS,
     MAX_TEXT_BYTES,
+    U32_MAX,
     U64_MAX,
     ControlBody,
     Error,
@@ -107,6 +108,15 @@ def test_missing_and_extra_fields_are_named(kind: MessageType) -> None:
         (lambda: Leave("bored"), "reason must be one of done, error"),  # type: ignore[arg-type]
         (lambda: Verdict("applied", server_s=math.nan), "finite number of seconds"),
         (lambda: Verdict("applied", server_s=-1), "finite number of seconds"),
+        (lambda: Verdict("applied", rejected=[1]), "must be a tuple"),  # type: ignore[arg-type]
+        (lambda: Verdict("applied", rejected=(0,) * (MAX_LIST_ITEMS + 1)), "at most 1024 items"),
+        (lambda: Verdict("applied", rejected=(2, 1)), "ascending order, got 1 after 2"),
+        (lambda: Verdict("applied", rejected=(1, 1)), "ascending order, got 1 after 1"),
+        (lambda: Verdict("applied", rejected=(U32_MAX,)), "rejected must be a whole number"),
+        (lambda: Verdict("applied", rejected=(True,)), "rejected must be a whole number"),
+        (lambda: Verdict("rejected", rejected=(1,)), "names no shards of its own"),
+        (lambda: Status(0, 0, resolved=-2), "resolved must be"),
+        (lambda: Status(0, 0, clock_s=math.inf), "clock_s must be a finite number"),
         (lambda: Status(0, 0, missing=[1]), "must be a tuple"),  # type: ignore[arg-type]
         (lambda: Status(0, 0, missing=(0,) * (MAX_LIST_ITEMS + 1)), "at most 1024 items"),
         (lambda: Status(0, 0, waiting=((1,),)), "pairs"),  # type: ignore[arg-type]
@@ -133,9 +143,19 @@ def test_an_error_code_travels_as_a_plain_word() -> None:
 
 def test_the_fullest_status_fits_in_a_control_body() -> None:
     rows = tuple((rank, 1e9 + rank) for rank in range(MAX_LIST_ITEMS))
-    full = Status(U64_MAX, U64_MAX, tuple(range(2**31, 2**31 + MAX_LIST_ITEMS)), rows, "x" * 4096)
+    full = Status(
+        *(U64_MAX, U64_MAX, tuple(range(2**31, 2**31 + MAX_LIST_ITEMS)), rows, "x" * 4096),
+        resolved=U64_MAX,
+        clock_s=1e300,
+    )
     assert len(encode_body(full)) < MAX_CONTROL_BYTES
     assert decode_body(MessageType.STATUS, encode_body(full)) == full
+
+
+def test_the_longest_list_of_refused_shards_fits_in_a_control_body() -> None:
+    shards = tuple(range(U32_MAX - MAX_LIST_ITEMS, U32_MAX))
+    full = Verdict("applied", "x" * 4096, 1.5, shards)
+    assert decode_body(MessageType.VERDICT, encode_body(full)) == full
 
 
 @given(st.text(st.characters(), max_size=3000))
@@ -150,7 +170,7 @@ def test_clipping_never_cuts_a_character_in_two() -> None:
 
 
 def test_every_message_type_has_one_sender_and_one_kind_of_body() -> None:
-    assert {kind for kind in MessageType if from_worker(kind)} == set(range(1, 9))
+    assert {kind for kind in MessageType if from_worker(kind)} == {*range(1, 9), 10}
     assert not DATA_TYPES & BODY_TYPES.keys()
     assert DATA_TYPES | BODY_TYPES.keys() | {MessageType.PULL} == set(MessageType)
 

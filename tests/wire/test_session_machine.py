@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from psq_proto.errors import FencedError, RemoteError, UsageError
-from psq_proto.frames import Header, decode_frame, encode_control
+from psq_proto.frames import Header, decode_frame, digest64, encode_control
 from psq_proto.messages import (
     BODY_TYPES,
     NO_SHARD,
@@ -31,7 +31,7 @@ from psq_proto.messages import (
     Welcome,
     from_worker,
 )
-from psq_proto.session import ServerSession, State, WorkerSession
+from psq_proto.session import Message, ServerSession, State, WorkerSession
 from psq_proto.transitions import OVER
 
 T = MessageType
@@ -65,6 +65,10 @@ def data_fields(kind: MessageType, skip: bool) -> tuple[bytes, dict[str, Any]]: 
         return b"bits", {"codec": 1, "rate": 0.5}
     if kind is T.WEIGHTS:
         return b"bits", {"codec": 1, "flags": Flags.DELTA if skip else Flags.FULL}
+    if kind is T.PROBE:
+        return b"four", {"part": 0 if skip else 4, "seq": 3}
+    if kind is T.PLAN:
+        return b"" if skip else b"plan", {}
     return b"" if kind is T.PULL else b"four", {}
 
 
@@ -97,7 +101,7 @@ class Sessions(RuleBasedStateMachine):
     def took(self, end: str, kind: MessageType, body: object = None) -> None:
         if kind is T.HELLO:
             self.steps[end] = []
-        if kind in HANDSHAKE:
+        if kind in HANDSHAKE and not (kind is T.PLAN and not body):
             self.steps[end].append(kind)
         if end == "worker" and isinstance(body, StaleEpoch):
             self.steps[end] = []
@@ -121,7 +125,7 @@ class Sessions(RuleBasedStateMachine):
             frame = session.send(kind, body, **fields)
         except UsageError:
             assert session.state is before
-            assert not may or kind is T.COOKIE
+            assert not may or kind in (T.COOKIE, T.JOB)
         else:
             assert may
             assert decode_frame(frame).header.type is kind
@@ -139,12 +143,11 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(
         end=st.sampled_from(["worker", "server"]),
-        kind=st.sampled_from([T.PLAN, T.INIT, T.PUSH, T.PULL, T.WEIGHTS]),
+        kind=st.sampled_from([T.PLAN, T.INIT, T.PUSH, T.PULL, T.WEIGHTS, T.PROBE, T.ECHO, T.JOB]),
         skip=st.booleans(),
     )
     def send_data(self, end: str, kind: MessageType, skip: bool) -> None:  # noqa: FBT001
-        body, fields = data_fields(kind, skip)
-        self.try_send(end, kind, b"plan" if kind is T.PLAN else body, fields)
+        self.try_send(end, kind, *data_fields(kind, skip))
 
     @rule(message=messages(ENDINGS))
     def the_server_ends_it(self, message: tuple[MessageType, ControlBody]) -> None:
@@ -180,12 +183,21 @@ class Sessions(RuleBasedStateMachine):
     def the_server_offers_a_cookie(self) -> None:
         self.offer_cookie()
 
+    @rule(body=st.sampled_from([b"plan", b"another plan"]))
+    def the_server_tells_the_job(self, body: bytes) -> None:
+        try:
+            frame = self.server.send_job(body)
+        except UsageError:
+            assert not self.server.may_send(T.JOB)
+        else:
+            self.put(frame, self.to_worker)
+
     # ---- the network
 
     def deliver_to_server(self, frame: bytes) -> None:
         before = self.server.state
         try:
-            header, _ = self.server.receive(frame)
+            header, body = self.server.receive(frame)
         except RemoteError as error:
             assert self.server.state is before
             answer = self.server.answer(error)
@@ -196,7 +208,9 @@ class Sessions(RuleBasedStateMachine):
             assert before not in OVER
             assert header.type is T.HELLO or identity(header) == identity(self.server)
             assert header.rank == self.server.rank
-            self.took("server", header.type)
+            self.took("server", header.type, body)
+            if header.type is T.PROBE:
+                self.put(self.server.send_echo(Message(header, body)), self.to_worker)
 
     def deliver_to_worker(self, frame: bytes) -> None:
         before, me = self.worker.state, identity(self.worker)
@@ -212,7 +226,7 @@ class Sessions(RuleBasedStateMachine):
             self.check_meant_for_worker(header, body, me)
             self.took("worker", header.type, body)
 
-    def check_meant_for_worker(self, header: Header, body: object, me: tuple[object, ...]) -> None:
+    def check_meant_for_worker(self, header: Header, body: Any, me: tuple[object, ...]) -> None:
         if isinstance(body, Cookie):
             assert body.nonce == self.nonce
         elif isinstance(body, StaleEpoch):
@@ -221,7 +235,10 @@ class Sessions(RuleBasedStateMachine):
             assert not (isinstance(body, Error) and body.fatal)
         elif header.type is not T.WEIGHTS or header.incarnation:
             assert identity(header) == me
-            assert header.plan == self.worker.plan
+            if header.type is T.JOB:
+                assert header.plan == digest64(body)
+            elif header.type is not T.ECHO:
+                assert header.plan == self.worker.plan
 
     @precondition(lambda self: self.to_server)
     @rule()

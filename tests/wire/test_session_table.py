@@ -51,6 +51,9 @@ BODIES: dict[MessageType, ControlBody | bytes] = {
     T.STATUS: Status(0, 0),
     T.ERROR: Error("wire"),
     T.BYE: Bye("done"),
+    T.PROBE: b"",
+    T.ECHO: b"",
+    T.JOB: b"plan",
 }
 PATH = (T.HELLO, T.COOKIE, T.PLAN, T.JOIN, T.WELCOME, T.LEAVE)
 STATES = (State.IDLE, State.GREETED, State.COOKIED, State.PLANNED, State.JOINING, State.JOINED)
@@ -82,7 +85,7 @@ def forged(kind: MessageType, end: WorkerSession | ServerSession) -> bytearray:
     fields = {name: getattr(end, name) for name in names}
     if kind is T.COOKIE:
         fields |= {"run_id": b"r" * 16, "epoch": 3, "incarnation": 10}
-    if kind is T.PLAN:
+    if kind in (T.PLAN, T.JOB):
         fields["plan"] = WorkerSession(rank=0, plan_body=b"plan").plan
     if kind is T.PUSH:
         fields |= {"flags": Flags.SKIP, "shard": NO_SHARD}

@@ -68,10 +68,11 @@ def test_the_body_table_lists_every_field() -> None:
 
 def test_the_state_table_is_the_automaton() -> None:
     read: dict[State, dict[MessageType, State]] = {state: {} for state in State}
-    for state, moves in table("The table (a message sent or received"):
+    for states, moves in table("The table (a message sent or received"):
         for move in filter(None, moves.split("; ")):
             kinds, after = move.split(" -> ")
-            rows = set(State) - OVER if state == "each of these" else {State(state)}
+            named = {State(word) for word in states.split(", ") if word != "each of these"}
+            rows = named or set(State) - OVER
             for row in rows:
                 for kind in kinds.split(", "):
                     read[row][MessageType[kind]] = row if after == "the same" else State(after)
