@@ -1,9 +1,9 @@
 """The thin shell around `machine`: the link, the clock, the waits, the thread that says "alive".
 
-    join -> [begin -> (payload, push) of each shard | skip -> finish]* -> leave
+    join -> [begin -> (payload, push, poll) of each shard | skip -> finish]* -> leave
 
-Inside `join` and `finish` the calling thread drives the machine and weights are handed to the
-hooks; in between the process computes, and a thread keeps sending heartbeats. The thread shares
+Inside `join`, `poll` and `finish` the calling thread drives the machine and weights are handed to
+the hooks; in between the process computes, and a thread keeps sending heartbeats. The thread shares
 link and machine under a lock that it only ever tries to take, and puts aside what it receives (at
 most `INBOX_FRAMES`; the rest stays in libzmq's queue), so nothing is applied behind the caller's
 back. Every wait is named on the log and ends.
@@ -16,7 +16,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Final, Literal
@@ -28,7 +28,7 @@ from psq.client.machine import Hooks, Machine
 from psq.client.pulse import Pulse
 from psq.client.round import RoundResult
 from psq.client.waits import Patience, Wait
-from psq.errors import GaveUpError, PsqError
+from psq.errors import ConfigError, GaveUpError, PsqError
 from psq.link import WorkerLink
 from psq.plan import Plan
 from psq_proto.messages import NONE, Leave, MessageType, clip_text
@@ -48,10 +48,10 @@ class Client:
     One thread calls it. After an error that it raised, only `leave` makes sense.
 
     Args:
-        endpoint: the server's address.
+        endpoints: the server's address, or one for each server of the job, in their order.
         plan: what is trained.
         rank: this worker's number.
-        hooks: see `psq.client.machine.Hooks`; called inside `join` and `finish` only.
+        hooks: see `psq.client.machine.Hooks`; called inside `join`, `poll` and `finish` only.
         patience: how it waits.
         rng: jitter, nonces and the lineage come from it.
         clock: seconds, monotonic.
@@ -62,7 +62,7 @@ class Client:
 
     def __init__(  # noqa: PLR0913 - a client gets its world as arguments
         self,
-        endpoint: str,
+        endpoints: str | Sequence[str],
         plan: Plan,
         rank: int,
         hooks: Hooks,
@@ -75,7 +75,11 @@ class Client:
         self.rank = rank
         self._patience = patience or Patience()
         self._clock = clock
-        self._link = WorkerLink(endpoint)
+        addresses = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
+        if len(addresses) != 1:
+            msg = f"a job has one server, got {len(addresses)} addresses"
+            raise ConfigError(msg)
+        self._link = WorkerLink(addresses[0])
         self._machine = Machine(
             plan,
             rank,
@@ -93,6 +97,11 @@ class Client:
     def version(self) -> int:
         """The version of the weights in the replica; -1 before `join`."""
         return self._machine.replica.version
+
+    @property
+    def versions(self) -> Sequence[int]:
+        """The version of each shard; -1 before its first weights."""
+        return self._machine.replica.versions
 
     @property
     def sent_bytes(self) -> int:
@@ -151,11 +160,26 @@ class Client:
             self._machine.push(shard)
             self._flush()
 
-    def skip(self) -> None:
-        """Contribute nothing to the round."""
+    def skip(self, shard: int | None = None) -> None:
+        """Contribute nothing to a shard, or to every shard that nothing was said of yet."""
         with self._lock:
-            self._machine.skip()
+            self._machine.skip(shard)
             self._flush()
+
+    def takes_part(self, shard: int) -> bool:
+        """Whether this step says something of a shard: one that does not is not to be pushed."""
+        return self._machine.round is not None and 0 <= shard < len(self.plan.layout.shards)
+
+    def poll(self) -> None:
+        """Send what is due and take in what has come, weights included; never blocks.
+
+        Raises:
+            as `finish`, but for the wait.
+        """
+        with self._lock:
+            self._flush()
+            self._inbox.extend(self._link.drain())
+            self._take_in()
 
     def finish(self) -> RoundResult:
         """Wait for the verdict and for the next weights.
@@ -202,8 +226,7 @@ class Client:
         machine.forget_status()
         wait = Wait(self._clock(), patience)
         while True:
-            while self._inbox:
-                machine.receive(self._inbox.popleft(), self._clock())
+            self._take_in()
             if done():
                 return
             self._flush()
@@ -216,6 +239,10 @@ class Client:
                 due_s = wait.due_s  # it is due already and waits for room
             self._link.wait(max(0.0, min(wait.due_s, due_s) - now_s), room=self._blocked)
             self._inbox.extend(self._link.drain())
+
+    def _take_in(self) -> None:
+        while self._inbox:
+            self._machine.receive(self._inbox.popleft(), self._clock())
 
     def _flush(self) -> None:
         """Send until nothing is due or the link has no room."""

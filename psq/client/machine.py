@@ -27,7 +27,7 @@ import os
 import platform
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -90,14 +90,14 @@ class Hooks:
     Attributes:
         initial: the f32 values of a shard, for the server's first weights (asked of rank 0 only).
         weights: put a WEIGHTS frame's body into the replica.
-        restore: a push was rejected: fold what it said back into the residual.
-        reset: the residual's history is not the server's any more: forget it.
+        restore: the server did not take this shard: fold what was said back into the residual.
+        reset: the residuals of these shards have a history that is not the server's: forget them.
     """
 
     initial: Callable[[int], NDArray[np.float32]]
     weights: Callable[[Header, memoryview], None]
-    restore: Callable[[], None]
-    reset: Callable[[], None]
+    restore: Callable[[int], None]
+    reset: Callable[[Sequence[int]], None]
 
 
 class Machine:
@@ -198,9 +198,12 @@ class Machine:
         current.pushed.add(shard)
         self._queue_push(shard, current)
 
-    def skip(self) -> None:
-        """Contribute nothing to the round."""
+    def skip(self, shard: int | None = None) -> None:
+        """Contribute nothing to a shard, or to every shard of the round."""
         current = self._open()
+        if shard is not None:
+            msg = f"shard {shard} cannot be skipped alone: this server knows whole rounds only"
+            raise UsageError(msg)
         current.skipped = True
         current.pushed.clear()
         self._queue_skip(current)
@@ -391,7 +394,7 @@ class Machine:
         self._pull = True
         self._initial = self._initial_frames() if welcome.init_wanted else iter(())
         if welcome.mode == "reset" and self._resolved != NONE:
-            self._hooks.reset()
+            self._hooks.reset(range(len(self._plan.layout.shards)))
             self.resets += 1
             self.notes.append("the server does not know this residual: it starts again from zero")
         if self.round is not None:
@@ -459,7 +462,9 @@ class Machine:
         self.notes.append(f"push of round {current.number} rejected: {verdict.reason}")
         current.refusal = verdict.reason or "rejected"
         self._outbox.clear()
-        self._hooks.restore()
+        current.rejected = tuple(sorted(current.pushed))
+        for shard in current.rejected:
+            self._hooks.restore(shard)
         self.skip()
 
     def _applied(self, current: Round, server_s: float) -> None:

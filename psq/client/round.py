@@ -17,12 +17,15 @@ class RoundResult:
         reason: why not, in the server's words; empty when applied.
         version: the version of the weights after the round.
         server_s: what the server's own work took; 0 where a broken connection lost the answer.
+        rejected: the shards that were pushed and did not count, ascending; what they said is back
+            in the residual.
     """
 
     applied: bool
     reason: str
     version: int
     server_s: float
+    rejected: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -36,7 +39,7 @@ class Round:
         skipped: this worker contributes nothing.
         outcome: the verdict, once it is known.
         refusal: why what was pushed first was rejected; the round goes on with a skip.
-        server_s: see `RoundResult`.
+        server_s, rejected: see `RoundResult`.
         old_answers: answers still to come to heartbeats that were sent before the last push: what
             such an answer calls missing may have arrived since.
     """
@@ -48,6 +51,7 @@ class Round:
     outcome: Literal["applied"] | None = None
     refusal: str = ""
     server_s: float = 0.0
+    rejected: tuple[int, ...] = ()
     old_answers: int = 0
 
     def lost(self, missing: tuple[int, ...]) -> list[int]:
@@ -56,4 +60,4 @@ class Round:
 
     def result(self, version: int) -> RoundResult:
         """How it ended, once it has."""
-        return RoundResult(not self.refusal, self.refusal, version, self.server_s)
+        return RoundResult(not self.refusal, self.refusal, version, self.server_s, self.rejected)

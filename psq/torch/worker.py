@@ -20,7 +20,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, Literal, Self, TypeAlias
@@ -347,21 +347,23 @@ class Worker:
             codec.decode_segments(body, out)
         self._decode_s += time.perf_counter() - started_s
 
-    def _restore(self) -> None:
-        """The server did not take this step's push: what it said is still to be said."""
-        for k in self._shards:
-            if not self._compressor.restore(k, self._client.said(k)):
-                _log.warning(
-                    "step %d: shard %d of rank %d has exploded; its residual starts from zero",
-                    self.version,
-                    k,
-                    self.rank,
-                )
+    def _restore(self, k: int) -> None:
+        """The server did not take this step's push of a shard: it is still to be said."""
+        if not self._compressor.restore(k, self._client.said(k)):
+            _log.warning(
+                "step %d: shard %d of rank %d has exploded; its residual starts from zero",
+                self.version,
+                k,
+                self.rank,
+            )
 
-    def _reset(self) -> None:
+    def _reset(self, shards: Sequence[int]) -> None:
         residual = self._compressor.state_arrays().get("residual")
-        if residual is not None:
-            residual.fill(0.0)
+        if residual is None:
+            return
+        for k in shards:
+            shard = self.plan.layout.shards[k]
+            residual[shard.offset : shard.offset + shard.numel] = 0.0
 
     # ---- beginning and end
 

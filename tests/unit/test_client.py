@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -41,11 +42,11 @@ class Numbers:
         assert header.part == 0
         self.x[self.span(header.shard)] = np.frombuffer(body, "<f4")
 
-    def restore(self) -> None:
-        self.calls.append("restore")
+    def restore(self, shard: int) -> None:
+        self.calls.append(f"restore {shard}")
 
-    def reset(self) -> None:
-        self.calls.append("reset")
+    def reset(self, shards: Sequence[int]) -> None:
+        self.calls.append(f"reset {list(shards)}")
 
     @staticmethod
     def span(shard: int) -> slice:
@@ -109,6 +110,18 @@ def test_a_skipped_round_moves_on(serve, clients):
     result = client.finish()
     assert (result.applied, result.version) == (True, 1)
     assert (numbers.x == 1.0).all()
+
+
+def test_a_poll_takes_in_what_has_come_without_waiting(serve, clients, eventually):
+    client = make(serve().endpoint, Numbers())
+    clients.append(client)
+    client.join()
+    assert client.takes_part(0) is False
+    push_all(client)
+    assert client.takes_part(0) is True
+    eventually(lambda: client.poll() or client.version == 1, "the weights after the round")
+    assert list(client.versions) == [1, 1]
+    assert client.finish().rejected == ()
 
 
 def test_a_server_that_is_not_there_is_named_and_given_up(clients, caplog):

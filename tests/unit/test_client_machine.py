@@ -55,8 +55,8 @@ class Talk:
         hooks = Hooks(
             initial=lambda _: np.ones(NUMEL, np.float32),
             weights=lambda header, _: self.calls.append(f"weights {header.version}"),
-            restore=lambda: self.calls.append("restore"),
-            reset=lambda: self.calls.append("reset"),
+            restore=lambda _: self.calls.append("restore"),
+            reset=lambda _: self.calls.append("reset"),
         )
         self.machine = Machine(
             PLAN,

@@ -258,7 +258,7 @@ def test_a_reset_zeroes_the_residual_and_keeps_the_moments(join):
     state = worker._compressor.state_arrays()
     moments = {name: state[name].tobytes() for name in ("m", "v")}
     assert state["residual"].any()
-    worker._reset()
+    worker._reset(range(len(worker.plan.layout.shards)))
     assert not state["residual"].any()
     assert {name: state[name].tobytes() for name in moments} == moments
 
