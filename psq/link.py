@@ -1,4 +1,4 @@
-"""The wire: a DEALER for a worker, a ROUTER for a server, one ZeroMQ frame per message.
+"""The wire: DEALERs for a worker, a ROUTER for a server, one ZeroMQ frame per message.
 
 This is the only module that imports zmq. It moves frames and counts bytes; it never looks inside a
 frame, keeps no protocol state and starts no thread. A link belongs to one thread at a time: who
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from enum import Enum
 from types import TracebackType
 from typing import Final, Self, TypeAlias
@@ -46,6 +46,7 @@ __all__ = [
     "Sent",
     "ServerLink",
     "WorkerLink",
+    "WorkerLinks",
     "check_libzmq",
     "libzmq_version",
     "wire_bytes",
@@ -102,8 +103,9 @@ class Sent(Enum):
 class _Link:
     """What both ends share: the context, the poll, the drain, the counters, the lent buffers."""
 
-    def __init__(self, kind: int, endpoint: str, linger_s: float) -> None:
-        check_libzmq()
+    def __init__(
+        self, kind: int, endpoint: str, linger_s: float, context: zmq.Context[zmq.Socket[bytes]]
+    ) -> None:
         self.sent_bytes = 0
         self.received_bytes = 0
         self.sent_frames = 0
@@ -111,8 +113,8 @@ class _Link:
         self.refused = 0
         self._linger_ms = round(linger_s * 1000)
         self._lent: dict[int, tuple[Buffer, list[zmq.MessageTracker]]] = {}
-        self._context = zmq.Context()
-        self._socket = self._context.socket(kind)
+        self._context = context
+        self._socket = context.socket(kind)
         _set_options(self._socket, endpoint, self._linger_ms)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -166,9 +168,13 @@ class _Link:
         """
         if self._socket.closed:
             return
-        self._socket.close(self._linger_ms if linger_s is None else round(linger_s * 1000))
+        self._shut(linger_s)
         self._context.term()
         self._lent.clear()
+
+    def _shut(self, linger_s: float | None) -> None:
+        """Close the socket alone: what it lent comes back when the context ends."""
+        self._socket.close(self._linger_ms if linger_s is None else round(linger_s * 1000))
 
     def _put(self, frame: Buffer) -> None:
         """Hand one last part to libzmq. Raises zmq.ZMQError (Again when there is no room)."""
@@ -218,18 +224,27 @@ class WorkerLink(_Link):
     Args:
         endpoint: the server, such as tcp://10.0.0.5:5555. A host name is looked up at each attempt.
         linger_s: how long `close` waits for what is queued.
+        context: of the group that this link belongs to, which then ends it; none for one alone.
 
     Raises:
         ConfigError: the endpoint is no ZeroMQ address, or libzmq is too old.
     """
 
-    def __init__(self, endpoint: str, *, linger_s: float = WORKER_LINGER_S) -> None:
-        super().__init__(zmq.DEALER, endpoint, linger_s)
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        linger_s: float = WORKER_LINGER_S,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        super().__init__(zmq.DEALER, endpoint, linger_s, context or _context())
         self.endpoint = endpoint
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
-            self.close()
+            self._shut(0.0)
+            if context is None:
+                self._context.term()
             msg = (
                 f"cannot connect to {endpoint!r}: {error.strerror}; "
                 "write an address such as tcp://10.0.0.5:5555"
@@ -272,6 +287,66 @@ class WorkerLink(_Link):
                 yield frame
 
 
+class WorkerLinks:
+    """A worker's ends to all servers of a job: one context, and one wait for all of them.
+
+    Args:
+        endpoints: the servers, in the job's order.
+        linger_s: how long `close` waits for what is queued, for all links together.
+
+    Raises:
+        ConfigError: as `WorkerLink`.
+    """
+
+    def __init__(self, endpoints: Sequence[str], *, linger_s: float = WORKER_LINGER_S) -> None:
+        self._context = _context()
+        self._poller = zmq.Poller()
+        self._index: dict[zmq.Socket[bytes], int] = {}
+        links: list[WorkerLink] = []
+        try:
+            for endpoint in endpoints:
+                link = WorkerLink(endpoint, linger_s=linger_s, context=self._context)
+                self._index[link._socket] = len(links)  # noqa: SLF001 - one class in two parts
+                links.append(link)
+        finally:
+            self.links = tuple(links)
+            if len(links) < len(endpoints):
+                self.close(0.0)
+        for socket in self._index:
+            self._poller.register(socket, zmq.POLLIN)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return bool(self._context.closed)
+
+    def wait(self, timeout_s: float, room: Collection[int] = ()) -> list[int]:
+        """Block until a message can be read, or a link in `room` can send, or the time is up.
+
+        Returns:
+            The links, by their places, that have a message to read.
+        """
+        sockets = [self.links[index]._socket for index in room]  # noqa: SLF001 - see above
+        for socket in sockets:
+            self._poller.modify(socket, zmq.POLLIN | zmq.POLLOUT)
+        try:
+            ready = self._poller.poll(_poll_ms(timeout_s))
+        finally:
+            for socket in sockets:
+                self._poller.modify(socket, zmq.POLLIN)
+        return [self._index[socket] for socket, event in ready if event & zmq.POLLIN]
+
+    def close(self, linger_s: float | None = None) -> None:
+        """Close all; what is queued has up to `linger_s` (default: their own) to leave.
+
+        Safe to call twice.
+        """
+        for link in self.links:
+            if not link.closed:
+                link._shut(linger_s)  # noqa: SLF001 - see above
+        self._context.term()
+
+
 class ServerLink(_Link):
     """A server's end: a ROUTER bound to one address.
 
@@ -292,7 +367,7 @@ class ServerLink(_Link):
     def __init__(
         self, bind: str, *, linger_s: float = SERVER_LINGER_S, queue_frames: int = QUEUE_FRAMES
     ) -> None:
-        super().__init__(zmq.ROUTER, bind, linger_s)
+        super().__init__(zmq.ROUTER, bind, linger_s, _context())
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.BACKLOG, 1024)
         self._socket.setsockopt(zmq.SNDHWM, queue_frames)
@@ -330,6 +405,11 @@ class ServerLink(_Link):
                 return
             if frame is not None:
                 yield peer, frame
+
+
+def _context() -> zmq.Context[zmq.Socket[bytes]]:
+    check_libzmq()
+    return zmq.Context()
 
 
 def _poll_ms(timeout_s: float) -> int:

@@ -14,6 +14,7 @@ from psq.link import (
     Sent,
     ServerLink,
     WorkerLink,
+    WorkerLinks,
     check_libzmq,
     libzmq_version,
     wire_bytes,
@@ -269,3 +270,26 @@ def test_close_may_be_called_twice(worker):
     worker.close()
     worker.close()
     assert worker.closed
+
+
+def test_one_wait_serves_links_to_several_servers():
+    with ServerLink(ANY_PORT) as first, ServerLink(ANY_PORT) as second:
+        group = WorkerLinks([first.endpoint, second.endpoint])
+        for link, server in zip(group.links, (first, second), strict=True):
+            assert link.wait_room(WAIT_S)
+            assert link.send(b"hello")
+            [(peer, _)] = take(server, 1)
+            if server is second:
+                server.send(peer, b"from the second")
+        assert group.wait(WAIT_S) == [1]
+        assert [bytes(frame) for frame in group.links[1].drain()] == [b"from the second"]
+        assert group.wait(0.0) == []
+        assert group.wait(WAIT_S, room=[0]) == []  # there is room: it returns at once
+        group.close()
+        group.close()
+        assert group.closed
+
+
+def test_a_group_with_an_address_that_is_none_is_refused_whole(server):
+    with pytest.raises(ConfigError, match="write an address such as"):
+        WorkerLinks([server.endpoint, "nowhere"])
