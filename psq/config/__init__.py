@@ -6,8 +6,11 @@ light.
 """
 
 from psq.config.schema import (
+    DEFAULT_ENDPOINT,
     DEFAULT_LR,
     DEFAULT_PORT,
+    MAX_PORT,
+    MAX_SERVERS,
     TABLES,
     DemoConfig,
     LaunchConfig,
@@ -29,8 +32,11 @@ from psq.config.sources import (
 
 __all__ = [
     "CONFIG_ENV",
+    "DEFAULT_ENDPOINT",
     "DEFAULT_LR",
     "DEFAULT_PORT",
+    "MAX_PORT",
+    "MAX_SERVERS",
     "TABLES",
     "DemoConfig",
     "Given",

@@ -16,8 +16,11 @@ from psq.config.setting import COMMA, check_fields, setting, switch
 from psq.errors import ConfigError
 
 __all__ = [
+    "DEFAULT_ENDPOINT",
     "DEFAULT_LR",
     "DEFAULT_PORT",
+    "MAX_PORT",
+    "MAX_SERVERS",
     "TABLES",
     "DemoConfig",
     "LaunchConfig",
@@ -210,21 +213,20 @@ class LaunchConfig:
     workers: int = setting(
         2, "worker processes to start", short="-n", low=1, high=MAX_LOCAL_WORKERS
     )
-    servers: int = setting(
-        1, "server processes to start; this version has one", short="-s", low=1, high=64
+    servers: int | Literal["auto"] = setting(
+        1,
+        "server processes to start, each with a share of the model; auto: one per worker, up to "
+        "half the cores",
+        short="-s",
+        low=1,
+        high=MAX_LOCAL_SERVERS,
     )
     json: bool = switch("print the summary as JSON on stdout")
     debug: bool = switch("show a traceback with an error")
 
     def __post_init__(self) -> None:
-        """Types and ranges; several servers are refused by name."""
+        """Types and ranges."""
         check_fields(self)
-        if self.servers != 1:
-            msg = (
-                f"servers: several servers are not available in this version, got {self.servers}: "
-                "leave -s out, one server holds the whole model"
-            )
-            raise ConfigError(msg)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,7 @@ SUMMARY_SCHEMA = {
         "task": {"const": "tiny"},
         "recipe": {"type": "string", "pattern": "^server-adam "},
         "workers": {"const": 2},
+        "servers": {"const": 1},
         "steps": {"const": 12},
         "numel": {"const": 20},
         "samples": {"const": 2 * 12 * 8},

@@ -12,9 +12,19 @@ import pytest
 from psq.codec import codec_specs
 from psq.config import DemoConfig, Given, LaunchConfig, ServerConfig, WorkerConfig, settings_of
 from psq.config.options import run
+from psq.errors import ConfigError
 from psq.recipe import PRESETS
-from psq_worker.cli import FOR_SERVER, SAID_BY_LAUNCHER, flag_words, psq, script_words, worker
-from psq_worker.demo import shared_words, verdict
+from psq_worker.cli import (
+    ABOUT_MESSAGES,
+    FOR_SERVER,
+    SAID_BY_LAUNCHER,
+    flag_words,
+    metrics_port,
+    psq,
+    script_words,
+    worker,
+)
+from psq_worker.demo import verdict
 from psq_worker.tasks import TASK_NAMES
 
 DEADLINE_S = 60.0
@@ -166,6 +176,13 @@ def test_a_setting_that_nothing_acts_upon_yet_is_refused_not_ignored(call, comma
     assert "is not available in this version" in err
 
 
+@pytest.mark.parametrize("command", ["launch", "demo"])
+def test_several_servers_are_refused_before_anything_starts(call, command):
+    code, _, err = call(psq, command, "-s", "2")
+    assert code == 78
+    assert "several servers are not available in this version" in err
+
+
 def test_debug_lets_the_error_itself_through():
     with pytest.raises(Exception, match="expected a whole number"):
         run(worker, "psq-worker", ["--rank", "one", "--debug"])
@@ -253,9 +270,20 @@ def test_a_comparison_with_what_torch_does_not_have_is_refused_before_anything_s
     assert "torch.optim.Adam has no eps_placement=inside" in err
 
 
-def test_plain_adam_gets_what_was_typed_but_nothing_about_messages():
-    words = ("--config", "f", "--recipe", "qadam", "--lr", "1", "--debug", "--uplink", "sign")
-    assert shared_words(words) == ["--config", "f", "--lr", "1", "--debug"]
+def test_plain_adam_gets_what_was_typed_but_nothing_about_messages(call):
+    typed = {"recipe": "qadam", "lr": "1", "debug": True, "uplink": "sign", "overlap": True}
+    given = Given({**typed, "residual": "bf16", "consistency": "ssp:2"}, "f")
+    words = flag_words(given, WorkerConfig, without=ABOUT_MESSAGES)
+    assert words == ("--config", "f", "--lr", "1", "--debug")
+    _, out, _ = call(psq, "baseline", "--help")
+    assert not flags_in(out) & {"--" + key.replace("_", "-") for key in ABOUT_MESSAGES}
+
+
+def test_each_server_has_a_metrics_port_and_there_must_be_so_many():
+    assert metrics_port(Given(), 4) == 0
+    assert metrics_port(Given({"metrics_port": "65532"}), 4) == 65532
+    with pytest.raises(ConfigError, match="4 servers take 4 ports from 65533 on"):
+        metrics_port(Given({"metrics_port": "65533"}), 4)
 
 
 @pytest.mark.parametrize(

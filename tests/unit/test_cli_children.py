@@ -37,8 +37,8 @@ class Crowd:
         self.lines = []
         self.children = Children(lambda name, text: self.lines.append((name, text)))
 
-    def start(self, name, code):
-        return self.children.start(name, python(code), dict(os.environ))
+    def start(self, name, code, **more):
+        return self.children.start(name, python(code), dict(os.environ), **more)
 
     def until(self, done):
         deadline = time.monotonic() + DEADLINE_S
@@ -168,18 +168,20 @@ POLITE = """
 
 
 @pytest.mark.parametrize("stubborn", [True, False])
-def test_the_first_child_is_told_last_and_in_time_even_when_others_do_not_end(stubborn):
+def test_those_that_outlive_are_told_last_and_in_time_even_when_others_do_not_end(stubborn):
     group = Crowd()
     with group.children:
-        group.start("server", POLITE)
+        group.start("server 0", POLITE, outlives=True)
         group.start("rank 0", POLITE)
+        group.start("server 1", POLITE, outlives=True)
         if stubborn:
             ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
             group.start("rank 1", ignore + 'print("ready")\n' + WAIT_FOR_EVER)
-        ready = 3 if stubborn else 2
+        ready = 4 if stubborn else 3
         group.until(lambda: sum(text == "ready" for _, text in group.lines) == ready)
     told = {name: float(text.split()[1]) for name, text in group.lines if "told" in text}
-    assert told["rank 0"] < told["server"] < told["rank 0"] + STOP_GRACE_S
+    for server in ("server 0", "server 1"):
+        assert told["rank 0"] < told[server] < told["rank 0"] + STOP_GRACE_S
 
 
 def test_what_a_child_left_behind_in_its_group_is_ended_too():

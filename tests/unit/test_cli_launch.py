@@ -1,75 +1,46 @@
-"""What the launcher makes of what its server says; the processes are in tests/cluster."""
+"""What the launcher starts; the processes are in tests/cluster."""
 
 from __future__ import annotations
 
 import pytest
 
-from psq.errors import GaveUpError
 from psq_worker import launch
-from psq_worker.board import Board
+from psq_worker.launch import Commands, cast_words, server_count
 
-WAITING = (
-    "2026-01-01T00:00:00Z info event=waiting need=join round=0 "
-    'text="waiting for rank 1 of 2 for 5 s, never seen (to join)"'
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "workers", "cores", "expected"),
+    [(3, 2, 1, 3), ("auto", 2, 1, 1), ("auto", 2, 64, 2), ("auto", 8, 8, 4), ("auto", 1, 2, 1)],
 )
-LEFT = '2026-01-01T00:00:00Z info event=left rank={} reason=done text=""'
+def test_auto_is_a_server_per_worker_up_to_half_the_cores(
+    monkeypatch, asked, workers, cores, expected
+):
+    monkeypatch.setattr(launch, "cores", lambda: cores)
+    assert server_count(asked, workers) == expected
 
 
-class Said:
-    """A view that keeps what it is told, and children that run for some looks."""
-
-    def __init__(self, looks):
-        self._looks = looks
-        self.lines = []
-
-    def say(self, who, text):
-        self.lines.append((who, text))
-
-    def refresh(self, board):
-        pass
-
-    def running(self, name):
-        assert name == "server"
-        self._looks -= 1
-        return self._looks >= 0
-
-    def pump(self, timeout_s):
-        pass
+@pytest.mark.parametrize(
+    ("commands", "words"),
+    [
+        (Commands(1), "1 server, 1 worker, 1 CPU thread"),
+        (Commands(4, 2), "2 servers, 4 workers, 1 CPU thread each"),
+    ],
+)
+def test_who_takes_part_is_said_in_words(commands, words):
+    assert cast_words(commands, ONE_THREAD) == words
 
 
-@pytest.fixture
-def watch(monkeypatch):
-    """Watch a server of two workers, with no patience but for saving."""
-    monkeypatch.setattr(launch, "SERVER_END_S", -1.0)
-    return launch._Watch(Board(2), Said(0), ["rank 0", "rank 1"])
+def test_every_server_has_a_metrics_port_of_its_own_after_what_was_typed():
+    commands = Commands(2, 3, metrics_port=9000, server_words=("--metrics-port", "9000"))
+    ports = [launch._server_command(commands, number)[-1] for number in range(3)]
+    assert ports == ["9000", "9001", "9002"]
+    free = launch._server_command(Commands(2, 3), 2)
+    assert "--metrics-port" not in free
 
 
-def test_a_server_that_waits_for_a_worker_that_never_came_is_explained(watch):
-    watch.on_line("server", WAITING)
-    watch.on_line("server", LEFT.format(0))
-    with pytest.raises(GaveUpError, match=r"rank 1 of 2 .* every rank must make a psq"):
-        watch.wait_end(Said(3))
-
-
-def test_a_server_that_all_have_left_has_time_to_save(watch):
-    watch.on_line("server", WAITING)
-    for rank in (0, 1, 1):
-        watch.on_line("server", LEFT.format(rank))
-    watch.wait_end(Said(3))
-
-
-def test_a_save_without_an_end_is_given_up_too(watch, monkeypatch):
-    monkeypatch.setattr(launch, "SAVE_S", -2.0)
-    for rank in (0, 1):
-        watch.on_line("server", LEFT.format(rank))
-    with pytest.raises(GaveUpError, match=r"did not end within -2 s of its workers$"):
-        watch.wait_end(Said(3))
-
-
-def test_of_the_servers_log_warnings_are_shown_but_not_what_the_launcher_says_itself():
-    said = Said(0)
-    watch = launch._Watch(Board(2), said, ["rank 0", "rank 1"])
-    gone = "2026-01-01T00:00:00Z warning event=left rank=0 reason={} text=SIGTERM"
-    for line in (WAITING, gone.format("interrupted"), gone.format("error")):
-        watch.on_line("server", line)
-    assert said.lines == [("server", gone.format("error"))]
+def test_every_worker_is_told_all_servers_in_their_order():
+    words = launch._worker_command(Commands(2, 2), ["tcp://a:1", "tcp://b:2"], 1)
+    assert words[words.index("--connect") + 1] == "tcp://a:1,tcp://b:2"
+    assert words[words.index("--rank") + 1] == "1"

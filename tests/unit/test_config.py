@@ -42,7 +42,7 @@ SPECIAL = {
     "connect": "tcp://10.0.0.1:7001",
     "world_size": 7,
     "rank": 0,
-    "servers": 1,
+    "servers": "auto",
 }
 
 
@@ -323,9 +323,11 @@ def test_a_word_may_stand_in_place_of_a_number() -> None:
         item.check("3")
 
 
-def test_several_servers_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="several servers are not available in this version"):
-        LaunchConfig(servers=2)
+def test_how_many_servers_is_a_number_or_auto() -> None:
+    assert ask(LaunchConfig, environ={"PSQ_SERVERS": "auto"}).config.servers == "auto"
+    assert ask(LaunchConfig, servers="3").config.servers == 3
+    with pytest.raises(ConfigError, match="expected a whole number >= 1 and <= 64 or auto, got"):
+        ask(LaunchConfig, servers="65")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "localhost", "[::1]"])

@@ -58,11 +58,13 @@ class Board:
 
     Args:
         world_size: how many there are.
+        servers: how many servers they talk to.
         alone: there is one process that sends nothing: the bytes it reports are what dense fp32
             would take.
     """
 
-    def __init__(self, world_size: int, *, alone: bool = False) -> None:
+    def __init__(self, world_size: int, *, servers: int = 1, alone: bool = False) -> None:
+        self.servers = 0 if alone else servers
         self.alone = alone
         self.ranks = [RankState(rank) for rank in range(world_size)]
         self.points: list[Point] = []
@@ -135,6 +137,7 @@ class Board:
             "task": first.task,
             "recipe": first.recipe,
             "workers": len(self.ranks),
+            "servers": self.servers,
             "steps": steps,
             "numel": first.numel,
             "samples": samples,

@@ -1,14 +1,14 @@
 """Child processes that end together: the part of `psq launch` that must never leave an orphan.
 
     with Children(on_line) as children:
-        children.start("server", [...])
+        children.start("server", [...], outlives=True)
         children.start("rank 0", [...])
         while children.running("rank 0"):
             children.pump(0.2)                      # lines, signals, exits
 
 - Each child is the leader of a session of its own, so a Ctrl-C in the terminal reaches only the
-  parent, which then ends the children in order: SIGTERM, to the one they all talk to last, and
-  SIGKILL to the whole process group after `STOP_GRACE_S`.
+  parent, which then ends the children in order: SIGTERM, to those that the others talk to last,
+  and SIGKILL to the whole process group after `STOP_GRACE_S`.
 - Each child holds the read end of a pipe whose write end only the parent has (`psq.process`): when
   the parent is killed in a way it cannot handle, the children end themselves.
 - One child that ends with a code other than 0 ends all; the error carries its code and last words.
@@ -36,7 +36,7 @@ from psq.process import PARENT_FD_ENV
 __all__ = ["STOP_GRACE_S", "ChildFailedError", "Children", "InterruptedByError"]
 
 STOP_GRACE_S: Final = 1.2  # with what else must be done, all is over within 2 s of a Ctrl-C
-FIRST_STAYS_S: Final = 0.3
+OUTLIVES_S: Final = 0.3
 TAIL_LINES: Final = 12
 MAX_LINE_BYTES: Final = 65_536
 READ_BYTES: Final = 65_536
@@ -68,6 +68,7 @@ class InterruptedByError(PsqError):
 class _Child:
     name: str
     process: subprocess.Popen[bytes]
+    outlives: bool
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
     open_streams: int = 2
 
@@ -127,8 +128,17 @@ class Children:
             ):
                 os.close(fd)
 
-    def start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> int:
-        """Start a child; its stdin is empty. Returns its process id."""
+    def start(
+        self, name: str, command: Sequence[str], env: Mapping[str, str], *, outlives: bool = False
+    ) -> int:
+        """Start a child; its stdin is empty. Returns its process id.
+
+        Args:
+            name: what it is called in lines and errors.
+            command: program and arguments.
+            env: its whole environment.
+            outlives: the others talk to it, so `stop` ends it after them.
+        """
         os.set_inheritable(self._parent_reader, True)  # noqa: FBT003 - as above
         process = subprocess.Popen(  # noqa: S603 - psq's own commands
             list(command),
@@ -139,7 +149,7 @@ class Children:
             pass_fds=(self._parent_reader,),
             start_new_session=True,
         )
-        child = self._children[name] = _Child(name, process)
+        child = self._children[name] = _Child(name, process, outlives)
         for pipe in (process.stdout, process.stderr):
             assert pipe is not None  # noqa: S101 - both were asked for
             os.set_blocking(pipe.fileno(), False)
@@ -177,17 +187,18 @@ class Children:
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """End every child: SIGTERM, then SIGKILL to what is left after `grace_s`.
 
-        The first one started is told when the others have ended, or `FIRST_STAYS_S` later: they
-        talk to it, and to say goodbye to nobody would cost them half a second. A signal that comes
-        meanwhile (a second Ctrl-C) ends the patience at once.
+        Those that outlive the others are told when these have ended, or `OUTLIVES_S` later: to say
+        goodbye to nobody would cost the others half a second. A signal that comes meanwhile (a
+        second Ctrl-C) ends the patience at once.
         """
         self._signals.clear()
-        first, others = list(self._children.values())[:1], list(self._children.values())[1:]
+        others = [child for child in self._children.values() if not child.outlives]
+        last = [child for child in self._children.values() if child.outlives]
         began_s = time.monotonic()
         _terminate(others)
-        self._wait_ended(others, began_s + min(FIRST_STAYS_S, grace_s))
-        _terminate(first)
-        self._wait_ended([*first, *others], began_s + grace_s)
+        self._wait_ended(others, began_s + min(OUTLIVES_S, grace_s))
+        _terminate(last)
+        self._wait_ended([*last, *others], began_s + grace_s)
         for child in self._children.values():
             self._kill_group(child)
             self._read_rest(child)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Collection
 from typing import Any, Final
 
 import click
 
 from psq.config import (
+    DEFAULT_ENDPOINT,
+    MAX_PORT,
     TABLES,
     DemoConfig,
     Given,
@@ -32,6 +35,11 @@ __all__ = ["main", "psq", "worker", "worker_main"]
 SAID_BY_LAUNCHER: Final = ("connect", "rank", "world_size", "progress", "progress_every")
 # What psq launch hands on to the server; the workers get every setting of theirs.
 FOR_SERVER: Final = ("save", "lease", "give_up_after", "metrics_host", "metrics_port")
+# What means nothing where there is one process and no server.
+ABOUT_MESSAGES: Final = (
+    *("connect", "recipe", "uplink", "downlink"),
+    *("consistency", "overlap", "residual", "give_up_after"),
+)
 TASK_ONLY: Final = ("task", "steps", "batch_size", "schedule", "eval_every", "data")
 NOT_FOR_LAUNCH: Final = (
     *SAID_BY_LAUNCHER,
@@ -91,27 +99,30 @@ def worker(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
 @psq.command(
     context_settings=SCRIPT_SETTINGS,
     epilog=EPILOG,
-    short_help="Train on this machine: one server, -n workers.",
+    short_help="Train on this machine: -s servers, -n workers.",
 )
 @options(LaunchConfig, WorkerConfig, ServerConfig, skip=NOT_FOR_LAUNCH)
 @script_arguments
 def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None:
-    """Train on this machine: one server and -n workers, for a task or for your own SCRIPT.
+    """Train on this machine: -s servers and -n workers, for a task or for your own SCRIPT.
 
     What comes after "--" is the script's own command line.
     """
     need("torch", "rich")
-    from psq_worker.launch import Commands, run_launch  # noqa: PLC0415 - --help needs no rich
+    from psq_worker.launch import Commands, run_launch, server_count  # noqa: PLC0415 - needs rich
     from psq_worker.recipes import check_available, recipe_of  # noqa: PLC0415 - nor numpy
 
     check_script(given, script)
     config = given.resolve(LaunchConfig).config
     told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
-    check_available(told)
+    servers = server_count(config.servers, config.workers)
+    check_available(told, servers)
     recipe_of(told)  # fails before anything is started
     words = [script, "--", *script_words(arguments)] if script is not None else []
     commands = Commands(
         config.workers,
+        servers,
+        metrics_port=metrics_port(given, servers),
         server_words=flag_words(given, ServerConfig, only=FOR_SERVER),
         worker_words=(*flag_words(given, WorkerConfig), *words),
     )
@@ -124,21 +135,30 @@ def demo(given: Given) -> None:
     """Show what psq does: train a task through it and by plain Adam, compare, draw a picture."""
     need("torch", "rich")
     from psq_worker.demo import run_demo  # noqa: PLC0415 - --help needs no rich
-    from psq_worker.recipes import check_comparison, recipe_of  # noqa: PLC0415 - nor numpy
+    from psq_worker.launch import server_count  # noqa: PLC0415 - as above
+    from psq_worker.recipes import (  # noqa: PLC0415 - --help needs no numpy
+        check_available,
+        check_comparison,
+        recipe_of,
+    )
 
     config = given.resolve(LaunchConfig).config
     told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
     check_comparison(recipe_of(told))
+    servers = server_count(config.servers, config.workers)
+    check_available(told, servers)
     run_demo(
         told,
+        servers=servers,
         output=given.resolve(DemoConfig).config.output,
         words=flag_words(given, WorkerConfig),
+        plain_words=flag_words(given, WorkerConfig, without=ABOUT_MESSAGES),
         as_json=config.json,
     )
 
 
 @psq.command(epilog=EPILOG, short_help="Train a task by plain torch Adam alone.")
-@options(WorkerConfig, skip=("connect", "rank", "recipe", "uplink", "downlink", "give_up_after"))
+@options(WorkerConfig, skip=(*ABOUT_MESSAGES, "rank"))
 def baseline(given: Given) -> None:
     """Train a task in this process by plain torch Adam: what psq is to be compared with.
 
@@ -236,17 +256,36 @@ def need(*modules: str) -> None:
             raise ConfigError(msg)
 
 
+def metrics_port(given: Given, servers: int) -> int:
+    """The port of the first server's metrics; the next ones are the other servers'.
+
+    Raises:
+        ConfigError: there are not so many ports.
+    """
+    said = Given({**given.values, "bind": DEFAULT_ENDPOINT}, given.file)  # the launcher binds
+    port = said.resolve(ServerConfig).config.metrics_port
+    if port and port + servers - 1 > MAX_PORT:
+        msg = (
+            f"metrics_port: {servers} servers take {servers} ports from {port} on, and there are "
+            f"{MAX_PORT}: give a lower one, or 0 for free ones"
+        )
+        raise ConfigError(msg)
+    return port
+
+
 def script_words(arguments: tuple[str, ...]) -> tuple[str, ...]:
     """A script's command line without the "--" that may come first."""
     return arguments[1:] if arguments[:1] == ("--",) else arguments
 
 
-def flag_words(given: Given, cls: type, only: tuple[str, ...] = ()) -> tuple[str, ...]:
+def flag_words(
+    given: Given, cls: type, *, only: Collection[str] = (), without: Collection[str] = ()
+) -> tuple[str, ...]:
     """What was typed for a class of settings, as words for another command line."""
     words: list[str] = ["--config", given.file] if given.file else []
     for item in settings_of(cls):
         value = given.values.get(item.key)
-        if value is None or item.key in {"json", *SAID_BY_LAUNCHER}:
+        if value is None or item.key in {"json", *SAID_BY_LAUNCHER, *without}:
             continue
         if only and item.key not in only:
             continue

@@ -26,19 +26,29 @@ from psq_worker.launch import Commands, cast_words, child_env, launch, run_one, 
 from psq_worker.picture import Curve, curve_of, draw
 from psq_worker.report import comparison_table
 
-__all__ = ["run_demo", "shared_words", "verdict"]
+__all__ = ["run_demo", "verdict"]
 
 PICTURE: Final = "demo.png"
 NUMBERS: Final = "demo.json"
 
 
-def run_demo(told: WorkerConfig, *, output: str, words: tuple[str, ...], as_json: bool) -> None:
+def run_demo(  # noqa: PLR0913 - one keyword for each thing that is typed
+    told: WorkerConfig,
+    *,
+    servers: int,
+    output: str,
+    words: tuple[str, ...],
+    plain_words: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Run both jobs, print the comparison, write the picture and the numbers.
 
     Args:
         told: what every worker is told; its world_size is the number of workers.
+        servers: how many to start.
         output: folder for the files; made if it is not there.
         words: the flags that were typed for the workers.
+        plain_words: those of them that plain Adam understands too.
         as_json: print the numbers instead of the table.
 
     Raises:
@@ -46,9 +56,9 @@ def run_demo(told: WorkerConfig, *, output: str, words: tuple[str, ...], as_json
         PsqError: whatever ends `launch`.
     """
     folder = _make_folder(output)
-    words = (*words, *_data_words(told))
-    psq = _run_psq(told, words)
-    baseline = _run_baseline(told, words)
+    data = _data_words(told)
+    psq = _run_psq(told, Commands(told.world_size, servers, worker_words=(*words, *data)))
+    baseline = _run_baseline(told, (*plain_words, *data))
     numbers = _numbers(psq, baseline)
     (folder / NUMBERS).write_text(json.dumps(numbers, indent=2) + "\n")
     picture = _draw(folder / PICTURE, numbers["psq"], psq, baseline)
@@ -71,36 +81,20 @@ def _data_words(told: WorkerConfig) -> tuple[str, ...]:
     return ("--data", str(SHIPPED_DIR))
 
 
-def _run_psq(told: WorkerConfig, words: tuple[str, ...]) -> Board:
-    workers = told.world_size
-    env = child_env(workers, os.environ)
-    title = f"1 of 2: {told.task} through psq, 1 server, {cast_words(workers, env)}"
+def _run_psq(told: WorkerConfig, commands: Commands) -> Board:
+    env = child_env(commands.workers, os.environ)
+    title = f"1 of 2: {told.task} through psq, {cast_words(commands, env)}"
     with make_view(title) as view:
-        return launch(Commands(workers, worker_words=words), view, env)
+        return launch(commands, view, env)
 
 
 def _run_baseline(told: WorkerConfig, words: tuple[str, ...]) -> Board:
     env = child_env(1, os.environ)
     title = f"2 of 2: the same job by plain Adam in one process, {threads_words(env)}"
     flags = ["--world-size", str(told.world_size), "--progress", "json", "--json"]
-    command = [sys.executable, "-m", "psq_worker.cli", "baseline", *flags, *shared_words(words)]
+    command = [sys.executable, "-m", "psq_worker.cli", "baseline", *flags, *words]
     with make_view(title) as view:
         return run_one("baseline", command, view, env)
-
-
-def shared_words(words: tuple[str, ...]) -> list[str]:
-    """The typed flags that plain Adam understands too: all but those about messages."""
-    about_messages = {"--recipe", "--uplink", "--downlink", "--give-up-after"}
-    pairs = iter(words)
-    kept: list[str] = []
-    for flag in pairs:
-        if flag in {"--debug", "--no-debug"}:
-            kept.append(flag)
-            continue
-        value = next(pairs)
-        if flag not in about_messages:
-            kept += [flag, value]
-    return kept
 
 
 def _numbers(psq: Board, baseline: Board) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def check_comparison(recipe: Recipe) -> None:
         raise ConfigError(msg)
 
 
-def check_available(told: WorkerConfig) -> None:
+def check_available(told: WorkerConfig, servers: int = 1) -> None:
     """Refuse settings that this version knows and does not act upon yet.
 
     Raises:
@@ -56,4 +56,7 @@ def check_available(told: WorkerConfig) -> None:
     }
     for name in (name for name, is_wanted in wanted.items() if is_wanted):
         msg = f"{name}: {getattr(told, name)} is not available in this version: leave it out"
+        raise ConfigError(msg)
+    if servers > 1:
+        msg = f"servers: several servers are not available in this version, got {servers}: one will"
         raise ConfigError(msg)
