@@ -11,8 +11,14 @@ shard is the unit of everything else: one message each way, one entry in the ser
 Shards are as large as the limits allow, so that there are few; no payload of a shard, in either
 direction, may exceed `MAX_PAYLOAD_BYTES`.
 
-The cut is a pure function of names, shapes and payload sizes: every process computes the same one
-from the plan.
+Several servers share the shards: each owns some, whole, and so many bytes of payload that no other
+owns over 5 % more (MAX_SPREAD). The heaviest shard goes first, to the server with the fewest bytes
+so far; that comes out even only with many shards of one size for each server, so the model is cut
+at equal distances then, more finely until it is even. A model too small for that gets the most even
+cut there is.
+
+The cut is a pure function of names, shapes, payload sizes and the number of servers: every process
+computes the same one from the plan.
 """
 
 from __future__ import annotations
@@ -20,13 +26,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 from typing import Final
 
 from psq.errors import ConfigError
 from psq_proto.messages import INIT_PART_NUMEL, MAX_PAYLOAD_BYTES
 
 __all__ = [
+    "MAX_SHARDS",
     "MAX_SHARD_NUMEL",
+    "MAX_SPREAD",
     "PART_NUMEL",
     "SPLIT_NUMEL",
     "Layout",
@@ -42,6 +51,15 @@ MAX_SHARD_NUMEL: Final = 1 << 20
 SPLIT_NUMEL: Final = (
     8192  # a tensor is split only at multiples of this, the largest block: full blocks stay full
 )
+MAX_SHARDS: Final = 65_536
+MAX_SPREAD: Final = 1.05
+"""The most payload bytes that a server owns, over the fewest that one owns."""
+SHARDS_PER_SERVER: Final = 8
+"""How many shards each of several servers owns, at least, if the model is large enough."""
+MAX_TRIES: Final = 16
+"""How many cuts are made, each with one shard more for each server, to find one that is even."""
+SHARDS_PER_TURN: Final = 4
+"""How many of a server's shards speak in one step, at least, where shards take turns."""
 PART_NUMEL: Final = INIT_PART_NUMEL  # dense f32 weights travel in parts of this many values
 
 PayloadSize = Callable[[int], int]
@@ -83,10 +101,11 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The whole cut."""
+    """The whole cut; `owners[i]` is the server of shard i."""
 
     tensors: tuple[Tensor, ...]
     shards: tuple[Shard, ...]
+    owners: tuple[int, ...]
 
     @property
     def numel(self) -> int:
@@ -99,37 +118,84 @@ def part_count(numel: int) -> int:
     return -(-numel // PART_NUMEL)
 
 
-def cut(specs: Sequence[tuple[str, Sequence[int]]], sizes: Sequence[PayloadSize]) -> Layout:
-    """Cut a model into shards.
+def cut(
+    specs: Sequence[tuple[str, Sequence[int]]],
+    sizes: Sequence[PayloadSize],
+    servers: int = 1,
+    every: int = 1,
+) -> Layout:
+    """Cut a model into shards, and spread them over servers.
 
     Args:
         specs: (name, shape) of each parameter, in the model's order; names are unique, shapes
         positive.
         sizes: payload bytes of a segment as a function of its numel, one per direction.
+        servers: how many share the shards, 1 or more.
+        every: each shard speaks in every `every`-th step, so that many more are needed.
 
     Raises:
-        ConfigError: no parameters, a doubled name, or an empty tensor.
+        ConfigError: no parameters, a doubled name, an empty tensor, more shards than MAX_SHARDS, or
+        fewer than servers.
+
+    Cost: one walk over the segments per cut that is tried, one if there is one server.
     """
     tensors = _place(specs)
+    total = sum(tensor.numel for tensor in tensors)
+    best, best_spread = None, math.inf
+    shards: list[Shard] = []
+    for aim in _counts_to_try(total, sizes, servers, every):
+        shards = _fill(tensors, sizes, total, aim)
+        owners, spread = _give_out(shards, sizes, servers)
+        if spread < best_spread:
+            best, best_spread = Layout(tuple(tensors), tuple(shards), owners), spread
+        if spread <= MAX_SPREAD:
+            break
+    if best is None:
+        msg = (
+            f"the model makes {len(shards)} shards of {SPLIT_NUMEL} values or so, too few for "
+            f"{servers} servers: start {len(shards)} or fewer"
+        )
+        raise ConfigError(msg)
+    return best
+
+
+def _counts_to_try(
+    total: int, sizes: Sequence[PayloadSize], servers: int, every: int
+) -> Sequence[int]:
+    """How many shards to aim at, fewest first; 1 stands for as few as the limits allow."""
+    if servers == every == 1:
+        return (1,)
+    most = _fit(MAX_SHARD_NUMEL, MAX_SHARD_NUMEL, [0] * len(sizes), sizes)
+    least = max(SHARDS_PER_SERVER, SHARDS_PER_TURN * every, -(-total // (most * servers)))
+    return range(least * servers, (least + MAX_TRIES) * servers, servers)
+
+
+def _fill(
+    tensors: Sequence[Tensor], sizes: Sequence[PayloadSize], total: int, aim: int
+) -> list[Shard]:
+    """Shards filled in the order of the tensors, each up to the next `aim`-th part of the model."""
     shards: list[Shard] = []
     segments: list[Segment] = []
     used = [0] * len(sizes)
-    offset = 0
+    offset, end = 0, _end_of_shard(0, total, aim)
 
     def close() -> None:
-        nonlocal offset
-        if segments:
-            numel = sum(segment.numel for segment in segments)
-            shards.append(Shard(len(shards), offset, numel, tuple(segments)))
-            offset += numel
-            segments.clear()
-            used[:] = [0] * len(sizes)
+        nonlocal offset, end
+        if len(shards) == MAX_SHARDS:
+            msg = f"the model makes over {MAX_SHARDS} shards: it is too big"
+            raise ConfigError(msg)
+        numel = segments[-1].offset + segments[-1].numel
+        shards.append(Shard(len(shards), offset, numel, tuple(segments)))
+        offset += numel
+        end = _end_of_shard(offset, total, aim)
+        segments.clear()
+        used[:] = [0] * len(sizes)
 
     for index, tensor in enumerate(tensors):
-        start = 0
-        while start < tensor.numel:
+        numel, start = tensor.numel, 0
+        while start < numel:
             filled = segments[-1].offset + segments[-1].numel if segments else 0
-            take = _fit(tensor.numel - start, filled, used, sizes)
+            take = _fit(numel - start, end - offset - filled, used, sizes)
             if take == 0:
                 close()
                 continue
@@ -137,7 +203,31 @@ def cut(specs: Sequence[tuple[str, Sequence[int]]], sizes: Sequence[PayloadSize]
             used[:] = [u + size(take) for u, size in zip(used, sizes, strict=True)]
             start += take
     close()
-    return Layout(tuple(tensors), tuple(shards))
+    return shards
+
+
+def _end_of_shard(offset: int, total: int, aim: int) -> int:
+    """Where a shard that starts at `offset` has to end: room for a split at least, if there is."""
+    part = (offset + SPLIT_NUMEL) * aim // total + 1
+    end = total if aim == 1 else min(total, part * total // aim)
+    return min(end, offset + MAX_SHARD_NUMEL)
+
+
+def _give_out(
+    shards: Sequence[Shard], sizes: Sequence[PayloadSize], servers: int
+) -> tuple[tuple[int, ...], float]:
+    """The server of each shard, and the most payload bytes of a server over the fewest of one."""
+    weights = [
+        sum(size(segment.numel) for segment in shard.segments for size in sizes) for shard in shards
+    ]
+    loads = [(0, server) for server in range(servers)]  # a heap: the lightest server is on top
+    owners = [0] * len(shards)
+    for index in sorted(range(len(shards)), key=lambda index: (-weights[index], index)):
+        load, server = loads[0]
+        heapreplace(loads, (load + weights[index], server))
+        owners[index] = server
+    fewest, most = min(loads)[0], max(loads)[0]
+    return tuple(owners), most / fewest if fewest else math.inf
 
 
 def _place(specs: Sequence[tuple[str, Sequence[int]]]) -> list[Tensor]:
@@ -161,18 +251,17 @@ def _place(specs: Sequence[tuple[str, Sequence[int]]]) -> list[Tensor]:
     return tensors
 
 
-def _fit(wanted: int, filled: int, used: Sequence[int], sizes: Sequence[PayloadSize]) -> int:
+def _fit(wanted: int, room: int, used: Sequence[int], sizes: Sequence[PayloadSize]) -> int:
     """How many of `wanted` values still fit the shard: all, or a multiple of SPLIT_NUMEL."""
 
     def fits(numel: int) -> bool:
-        room = filled + numel <= MAX_SHARD_NUMEL
-        return room and all(
+        return numel <= room and all(
             u + size(numel) <= MAX_PAYLOAD_BYTES for u, size in zip(used, sizes, strict=True)
         )
 
     if fits(wanted):
         return wanted
-    low, high = 0, min(wanted, MAX_SHARD_NUMEL) // SPLIT_NUMEL
+    low, high = 0, min(wanted, room) // SPLIT_NUMEL
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle * SPLIT_NUMEL) else (low, middle - 1)

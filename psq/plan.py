@@ -1,7 +1,8 @@
 """The plan: everything the processes of one job must agree on, as bytes with a digest.
 
 A worker sends its plan when it joins. The first one defines the job; a later one with another
-digest is refused with a text that names the first thing in which they differ. The body is a
+digest is refused with a text that names the first thing in which they differ. A job with several
+servers has one plan for each, alike but for the number of the server. The body is a
 msgpack map in a fixed order, so equal plans are equal bytes. It is remote input: `Plan.parse`
 accepts exactly what `Plan.body` makes and refuses everything else.
 """
@@ -9,40 +10,64 @@ accepts exactly what `Plan.body` makes and refuses everything else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
+from psq.clock import parse_consistency
 from psq.codec import get_codec
 from psq.errors import ConfigError, LocalError, RemotePlanError, RemoteWireError
-from psq.layout import Layout, cut
+from psq.layout import Layout, Shard, cut
 from psq.recipe import Recipe
 from psq_proto.frames import digest64
 from psq_proto.messages import MAX_PAYLOAD_BYTES, PLAN_LIMITS
 from psq_proto.packing import pack, unpack
 
-__all__ = ["MAX_TENSORS", "MAX_WORLD_SIZE", "Plan"]
+__all__ = ["MAX_SERVERS", "MAX_TENSORS", "MAX_WORLD_SIZE", "Plan"]
 
-PLAN_FORMAT: Final = 1
+PLAN_FORMAT: Final = 2
 MAX_TENSORS: Final = 65_536
 MAX_DIMENSIONS: Final = 16
 MAX_NUMEL: Final = 1 << 40
 MAX_WORLD_SIZE: Final = 4096
+MAX_SERVERS: Final = 256
+_KEYS: Final = (
+    *("format", "world_size", "servers", "server", "consistency"),
+    *("recipe", "tensors"),
+)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained (names and shapes, in order), how (recipe), and by how many workers."""
+    """What is trained (names and shapes, in order), how (recipe), and by how many workers.
+
+    And by how many servers: this is the plan of server number `server` of them.
+    """
 
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
     recipe: Recipe
     world_size: int
+    _: KW_ONLY
+    server: int = 0
+    servers: int = 1
+    consistency: str = "bsp"
 
     def __post_init__(self) -> None:
         """Refuse a plan no server could run: limits, codecs and shapes are checked here, once."""
         if not 1 <= self.world_size <= MAX_WORLD_SIZE:
             msg = f"world_size must be 1..{MAX_WORLD_SIZE}, got {self.world_size}"
             raise ConfigError(msg)
+        if not 1 <= self.servers <= MAX_SERVERS or not 0 <= self.server < self.servers:
+            msg = (
+                f"a job has 1..{MAX_SERVERS} servers, numbered from 0; "
+                f"got server {self.server} of {self.servers}"
+            )
+            raise ConfigError(msg)
+        consistency = parse_consistency(self.consistency)
+        if consistency.quorum > self.world_size:
+            msg = f"a quorum of {consistency.quorum} is more than the {self.world_size} workers"
+            raise ConfigError(msg)
+        object.__setattr__(self, "consistency", consistency.text)
         if len(self.tensors) > MAX_TENSORS:
             msg = f"the model has {len(self.tensors)} parameters, psq handles up to {MAX_TENSORS}"
             raise ConfigError(msg)
@@ -50,17 +75,26 @@ class Plan:
         get_codec(self.recipe.downlink.codec)
 
     @classmethod
-    def of(
-        cls, specs: Sequence[tuple[str, Sequence[int]]], recipe: Recipe, world_size: int
+    def of(  # noqa: PLR0913 - all that the processes of a job agree on
+        cls,
+        specs: Sequence[tuple[str, Sequence[int]]],
+        recipe: Recipe,
+        world_size: int,
+        *,
+        server: int = 0,
+        servers: int = 1,
+        consistency: str = "bsp",
     ) -> Plan:
         """The plan of a model given as (name, shape) in order.
 
         Raises:
-            ConfigError: the recipe, the world size or the model cannot be run, or the plan is over
-            its size limit.
+            ConfigError: the recipe, the numbers of workers and servers, the consistency or the
+            model cannot be run, or the plan is over its size limit.
         """
         tensors = tuple((name, tuple(int(n) for n in shape)) for name, shape in specs)
-        plan = cls(tensors, recipe, world_size)
+        plan = cls(
+            tensors, recipe, world_size, server=server, servers=servers, consistency=consistency
+        )
         if len(plan.body) > MAX_PAYLOAD_BYTES:
             msg = (
                 f"the plan takes {len(plan.body)} bytes, the limit is {MAX_PAYLOAD_BYTES}: "
@@ -75,6 +109,9 @@ class Plan:
         plain = {
             "format": PLAN_FORMAT,
             "world_size": self.world_size,
+            "servers": self.servers,
+            "server": self.server,
+            "consistency": self.consistency,
             "recipe": self.recipe.to_plain(),
             "tensors": [[name, list(shape)] for name, shape in self.tensors],
         }
@@ -86,10 +123,43 @@ class Plan:
         return digest64(self.body)
 
     @cached_property
+    def job_digest(self) -> int:
+        """64 bits that name the job, whichever of its servers this plan is for."""
+        return self.for_server(0).digest
+
+    @cached_property
     def layout(self) -> Layout:
-        """The cut into shards: the same in every process."""
-        up, down = get_codec(self.recipe.uplink.codec), get_codec(self.recipe.downlink.codec)
-        return cut(self.tensors, (up.nbytes, down.nbytes))
+        """The cut into shards, and whose they are: the same in every process.
+
+        Raises:
+            ConfigError: there is nothing to cut, or not enough for so many servers.
+        """
+        uplink = self.recipe.uplink
+        up, down = get_codec(uplink.codec), get_codec(self.recipe.downlink.codec)
+        return cut(self.tensors, (up.nbytes, down.nbytes), self.servers, uplink.every)
+
+    @cached_property
+    def owned(self) -> tuple[Shard, ...]:
+        """The shards of this plan's server, in ascending order of their index in the job."""
+        layout = self.layout
+        return tuple(
+            shard
+            for shard, owner in zip(layout.shards, layout.owners, strict=True)
+            if owner == self.server
+        )
+
+    def for_server(self, server: int) -> Plan:
+        """The same job as its server number `server` has it.
+
+        Raises:
+            ConfigError: the job has no such server.
+        """
+        if server == self.server:
+            return self
+        other = replace(self, server=server)
+        if "layout" in self.__dict__:
+            other.__dict__["layout"] = self.layout  # the cut is the job's, not a server's
+        return other
 
     @classmethod
     def parse(cls, body: bytes | memoryview) -> Plan:
@@ -101,7 +171,8 @@ class Plan:
         """
         try:
             plan = _from_plain(_unpack(body))
-            _check_layout(plan)
+            _check_numel(plan)
+            _ = plan.layout  # what cannot be cut is refused here, not where it is first used
         except LocalError as error:
             msg = f"the plan that came cannot be run here: {error}"
             raise RemotePlanError(msg) from error
@@ -112,8 +183,8 @@ class Plan:
 
     def difference(self, other: Plan) -> str:
         """The first thing in which `other` departs from this plan, in words; empty if equal."""
-        if self.world_size != other.world_size:
-            return f"world_size: the job has {self.world_size}, it says {other.world_size}"
+        if fault := _difference_of_numbers(self, other):
+            return fault
         mine, theirs = _leaves(self.recipe.to_plain()), _leaves(other.recipe.to_plain())
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key):
@@ -132,6 +203,25 @@ class Plan:
         return ""
 
 
+def _difference_of_numbers(job: Plan, other: Plan) -> str:
+    if job.servers != other.servers:
+        return (
+            f"servers: the job has {job.servers}, it says {other.servers}: "
+            f"list all servers in every --connect"
+        )
+    if job.server != other.server:
+        return (
+            f"server: this one is {job.server} of {job.servers} in the job, it says "
+            f"{other.server} of {other.servers}: "
+            f"list the servers in the same order in every --connect"
+        )
+    if job.consistency != other.consistency:
+        return f"consistency: the job has {job.consistency}, it says {other.consistency}"
+    if job.world_size != other.world_size:
+        return f"world_size: the job has {job.world_size}, it says {other.world_size}"
+    return ""
+
+
 def _unpack(body: bytes | memoryview) -> Any:
     try:
         return unpack(body, PLAN_LIMITS, use_list=True)
@@ -141,21 +231,31 @@ def _unpack(body: bytes | memoryview) -> Any:
 
 
 def _from_plain(plain: Any) -> Plan:
-    if not isinstance(plain, dict) or set(plain) != {"format", "world_size", "recipe", "tensors"}:
-        msg = "a plan is a map of format, world_size, recipe and tensors"
+    came = plain.get("format") if isinstance(plain, dict) else None
+    if type(came) is int and came != PLAN_FORMAT:
+        msg = f"plan format {came}, this side reads {PLAN_FORMAT}: run the same psq everywhere"
         raise ConfigError(msg)
-    if plain["format"] != PLAN_FORMAT:
-        came = plain["format"]
-        msg = f"plan format {came!r}, this side reads {PLAN_FORMAT}: run the same psq everywhere"
+    if not isinstance(plain, dict) or set(plain) != set(_KEYS) or came != PLAN_FORMAT:
+        msg = f"a plan is a map of {', '.join(_KEYS)}"
         raise ConfigError(msg)
     if not isinstance(plain["recipe"], dict) or not isinstance(plain["tensors"], list):
         msg = "a plan's recipe is a map and its tensors are a list"
         raise ConfigError(msg)
-    if type(plain["world_size"]) is not int:
-        msg = f"world_size must be a whole number, got {plain['world_size']!r}"
+    for name in ("world_size", "servers", "server"):
+        if type(plain[name]) is not int:
+            msg = f"{name} must be a whole number, got {plain[name]!r:.80}"
+            raise ConfigError(msg)
+    if not isinstance(plain["consistency"], str):
+        msg = f"consistency must be text, got {plain['consistency']!r:.80}"
         raise ConfigError(msg)
-    tensors = tuple(_tensor(entry) for entry in plain["tensors"])
-    return Plan(tensors, Recipe.from_plain(plain["recipe"]), plain["world_size"])
+    return Plan(
+        tuple(_tensor(entry) for entry in plain["tensors"]),
+        Recipe.from_plain(plain["recipe"]),
+        plain["world_size"],
+        server=plain["server"],
+        servers=plain["servers"],
+        consistency=plain["consistency"],
+    )
 
 
 def _tensor(entry: Any) -> tuple[str, tuple[int, ...]]:
@@ -170,7 +270,7 @@ def _tensor(entry: Any) -> tuple[str, tuple[int, ...]]:
     raise ConfigError(msg)
 
 
-def _check_layout(plan: Plan) -> None:
+def _check_numel(plan: Plan) -> None:
     if not plan.tensors or len({name for name, _ in plan.tensors}) != len(plan.tensors):
         msg = f"a plan has tensors of different names, got {len(plan.tensors)} tensors"
         raise ConfigError(msg)

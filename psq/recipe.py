@@ -166,12 +166,25 @@ class Direction:
         return "update" if self.kind == "adam" else "gradient"
 
 
+MAX_EVERY: Final = 1024
+
+
 @dataclass(frozen=True, slots=True)
 class Uplink:
-    """How a worker says it: a codec spec, and whether what it left out is said later."""
+    """How a worker says it: a codec spec, and whether what it left out is said later.
+
+    Each shard speaks in every `every`-th step, in rotation with the others.
+    """
 
     codec: str
     error_feedback: bool = True
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        """A shard speaks now and then, or always."""
+        if type(self.every) is not int or not 1 <= self.every <= MAX_EVERY:
+            msg = f"uplink every must be a whole number 1..{MAX_EVERY}, got {self.every!r}"
+            raise ConfigError(msg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +243,9 @@ class Recipe:
                 f"direction={self.direction.kind} sends {self.direction.meaning}s"
             )
             raise ConfigError(msg)
+        if self.uplink.every > 1:
+            msg = f"recipe {self.name!r}: uplink every={self.uplink.every} is not supported yet"
+            raise ConfigError(msg)
 
     @property
     def adam(self) -> AdamConfig:
@@ -267,7 +283,11 @@ class Recipe:
         return {
             "name": self.name,
             "direction": {"kind": self.direction.kind, "adam": _adam_plain(self.direction.adam)},
-            "uplink": {"codec": self.uplink.codec, "error_feedback": self.uplink.error_feedback},
+            "uplink": {
+                "codec": self.uplink.codec,
+                "error_feedback": self.uplink.error_feedback,
+                "every": self.uplink.every,
+            },
             "aggregate": self.aggregate,
             "apply": {"kind": self.apply.kind, "adam": _adam_plain(self.apply.adam)},
             "downlink": {
@@ -286,7 +306,9 @@ class Recipe:
             return cls(
                 name=_text(plain["name"]),
                 direction=Direction(direction["kind"], _adam_from_plain(direction["adam"])),
-                uplink=Uplink(_text(uplink["codec"]), _flag(uplink["error_feedback"])),
+                uplink=Uplink(
+                    _text(uplink["codec"]), _flag(uplink["error_feedback"]), uplink["every"]
+                ),
                 aggregate=plain["aggregate"],
                 apply=Apply(apply["kind"], _adam_from_plain(apply["adam"])),
                 downlink=Downlink(

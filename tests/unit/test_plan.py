@@ -77,7 +77,7 @@ def plain(**changes):
         b"\xc1",
         msgpack.packb([]),
         plan().body + b"\x00",
-        plain(format=2),
+        plain(format=1),
         plain(world_size=2.0),
         plain(world_size=10**9),
         plain(recipe=[]),
