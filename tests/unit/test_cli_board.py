@@ -26,6 +26,7 @@ def summary(rank=0, **fields):
         "numel": 1000,
         "timed_steps": 50,
         "phases_s": dict.fromkeys(PHASES, 1.0),
+        "exposed_s": 0.5,
     }
     return Summary(rank=rank, **{**plain, **fields})
 
@@ -155,6 +156,45 @@ def test_a_step_is_split_into_its_phases():
     assert step_s["compute"] == 2.0 / 100
     assert step_s["total"] == pytest.approx(0.1)
     assert filled().summary()["samples_per_s"] == pytest.approx(16 / 0.1)
+
+
+def test_the_summary_says_servers_exposed_waits_and_staleness():
+    board = Board(2, servers=4)
+    board.add(summary(0, consistency="ssp:2", staleness_sum=30, staleness_max=2), 0.0)
+    board.add(
+        summary(1, consistency="ssp:2", staleness_sum=10, staleness_max=1, exposed_s=1.5), 0.0
+    )
+    job = board.summary()
+    assert (job["servers"], job["consistency"]) == (4, "ssp:2")
+    assert job["exposed_s"] == pytest.approx(2.0 / 100)
+    assert job["staleness"] == {"mean": 40 / 200, "max": 2}
+    assert filled().summary()["servers"] == 1
+    assert filled().summary()["staleness"] == {"mean": 0.0, "max": 0}
+
+
+def test_what_is_exposed_now_is_that_of_the_last_steps():
+    board = Board(2)
+    assert board.exposed_s is None
+    board.add(progress(0, 1, timed_steps=0, exposed_s=0.0), 0.0)
+    assert board.exposed_s is None
+    board.add(progress(0, 3, timed_steps=2, exposed_s=0.2), 0.0)
+    board.add(progress(0, 7, timed_steps=6, exposed_s=0.3), 0.0)
+    assert board.exposed_s == pytest.approx(0.1 / 4)
+    board.add(progress(1, 3, timed_steps=2, exposed_s=0.15), 0.0)
+    assert board.exposed_s == pytest.approx((0.025 + 0.075) / 2)
+
+
+def test_the_rule_of_a_job_is_what_its_workers_say():
+    board = Board(2)
+    assert board.consistency == "bsp"
+    board.add(Started(rank=1, consistency="asp"), 0.0)
+    assert board.consistency == "asp"
+
+
+def test_a_process_alone_has_no_server():
+    board = Board(1, alone=True)
+    board.add(Summary(step=1), 0.0)
+    assert board.summary()["servers"] == 0
 
 
 def test_a_job_without_bytes_or_steps_divides_by_nothing():

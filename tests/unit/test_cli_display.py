@@ -13,6 +13,7 @@ from psq_worker.display import (
     PlainView,
     QuietView,
     format_bytes,
+    format_ms,
     format_score,
     format_seconds,
     make_view,
@@ -28,11 +29,11 @@ class Clock:
         return self.now_s
 
 
-def make_console(*, terminal):
+def make_console(*, terminal, width=110):
     return Console(
         file=io.StringIO(),
         force_terminal=terminal,
-        width=110,
+        width=width,
         color_system=None,
         legacy_windows=False,
     )
@@ -80,6 +81,40 @@ def test_bytes_are_written_with_decimal_units(count, text):
 )
 def test_seconds_are_written_as_a_clock(seconds, text):
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (0.0, "0.00 ms"), (0.0099949, "9.99 ms"), (0.0125, "12.5 ms"), (0.3, "300 ms")],
+)
+def test_short_times_are_written_in_milliseconds(seconds, text):
+    assert format_ms(seconds) == text
+
+
+def exposed_board(rule="bsp"):
+    board = filled()
+    for rank in range(2):
+        board.add(Started(rank=rank, consistency=rule), 50.0)
+        board.add(Progress(rank=rank, step=40, timed_steps=4, exposed_s=0.05), 50.0)
+        board.add(Progress(rank=rank, step=44, timed_steps=8, exposed_s=0.1, staleness_max=2), 50.0)
+    return board
+
+
+def test_a_plain_line_says_what_is_exposed_and_how_far_workers_were_apart():
+    assert "  12.5 ms exposed" in plain_line(exposed_board())
+    assert "stale" not in plain_line(exposed_board())
+    assert "  2 rounds stale at most" in plain_line(exposed_board("ssp:3"))
+
+
+@pytest.mark.parametrize(("width", "shown"), [(110, True), (80, False)])
+def test_the_live_view_shows_what_is_exposed_where_there_is_room(width, shown):
+    console, clock = make_console(terminal=True, width=width), Clock()
+    with LiveView(console, "", clock=clock) as view:
+        view.refresh(exposed_board())
+    text = console.file.getvalue()
+    assert ("exposed" in text) == shown
+    assert ("12.5 ms" in text) == shown
+    assert "training" in text
 
 
 def test_an_accuracy_is_written_in_percent_and_any_other_score_as_it_is():

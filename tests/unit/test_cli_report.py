@@ -18,6 +18,10 @@ SUMMARY = {
     "task": "fashion-mnist",
     "recipe": "server-adam (log up, delta sign down)",
     "workers": 2,
+    "servers": 1,
+    "consistency": "bsp",
+    "staleness": {"mean": 0.0, "max": 0},
+    "exposed_s": 0.0042,
     "steps": 800,
     "numel": 1000,
     "samples": 51_200,
@@ -42,6 +46,8 @@ SUMMARY = {
 BASELINE = {
     **SUMMARY,
     "workers": 1,
+    "servers": 0,
+    "exposed_s": 0.0,
     "score": 0.87,
     "step_s": {"total": 0.03, **dict.fromkeys(PHASES, 0.0), "compute": 0.03},
 }
@@ -96,6 +102,26 @@ def test_skipped_pushes_are_counted_where_there_are_any(capsys):
     assert cells(capsys.readouterr().out, "pushes skipped") == ["3"]
     print_summary(SUMMARY, as_json=False)
     assert "skipped" not in capsys.readouterr().out
+
+
+def test_a_summary_shows_what_waiting_no_computing_hid(capsys):
+    Console().print(comparison_table(SUMMARY, BASELINE))
+    assert cells(capsys.readouterr().out, "exposed:") == ["4.2", "-"]
+
+
+def test_several_servers_are_counted_and_the_only_one_is_not(capsys):
+    print_summary({**SUMMARY, "servers": 3}, as_json=False)
+    assert "fashion-mnist: 2 workers, 3 servers, server-adam" in capsys.readouterr().out
+
+
+def test_staleness_is_shown_where_workers_may_be_apart(capsys):
+    apart = {"consistency": "ssp:3", "staleness": {"mean": 0.5, "max": 2}}
+    print_summary({**SUMMARY, **apart}, as_json=False)
+    text = capsys.readouterr().out
+    assert "2 workers, ssp:3, server-adam" in text
+    assert cells(text, "rounds stale, mean and most") == ["0.50, 2"]
+    print_summary(SUMMARY, as_json=False)
+    assert "stale" not in capsys.readouterr().out
 
 
 def test_json_is_the_summary_itself(capsys):

@@ -13,6 +13,9 @@ from psq_worker.reporter import Reporter
 
 @dataclass(frozen=True)
 class Step:
+    step: int = 4
+    version: int = 5
+    exposed_s: float = 0.25
     applied: bool = True
     sent_bytes: int = 10
     received_bytes: int = 20
@@ -93,6 +96,22 @@ def test_the_first_step_and_the_one_after_an_evaluation_are_not_timed():
     assert said[-1].step == 5
     assert said[-1].timed_steps == 3
     assert said[-1].phases_s == {phase: 3 * getattr(Step(), f"{phase}_s") for phase in PHASES}
+
+
+def test_exposed_waits_are_added_up_over_the_timed_steps_only():
+    reporter, said, _ = make()
+    for _ in range(3):
+        reporter.step(Step(), 1.0, 1)
+    assert (said[-1].timed_steps, said[-1].exposed_s) == (2, 0.5)
+    assert reporter.summary().exposed_s == 0.5
+
+
+def test_rounds_of_others_beside_a_step_s_own_are_its_staleness():
+    reporter, said, _ = make()
+    for version in (5, 7, 6):
+        reporter.step(Step(version=version), 1.0, 1)
+    assert (said[-1].staleness_sum, said[-1].staleness_max) == (3, 2)
+    assert (reporter.summary().staleness_sum, reporter.summary().staleness_max) == (3, 2)
 
 
 def test_an_evaluation_is_said_with_the_bytes_so_far():

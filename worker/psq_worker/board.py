@@ -31,13 +31,23 @@ class Point:
 
 @dataclass(slots=True)
 class RankState:
-    """One worker as it was last heard of; `wait` is what it said it waits for."""
+    """One worker as it was last heard of.
+
+    Attributes:
+        rank: its number.
+        progress, started, summary: the last event of each kind.
+        samples_per_s: a running mean.
+        exposed_s: per step, over those that the last progress told of; None before a timed one.
+        heard_s: when it last said anything.
+        wait: what it said it waits for.
+    """
 
     rank: int
     progress: Progress = field(default_factory=Progress)
     started: Started | None = None
     summary: Summary | None = None
     samples_per_s: float = 0.0
+    exposed_s: float | None = None
     heard_s: float | None = None
     wait: str = ""
 
@@ -113,6 +123,18 @@ class Board:
         return sum(state.samples_per_s for state in self.ranks)
 
     @property
+    def consistency(self) -> str:
+        """The job's rule; "bsp" while nobody has said another."""
+        told = (state.started.consistency for state in self.ranks if state.started is not None)
+        return next((rule for rule in told if rule != "bsp"), "bsp")
+
+    @property
+    def exposed_s(self) -> float | None:
+        """Per step, the mean of all workers; None before anybody knows."""
+        known = [state.exposed_s for state in self.ranks if state.exposed_s is not None]
+        return sum(known) / len(known) if known else None
+
+    @property
     def saved_bytes(self) -> int:
         """What fp32 both ways would have taken beyond what was taken, all workers together."""
         return sum(saved_bytes(state.progress) for state in self.ranks)
@@ -123,6 +145,7 @@ class Board:
         The loss is the mean over the last tenth of the steps: that of one batch says little. Bytes
         are those of one worker, times those of one step, both averaged over the workers.
         Steps right after an evaluation are left out of the times, and so of `samples_per_s`.
+        `exposed_s` is, per step, the waiting that no computing hid.
         """
         ends = [state.summary for state in self.ranks if state.summary is not None]
         if not ends:
@@ -150,6 +173,12 @@ class Board:
             "skipped": sum(end.skipped for end in ends),
             "wire": _wire(ends),
             "step_s": step_s,
+            "exposed_s": _per_timed_step(ends, sum(end.exposed_s for end in ends)),
+            "consistency": first.consistency,
+            "staleness": {
+                "mean": sum(end.staleness_sum for end in ends) / max(1, sum(e.step for e in ends)),
+                "max": max(end.staleness_max for end in ends),
+            },
         }
 
     def _advance(self, state: RankState, event: Progress) -> None:
@@ -160,6 +189,9 @@ class Board:
             rate = (event.samples - old.samples) / seconds
             weight = NEW_RATE_WEIGHT if state.samples_per_s else 1.0
             state.samples_per_s += weight * (rate - state.samples_per_s)
+        timed = event.timed_steps - old.timed_steps
+        if timed > 0:
+            state.exposed_s = (event.exposed_s - old.exposed_s) / timed
         if event.loss is not None and event.step > old.step:
             made = event.step - old.step
             self.points.append(Point(event.rank, event.step, made, event.loss, event.sent_bytes))
@@ -208,9 +240,13 @@ def _wire(ends: list[Summary]) -> dict[str, float]:
 
 
 def _step_s(ends: list[Summary]) -> dict[str, float]:
-    timed = sum(end.timed_steps for end in ends)
     split = {
-        phase: sum(end.phases_s.get(phase, 0.0) for end in ends) / timed if timed else 0.0
+        phase: _per_timed_step(ends, sum(end.phases_s.get(phase, 0.0) for end in ends))
         for phase in PHASES
     }
     return {"total": sum(split.values()), **split}
+
+
+def _per_timed_step(ends: list[Summary], seconds: float) -> float:
+    timed = sum(end.timed_steps for end in ends)
+    return seconds / timed if timed else 0.0

@@ -25,6 +25,7 @@ __all__ = [
     "QuietView",
     "View",
     "format_bytes",
+    "format_ms",
     "format_rate",
     "format_score",
     "format_seconds",
@@ -36,6 +37,7 @@ PLAIN_EVERY_S: Final = 5.0
 MINUTE_S: Final = 60
 HOUR_S: Final = 3600
 WIRE_COLUMNS: Final = ("sent", "received", "saved")
+EXPOSED_WIDTH: Final = 92  # a narrower terminal has no room for one column more
 STATE_STYLES: Final = {
     "training": "green",
     "evaluating": "cyan",
@@ -195,12 +197,15 @@ class LiveView:
 
     def _draw(self) -> RenderableType:
         now_s = self._clock()
-        return draw_board(self._board, self._title, now_s=now_s, elapsed_s=now_s - self._began_s)
+        table = _worker_table(self._board, now_s, width=self._console.width)
+        return draw_board(self._board, self._title, table, elapsed_s=now_s - self._began_s)
 
 
-def draw_board(board: Board, title: str, *, now_s: float, elapsed_s: float) -> RenderableType:
+def draw_board(
+    board: Board, title: str, table: RenderableType, *, elapsed_s: float
+) -> RenderableType:
     """The live picture: title, a row per worker, the bar, the last scores."""
-    parts: list[RenderableType] = [Text(title, style="bold"), _worker_table(board, now_s)]
+    parts: list[RenderableType] = [Text(title, style="bold"), table]
     if board.steps:
         parts.append(_bar(board, elapsed_s))
     if board.evaluations:
@@ -219,6 +224,10 @@ def plain_line(board: Board) -> str:
         words.append(f"{board.samples_per_s:,.0f} samples/s")
     if board.saved_bytes > 0 and not board.alone:
         words.append(f"{format_bytes(board.saved_bytes)} saved")
+    if board.exposed_s is not None and not board.alone:
+        words.append(f"{format_ms(board.exposed_s)} exposed")
+    if board.consistency != "bsp":
+        words.append(f"{max(s.progress.staleness_max for s in board.ranks)} rounds stale at most")
     if board.evaluations:
         words.append(_score_words(board))
     return "  ".join(words)
@@ -250,6 +259,15 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def format_ms(seconds: float | None) -> str:
+    """Milliseconds with three digits, as in "0.42 ms", "12.5 ms" or "300 ms"; else a dash."""
+    if seconds is None:
+        return "-"
+    value = 1000 * seconds
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0  # noqa: PLR2004 - three digits
+    return f"{value:.{digits}f} ms"
+
+
 def format_seconds(seconds: float) -> str:
     """As in "0:07", "2:31" or "1:02:31"."""
     whole = round(seconds)
@@ -278,35 +296,44 @@ def _score_words(board: Board) -> str:
     return f"{metric_words(last.metric)} {shown} at step {last.step}"
 
 
-def _worker_table(board: Board, now_s: float) -> Table:
+def _worker_table(board: Board, now_s: float, *, width: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    wire = [] if board.alone else [*WIRE_COLUMNS, *(["exposed"] * (width >= EXPOSED_WIDTH))]
     table.add_column("  process" if board.alone else "  worker", no_wrap=True)
-    for name in ("step", "loss", "samples/s", *([] if board.alone else WIRE_COLUMNS)):
+    for name in ("step", "loss", "samples/s", *wire):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for state in board.ranks:
-        table.add_row(*_worker_row(state, now_s, alone=board.alone))
+        cells = [_wire_cells(state)[name] for name in wire]
+        table.add_row(*_worker_row(state, now_s, cells, alone=board.alone))
     return table
 
 
-def _worker_row(state: RankState, now_s: float, *, alone: bool) -> list[RenderableType]:
+def _worker_row(
+    state: RankState, now_s: float, wire: list[str], *, alone: bool
+) -> list[RenderableType]:
     progress = state.progress
     words = state.state(now_s)
     style = STATE_STYLES.get(words.split()[0], "dim")
     total = f"/{progress.steps}" if progress.steps else ""
-    wire = [
-        format_bytes(progress.sent_bytes),
-        format_bytes(progress.received_bytes),
-        format_bytes(max(0, saved_bytes(progress))),
-    ]
     return [
         "  one" if alone else f"  rank {state.rank}",
         f"{progress.step}{total}",
         format_loss(progress.loss),
         format_rate(state.samples_per_s),
-        *([] if alone else wire),
+        *wire,
         Text(words, style=style),
     ]
+
+
+def _wire_cells(state: RankState) -> dict[str, str]:
+    progress = state.progress
+    return {
+        "sent": format_bytes(progress.sent_bytes),
+        "received": format_bytes(progress.received_bytes),
+        "saved": format_bytes(max(0, saved_bytes(progress))),
+        "exposed": format_ms(state.exposed_s),
+    }
 
 
 def _bar(board: Board, elapsed_s: float) -> Table:

@@ -40,6 +40,7 @@ class Started:
         steps: how many steps it will make; 0 when only the user's script knows.
         numel: values in the model.
         recipe: name and codecs, in words.
+        consistency: the job's rule, as in "bsp" or "ssp:2".
     """
 
     kind: ClassVar[str] = "started"
@@ -47,6 +48,7 @@ class Started:
     world_size: int = 1
     task: str = ""
     recipe: str = ""
+    consistency: str = "bsp"
     steps: int = 0
     numel: int = 0
     text: str = ""
@@ -63,6 +65,10 @@ class Progress:
         sent_bytes, received_bytes: on the wire, headers included.
         phases_s: seconds spent in each of PHASES during `timed_steps` steps: all but the first one
             and those right after an evaluation, which are no typical steps.
+        exposed_s: of these, seconds of waiting for the network and for others that no computing
+            hid.
+        staleness_sum, staleness_max: rounds that others were ahead when a step of this worker
+            counted, over all steps; 0 under bsp.
         skipped: steps to which this worker contributed nothing.
         doing: "training", or "evaluating" when that is what comes next.
     """
@@ -80,6 +86,9 @@ class Progress:
     skipped: int = 0
     timed_steps: int = 0
     phases_s: dict[str, float] = field(default_factory=dict)
+    exposed_s: float = 0.0
+    staleness_sum: int = 0
+    staleness_max: int = 0
     doing: str = "training"
 
 
@@ -106,6 +115,7 @@ class Summary:
     world_size: int = 1
     task: str = ""
     recipe: str = ""
+    consistency: str = "bsp"
     step: int = 0
     loss: float | None = None
     samples: int = 0
@@ -116,6 +126,9 @@ class Summary:
     skipped: int = 0
     timed_steps: int = 0
     phases_s: dict[str, float] = field(default_factory=dict)
+    exposed_s: float = 0.0
+    staleness_sum: int = 0
+    staleness_max: int = 0
     metric: str = ""
     scores: dict[str, float] = field(default_factory=dict)
 

@@ -69,8 +69,11 @@ def comparison_table(psq: Summary, baseline: Summary) -> RenderableType:
 
 
 def _who(summary: Summary) -> str:
-    workers = summary["workers"]
-    return f"{workers} worker{'s' if workers != 1 else ''}, {summary['recipe']}"
+    workers, servers, rule = summary["workers"], summary["servers"], summary["consistency"]
+    words = [f"{workers} worker{'s' if workers != 1 else ''}"]
+    words += [f"{servers} servers"] if servers > 1 else []
+    words += [rule] if rule != "bsp" else []
+    return ", ".join([*words, summary["recipe"]])
 
 
 def _table(names: Sequence[str], jobs: Sequence[Summary]) -> Table:
@@ -104,12 +107,15 @@ def _sections(first: Summary) -> list[list[tuple[str, Cell]]]:
     phases: list[tuple[str, Cell]] = [
         ("milliseconds per step", lambda s: _ms(s, "total")),
         *((f"  {phase}: {PHASE_WORDS[phase]}", _phase_cell(phase)) for phase in PHASES),
+        ("exposed: waiting that no computing hid", _exposed),
     ]
     size: list[tuple[str, Cell]] = [
         ("steps", lambda s: f"{s['steps']:,}"),
         ("samples/s", lambda s: format_rate(s["samples_per_s"])),
         ("time", lambda s: format_seconds(s["elapsed_s"])),
     ]
+    if first["consistency"] != "bsp":
+        size.insert(1, ("rounds stale, mean and most", _staleness))
     if first["skipped"]:
         size.insert(1, ("pushes skipped, not finite", lambda s: f"{s['skipped']:,}"))
     return [scores, wire, phases, size]
@@ -127,6 +133,15 @@ def _bits(summary: Summary, direction: str) -> str:
 def _ratios(summary: Summary) -> str:
     wire = summary["wire"]
     return f"{wire['compression_ratio_up']:.1f}x, {wire['compression_ratio_down']:.1f}x"
+
+
+def _exposed(summary: Summary) -> str:
+    return f"{1000 * summary['exposed_s']:.1f}" if summary["servers"] else "-"
+
+
+def _staleness(summary: Summary) -> str:
+    staleness = summary["staleness"]
+    return f"{staleness['mean']:.2f}, {staleness['max']}" if summary["servers"] else "-"
 
 
 def _ms(summary: Summary, phase: str) -> str:

@@ -20,6 +20,16 @@ class StepNumbers(Protocol):
     """What is read of a step's report; bytes and seconds are of this step alone."""
 
     @property
+    def step(self) -> int:
+        """The version of the weights it started from."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """The version of the weights it ended with."""
+        ...
+
+    @property
     def applied(self) -> bool:
         """Whether the gradient was used."""
         ...
@@ -34,6 +44,11 @@ class StepNumbers(Protocol):
         """Bytes received during the step."""
         ...
 
+    @property
+    def exposed_s(self) -> float:
+        """Waiting that no computing hid."""
+        ...
+
 
 @dataclass(slots=True)
 class _Totals:
@@ -43,6 +58,9 @@ class _Totals:
     received_bytes: int = 0
     skipped: int = 0
     timed_steps: int = 0
+    exposed_s: float = 0.0
+    staleness_sum: int = 0
+    staleness_max: int = 0
     loss_sum: float = 0.0
     loss_count: int = 0
     loss: float | None = None
@@ -90,11 +108,15 @@ class Reporter:
         totals.sent_bytes += numbers.sent_bytes
         totals.received_bytes += numbers.received_bytes
         totals.skipped += not numbers.applied
+        staleness = max(0, numbers.version - numbers.step - 1)  # its own round is not counted
+        totals.staleness_sum += staleness
+        totals.staleness_max = max(totals.staleness_max, staleness)
         if loss is not None and math.isfinite(loss):
             totals.loss_sum += loss
             totals.loss_count += 1
         if self._typical:
             totals.timed_steps += 1
+            totals.exposed_s += numbers.exposed_s
             for phase in PHASES:
                 self._phases_s[phase] += getattr(numbers, f"{phase}_s")
         self._typical = True
@@ -130,6 +152,7 @@ class Reporter:
             world_size=self._started.world_size,
             task=self._started.task,
             recipe=self._started.recipe,
+            consistency=self._started.consistency,
             step=totals.step,
             loss=self._mean_loss(),
             samples=totals.samples,
@@ -140,6 +163,9 @@ class Reporter:
             skipped=totals.skipped,
             timed_steps=totals.timed_steps,
             phases_s=dict(self._phases_s),
+            exposed_s=totals.exposed_s,
+            staleness_sum=totals.staleness_sum,
+            staleness_max=totals.staleness_max,
             metric=self._metric,
             scores=self._scores,
         )
@@ -159,6 +185,9 @@ class Reporter:
             skipped=totals.skipped,
             timed_steps=totals.timed_steps,
             phases_s=dict(self._phases_s),
+            exposed_s=totals.exposed_s,
+            staleness_sum=totals.staleness_sum,
+            staleness_max=totals.staleness_max,
             doing="evaluating" if self._evaluates_after(totals.step) else "training",
         )
         totals.loss_sum, totals.loss_count = 0.0, 0

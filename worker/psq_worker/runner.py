@@ -117,7 +117,9 @@ class _Watch:
         self._worker: psq.torch.Worker | None = None
         self._reporter: Reporter | None = None
 
-    def begin(self, *, rank: int, world_size: int, numel: int, recipe: str) -> Reporter:
+    def begin(
+        self, *, rank: int, world_size: int, numel: int, recipe: str, consistency: str = "bsp"
+    ) -> Reporter:
         """Make the reporter."""
         job = self._job
         started = Started(
@@ -125,6 +127,7 @@ class _Watch:
             world_size=world_size,
             task=self._task,
             recipe=recipe,
+            consistency=consistency,
             steps=job.steps if job else 0,
             numel=numel,
             text=self._text,
@@ -176,6 +179,7 @@ class _Watch:
                 world_size=worker.world_size,
                 numel=worker.plan.layout.numel,
                 recipe=_recipe_words(worker.plan.recipe),
+                consistency=worker.plan.consistency,
             )
         if worker is self._worker and self._reporter is not None:
             # A script with several models is shown by its first.
