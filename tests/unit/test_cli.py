@@ -154,6 +154,8 @@ def test_a_file_with_a_wrong_key_is_refused_by_every_command(call, tmp_path):
         ("--uplink", "sgn", "codec 'sgn'"),
         ("--downlink", "delta:sgn", "codec 'sgn'"),
         ("--adam", "betta=0.9", "adam: no setting 'betta'; did you mean beta?"),
+        ("--consistency", "ssp", "bsp[,quorum=Q]"),
+        ("--consistency", "bsp,quorum=3", "a quorum of 3 is more than the 2 workers"),
     ],
 )
 def test_a_recipe_that_does_not_exist_is_refused_before_anything_starts(

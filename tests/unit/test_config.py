@@ -292,12 +292,18 @@ def test_the_servers_of_a_job_are_a_list_in_their_order(tmp_path: Path) -> None:
         ("tcp://a:1,tcp://a:1", "connect: tcp://a:1 stands there twice"),
         ("tcp://a:1,", "expected tcp://HOST:PORT with a port of 1 to 65535, got ''"),
         ("tcp://a:1;tcp://b:1", "expected tcp://HOST:PORT"),
-        (",".join(f"tcp://a:{port}" for port in range(1, 258)), "at most 256 servers, got 257"),
     ],
 )
 def test_a_list_of_servers_is_checked_part_by_part(text: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(complaint)):
         ask(WorkerConfig, environ={"PSQ_CONNECT": text})
+
+
+def test_a_list_may_be_longer_than_a_text_and_has_an_end() -> None:
+    ports = [f"tcp://node-with-a-name.example:{port}" for port in range(10_000, 10_256)]
+    assert ask(WorkerConfig, environ={"PSQ_CONNECT": ",".join(ports)}).config.endpoints[255]
+    with pytest.raises(ConfigError, match=r"connect \(from PSQ_CONNECT\): expected text"):
+        ask(WorkerConfig, environ={"PSQ_CONNECT": "t" * 65_537})
 
 
 def test_a_list_of_what_is_no_text_is_refused(tmp_path: Path) -> None:

@@ -110,14 +110,14 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     """
     need("torch", "rich")
     from psq_worker.launch import Commands, run_launch, server_count  # noqa: PLC0415 - needs rich
-    from psq_worker.recipes import check_available, recipe_of  # noqa: PLC0415 - nor numpy
+    from psq_worker.recipes import check_available, check_job  # noqa: PLC0415 - nor numpy
 
     check_script(given, script)
     config = given.resolve(LaunchConfig).config
     told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
     servers = server_count(config.servers, config.workers)
+    check_job(told)  # fails before anything is started
     check_available(told, servers)
-    recipe_of(told)  # fails before anything is started
     words = [script, "--", *script_words(arguments)] if script is not None else []
     commands = Commands(
         config.workers,
@@ -139,11 +139,13 @@ def demo(given: Given) -> None:
     from psq_worker.recipes import (  # noqa: PLC0415 - --help needs no numpy
         check_available,
         check_comparison,
+        check_job,
         recipe_of,
     )
 
     config = given.resolve(LaunchConfig).config
     told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
+    check_job(told)
     check_comparison(recipe_of(told))
     servers = server_count(config.servers, config.workers)
     check_available(told, servers)

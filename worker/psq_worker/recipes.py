@@ -1,4 +1,4 @@
-"""The recipe that settings add up to, checked before anything is started with it.
+"""The job that settings add up to, checked before anything is started with it.
 
 Imports numpy with the codecs, never torch.
 """
@@ -6,25 +6,39 @@ Imports numpy with the codecs, never torch.
 from __future__ import annotations
 
 from psq.adam_text import missing_in_torch, with_adam_text
+from psq.clock import parse_consistency
 from psq.codec import get_codec
 from psq.config import WorkerConfig
 from psq.errors import ConfigError
+from psq.plan import Plan
 from psq.recipe import Recipe, preset
 
-__all__ = ["check_available", "check_comparison", "recipe_of"]
+__all__ = ["check_available", "check_comparison", "check_job", "recipe_of"]
 
 
 def recipe_of(told: WorkerConfig) -> Recipe:
     """What a worker makes of its settings.
 
     Raises:
-        ConfigError: no such recipe or codec, or no such Adam settings for it; the message lists
-            what there is.
+        ConfigError: no such recipe, codec or consistency, or no such Adam settings for it; the
+            message lists what there is.
     """
     recipe = preset(told.recipe).with_codecs(uplink=told.uplink, downlink=told.downlink)
     get_codec(recipe.uplink.codec)
     get_codec(recipe.downlink.codec)
+    parse_consistency(told.consistency)
     return with_adam_text(recipe, told.adam)
+
+
+def check_job(told: WorkerConfig) -> None:
+    """Refuse what no model could be trained with.
+
+    Raises:
+        ConfigError: `recipe_of` refuses the recipe, or the consistency is none, or needs more
+            workers than there are.
+    """
+    any_model = [("value", (1,))]
+    Plan.of(any_model, recipe_of(told), told.world_size, consistency=told.consistency)
 
 
 def check_comparison(recipe: Recipe) -> None:
