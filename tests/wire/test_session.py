@@ -17,7 +17,15 @@ from psq_proto.errors import (
     StaleFrameError,
     UsageError,
 )
-from psq_proto.frames import HEADER_BYTES, Header, decode_control, decode_frame, encode_control
+from psq_proto.frames import (
+    HEADER_BYTES,
+    Header,
+    decode_control,
+    decode_frame,
+    digest64,
+    encode_control,
+    encode_frame,
+)
 from psq_proto.messages import (
     NO_SHARD,
     Bye,
@@ -207,6 +215,127 @@ def test_messages_that_name_another_plan_are_refused(
         worker.receive(server.send(T.STATUS, Status(0, 0)))
 
 
+# ---- before joining: the job, and the link
+
+
+def cookied(worker: WorkerSession, server: ServerSession) -> None:
+    server.receive(worker.send(T.HELLO, Hello(1)))
+    worker.receive(server.send_cookie(4))
+
+
+def test_a_worker_that_does_not_know_the_job_is_told_and_then_joins(
+    server: ServerSession, join: Joiner
+) -> None:
+    asking = WorkerSession(rank=1, plan_body=b"")
+    cookied(asking, server)
+    header, body = server.receive(asking.send(T.PLAN, asking.plan_body))
+    assert (header.plan, bytes(body)) == (digest64(b""), b"")
+    assert (asking.state, server.state) == (State.COOKIED, State.COOKIED)
+    header, body = asking.receive(server.send_job(b"the job"))
+    assert (header.plan, bytes(body), asking.state) == (
+        *(digest64(b"the job"), b"the job"),
+        State.COOKIED,
+    )
+    joining = WorkerSession(rank=1, plan_body=bytes(body))
+    join(joining, server)
+    assert joining.joined
+    assert server.plan_body == b"the job"
+
+
+def test_asking_again_is_no_fault_and_a_late_answer_is_dropped(server: ServerSession) -> None:
+    worker = WorkerSession(rank=1, plan_body=b"")
+    cookied(worker, server)
+    for _ in range(3):
+        server.receive(worker.send(T.PLAN, b""))
+    late = server.send_job(b"the job")
+    knowing = WorkerSession(rank=1, plan_body=b"the job")
+    cookied(knowing, server)
+    server.receive(knowing.send(T.PLAN, knowing.plan_body))
+    assert server.state is State.PLANNED
+    with pytest.raises(StaleFrameError):
+        knowing.receive(late)
+    assert knowing.state is State.PLANNED
+    with pytest.raises(UsageError, match="a server that is planned may send"):
+        server.send_job(b"the job")
+
+
+def test_a_job_is_sent_by_send_job_alone(worker: WorkerSession, server: ServerSession) -> None:
+    cookied(worker, server)
+    with pytest.raises(UsageError, match="use send_job"):
+        server.send(T.JOB, b"the job")
+
+
+def test_a_job_whose_digest_is_not_its_headers_is_refused(
+    worker: WorkerSession, server: ServerSession
+) -> None:
+    cookied(worker, server)
+    claims = {name: getattr(worker, name) for name in ("run_id", "epoch", "incarnation", "rank")}
+    lie = encode_frame(Header(T.JOB, plan=digest64(b"another job"), **claims), b"the job")
+    with pytest.raises(RemotePlanError, match="which its body is not"):
+        worker.receive(lie)
+    assert worker.state is State.COOKIED
+
+
+def test_a_join_without_a_plan_is_refused_even_after_asking_for_one(server: ServerSession) -> None:
+    worker = WorkerSession(rank=1, plan_body=b"")
+    cookied(worker, server)
+    server.receive(worker.send(T.PLAN, b""))
+    with pytest.raises(UsageError, match="a worker that is cookied may send"):
+        worker.send(T.JOIN, Join(1))
+    claims = {name: getattr(server, name) for name in ("run_id", "epoch", "incarnation", "rank")}
+    forged = encode_control(Header(T.JOIN, **claims), Join(1))
+    assert isinstance(refuse(server, forged), RemoteProtocolError)
+    assert server.join is None
+
+
+@pytest.mark.parametrize("back", [0, 2, 5])
+def test_a_probe_comes_back_as_far_as_it_asked(
+    worker: WorkerSession, server: ServerSession, back: int
+) -> None:
+    cookied(worker, server)
+    probe = server.receive(worker.send(T.PROBE, b"12345", part=back, seq=8))
+    header, body = worker.receive(server.send_echo(probe))
+    assert (header.type, header.seq, header.part) == (T.ECHO, 8, 0)
+    assert body == b"12345"[:back]
+    assert (worker.state, server.state) == (State.COOKIED, State.COOKIED)
+
+
+def test_a_joined_worker_may_measure_too_and_one_that_leaves_may_not(
+    worker: WorkerSession, server: ServerSession, join: Joiner
+) -> None:
+    join(worker, server)
+    probe = server.receive(worker.send(T.PROBE))
+    assert worker.receive(server.send_echo(probe)).body == b""
+    late = server.send_echo(probe)
+    worker.send(T.LEAVE, Leave("done"))
+    with pytest.raises(UsageError, match="leaving may send"):
+        worker.send(T.PROBE)
+    with pytest.raises(StaleFrameError):
+        worker.receive(late)
+
+
+def test_nobody_measures_the_link_before_the_cookie(
+    worker: WorkerSession, server: ServerSession
+) -> None:
+    server.receive(worker.send(T.HELLO, Hello(1)))
+    probe = encode_frame(Header(T.PROBE, rank=1, part=4), b"1234")
+    assert isinstance(refuse(server, probe), StaleFrameError)
+
+
+def test_only_a_probe_is_echoed(worker: WorkerSession, server: ServerSession) -> None:
+    hello = server.receive(worker.send(T.HELLO, Hello(1)))
+    with pytest.raises(UsageError, match="only a PROBE has an ECHO, not HELLO"):
+        server.send_echo(hello)
+
+
+def test_a_plan_sealed_in_place_counts_as_one(worker: WorkerSession, server: ServerSession) -> None:
+    cookied(worker, server)
+    frame = bytearray(HEADER_BYTES) + worker.plan_body
+    worker.seal(frame, T.PLAN)
+    server.receive(frame)
+    assert (worker.state, server.state) == (State.PLANNED, State.PLANNED)
+
+
 def test_a_refused_plan_reaches_the_worker_with_its_text(
     worker: WorkerSession, server: ServerSession
 ) -> None:
@@ -244,6 +373,22 @@ def test_a_rank_that_sits_a_round_out_says_skip(
     join(worker, server)
     skip = worker.send(T.PUSH, flags=Flags.SKIP, shard=NO_SHARD, seq=5, round=5)
     assert server.receive(skip).header.flags == Flags.SKIP
+
+
+def test_a_rank_may_sit_out_one_shard(
+    worker: WorkerSession, server: ServerSession, join: Joiner
+) -> None:
+    join(worker, server)
+    header, _ = server.receive(worker.send(T.PUSH, flags=Flags.SKIP, shard=3, seq=5, round=5))
+    assert (header.flags, header.shard) == (Flags.SKIP, 3)
+
+
+def test_a_verdict_names_the_shards_that_do_not_count(
+    worker: WorkerSession, server: ServerSession, join: Joiner
+) -> None:
+    join(worker, server)
+    verdict = Verdict("applied", "shard 3: a scale is NaN", 0.5, (3, 9))
+    assert worker.receive(server.send(T.VERDICT, verdict, seq=5)).body == verdict
 
 
 def test_one_weights_frame_serves_every_worker(join: Joiner, server: ServerSession) -> None:

@@ -6,6 +6,8 @@ import re
 import struct
 from pathlib import Path
 
+from psq.layout import MAX_SHARDS
+from psq.plan import MAX_SERVERS, MAX_WORLD_SIZE
 from psq_proto.frames import HEADER_BYTES, Header
 from psq_proto.limits import CONTROL_LIMITS, INIT_PART_NUMEL, PLAN_LIMITS
 from psq_proto.messages import (
@@ -89,6 +91,13 @@ def test_the_error_table_lists_every_code_and_whether_it_is_fatal() -> None:
 def test_the_limits_are_those_of_the_code() -> None:
     assert (MAX_PAYLOAD_BYTES, MAX_CONTROL_BYTES, INIT_PART_NUMEL) == (1 << 20, 65_536, 262_144)
     rows = dict(table("## Limits"))
+    assert rows["a job"] == (
+        f"{MAX_SHARDS:,} shards, {MAX_WORLD_SIZE:,} workers, {MAX_SERVERS} servers"
+    )
+    of_raw_bodies = rows[
+        f"body of {', '.join(kind.name for kind in MessageType if kind in DATA_TYPES)}"
+    ]
+    assert of_raw_bodies == "1 MiB (2^20 B)"
     for limits, row in ((CONTROL_LIMITS, "control body"), (PLAN_LIMITS, "PLAN")):
         for number in (limits.str_bytes, limits.array_items, limits.map_items, limits.items):
             assert f"{number:,}" in rows[row]
