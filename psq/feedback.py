@@ -9,9 +9,11 @@ pushes plus e is the sum of all directions, up to float32 addition. A push that 
 apply is sent again byte for byte, or folded back with `restore`; d is lost only where no server
 would ever take it (`MAX_SCALE`).
 
-Order in a step: `finite` over every shard's gradients first and, only if all are, `compress` for
-each shard once. Nothing is touched by a gradient with NaN or Inf, so a skipped step leaves e, m and
-v as they were.
+Each shard is compressed once in a step. A gradient with NaN or Inf must not reach the server, nor a
+worker's moments. Two ways to see to that, shard by shard:
+- `finite` before `compress`: nothing is touched, e, m and v stay as they were; one more read.
+- `payload_finite` after it, for gradient recipes: nearly free. A block that is not finite has left
+  its part of e alone; the others are folded back with `restore`, so c waits in e for the next step.
 
 Weight decay acts where the direction is formed: here for Adam on the worker, else on the server.
 For gradient recipes the learning rate is outside the message and the residual is in units of the
@@ -27,7 +29,7 @@ import numpy as np
 
 from psq import kernels
 from psq.codec import MAX_SCALE, ShardCodec, get_codec
-from psq.errors import UsageError
+from psq.errors import RemotePayloadError, UsageError
 from psq.kernels import Buffer, Floats
 from psq.layout import Shard
 from psq.optim import per_shard
@@ -112,7 +114,7 @@ class Compressor:
 
         Args:
             shard: its index.
-            gradients: f32[segment.numel] per segment of the shard, finite.
+            gradients: f32[segment.numel] per segment of the shard; finite, or see above.
             lr: learning rate of this step (it is inside an Adam direction, beside a gradient).
             payload: u8[nbytes(shard)], written.
             weights: the current weights like the gradients; needed for weight decay on the worker.
@@ -134,6 +136,14 @@ class Compressor:
             else:
                 codec.encode_ef(direction, residual, payload, seed=seed)
         self._steps[shard] += 1
+
+    def payload_finite(self, shard: int, payload: Buffer) -> bool:
+        """Whether what `compress` wrote says no NaN or Inf. Cost: one read of the scales."""
+        try:
+            self._codecs[shard].check(payload)
+        except RemotePayloadError:  # what a server would say of it
+            return False
+        return True
 
     def restore(self, shard: int, payload: Buffer) -> bool:
         """Fold a payload that was not applied back: residual += what it says.
@@ -162,9 +172,15 @@ class Compressor:
         np.add(residual, said, out=residual, where=np.isfinite(said))
         return True
 
+    def forget(self, shard: int) -> None:
+        """Let a shard's residual start from zero; moments stay."""
+        residual = self._residual_of(shard)
+        if residual is not None:
+            residual.fill(0)
+
     @property
     def steps(self) -> int:
-        """Steps taken by the first shard; between steps all shards have the same number."""
+        """Steps taken by the first shard; one that was left out of a step has taken one fewer."""
         return self._steps[0]
 
     def state_arrays(self) -> dict[str, Floats]:

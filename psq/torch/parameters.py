@@ -12,13 +12,17 @@ Views are kept between steps. A gradient's view is good as long as the gradient 
 which is checked each step; a parameter's memory must not change at all, and that is checked too,
 because weights decoded into memory that the model no longer uses would be lost without a word.
 
+While backward runs, `arrive` looks at one gradient that is complete. What was read then is what is
+sent: `refresh` raises if the gradient is another one by the time of the step, which torch's version
+counter of the tensor tells (a NumPy write into it cannot be seen).
+
 NumPy writes are invisible to autograd, so `publish` tells it: a graph built from the old weights
 then fails loudly in backward instead of giving a wrong gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -38,6 +42,8 @@ Floats: TypeAlias = NDArray[np.float32]
 
 _NO_GRADIENT: Final = 0  # no tensor with values lies at address 0
 _STAGED: Final = -1
+_NOT_HANDED_OVER: Final = -1
+ZEROED_NUMEL: Final = 1 << 20  # zeroed between two calls of `meanwhile`
 
 
 @dataclass(slots=True)
@@ -52,9 +58,11 @@ class _Slot:
         stage: the buffer of a parameter that has no view, in the parameter's shape.
         places: (shard, segment, slice of the tensor) of each segment it has.
         gradient: f32[numel] of this step.
+        tensor: the gradient that `gradient` shows, as torch has it.
         source: the address of the memory that `gradient` shows, or _NO_GRADIENT or _STAGED.
         gradient_stage: like `stage`.
         fleeting: its gradient tensor is another one each step, so no view of it is kept.
+        handed_over: the version of `tensor` when `arrive` looked at it, or _NOT_HANDED_OVER.
     """
 
     name: str
@@ -66,9 +74,11 @@ class _Slot:
     stage: Tensor | None
     places: list[tuple[int, int, slice]] = field(default_factory=list)
     gradient: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    tensor: Tensor | None = None
     source: int = _NO_GRADIENT
     gradient_stage: Tensor | None = None
     fleeting: bool = False
+    handed_over: int = _NOT_HANDED_OVER
 
 
 class ParameterTable:
@@ -91,6 +101,8 @@ class ParameterTable:
         self._weights: list[list[Floats]] = []
         self._gradients: list[list[Floats]] = []
         self._devices = {s.parameter.device for s in self._slots if s.parameter.is_cuda}
+        self._unstaged = [slot.parameter for slot in self._slots if slot.stage is None]
+        self._staged = [slot for slot in self._slots if slot.stage is not None]
 
     @property
     def specs(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -132,6 +144,11 @@ class ParameterTable:
                 start += taken.size
             start -= segment.size
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters themselves, in the order of `specs`."""
+        return [slot.parameter for slot in self._slots]
+
     def refresh(self) -> int:
         """Look at the model again: its gradients, and whether its parameters are still there.
 
@@ -139,34 +156,55 @@ class ParameterTable:
             How many parameters have a gradient; the others count as zero.
 
         Raises:
-            UsageError: a parameter was replaced or moved, or a gradient is sparse.
+            UsageError: a parameter was replaced or moved, a gradient is sparse, or one is not any
+                more what it was when `arrive` looked at it.
+
+        Cost: under a microsecond for a parameter whose gradient is where it was.
         """
         present = 0
         for slot in self._slots:
             _check_in_place(slot)
-            grad = slot.parameter.grad
-            if grad is None:
-                self._show(slot, _NO_GRADIENT, None)
-                continue
-            present += 1
-            if grad.layout != torch.strided:
-                msg = (
-                    f"the gradient of {slot.name!r} is sparse ({grad.layout}): psq sends dense "
-                    "gradients; make the layer with sparse=False"
-                )
-                raise UsageError(msg)
-            if _has_view(grad):
-                self._show(slot, grad.data_ptr(), grad)
+            if slot.handed_over == _NOT_HANDED_OVER:
+                self._look(slot)
             else:
-                _copy_to_stage(slot, grad)
-                self._show(slot, _STAGED, slot.gradient_stage)
+                _check_unchanged(slot)
+            present += slot.tensor is not None
         for device in self._devices:
             torch.cuda.synchronize(device)
         return present
 
-    def not_finite(self) -> str:
-        """The first parameter whose gradient holds NaN or Inf; empty when none does."""
-        for slot in self._slots:
+    def arrive(self, index: int) -> torch.cuda.Event | None:
+        """Look at one parameter's gradient, from a hook of backward that says it is complete.
+
+        Args:
+            index: the parameter's place in `parameters`.
+
+        Returns:
+            None: the gradient may be read. On a GPU: what to wait for before that.
+
+        Raises:
+            UsageError: the parameter was replaced or moved, or the gradient is sparse.
+        """
+        slot = self._slots[index]
+        _check_in_place(slot)
+        self._look(slot)
+        if slot.tensor is None:
+            return None  # somebody's hook has taken it away: `refresh` will say so
+        slot.handed_over = slot.tensor._version  # noqa: SLF001 - torch's documented counter
+        if not slot.tensor.is_cuda:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(slot.tensor.device))
+        return event
+
+    def has_arrived(self, index: int) -> bool:
+        """Whether `arrive` has looked at this parameter's gradient in the step at hand."""
+        return self._slots[index].handed_over != _NOT_HANDED_OVER
+
+    def not_finite(self, tensors: Iterable[int] | None = None) -> str:
+        """The first of these parameters (of all) whose gradient holds NaN or Inf; empty if none."""
+        slots = self._slots if tensors is None else [self._slots[index] for index in tensors]
+        for slot in slots:
             if slot.source != _NO_GRADIENT and not kernels.all_finite(slot.gradient):
                 return slot.name
         return ""
@@ -174,25 +212,60 @@ class ParameterTable:
     @torch.no_grad()
     def publish(self) -> None:
         """Weights were decoded: copy what went through a buffer, and let autograd know."""
-        for slot in self._slots:
-            if slot.stage is None:
-                increment_version(slot.parameter)
-            else:
-                slot.parameter.copy_(slot.stage, non_blocking=True)
+        _increment_versions(self._unstaged)
+        for slot in self._staged:
+            assert slot.stage is not None  # noqa: S101 - chosen so
+            slot.parameter.copy_(slot.stage, non_blocking=slot.parameter.is_cuda)
 
     @torch.no_grad()
-    def zero_gradients(self) -> None:
-        """Zero the gradients in place, so that their memory (and our views of it) stay."""
+    def zero_gradients(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Zero the gradients that were looked at, in place: their memory and our views of it stay.
+
+        Args:
+            meanwhile: called every `ZEROED_NUMEL` values or so: the network need not wait.
+
+        Cost: one write of the gradients.
+        """
+        batch: list[Tensor] = []
+        numel = 0
         for slot in self._slots:
-            grad = slot.parameter.grad
+            slot.handed_over = _NOT_HANDED_OVER
+            grad = slot.tensor
             if grad is not None:
-                grad.detach_()
-                grad.zero_()
+                batch.append(grad.detach_() if grad.requires_grad else grad)
+                numel += slot.weights.size
             if slot.fleeting:
                 self._show(slot, _NO_GRADIENT, None)
+            if meanwhile is not None and numel >= ZEROED_NUMEL:
+                torch._foreach_zero_(batch)
+                meanwhile()
+                batch, numel = [], 0
+        if batch:
+            torch._foreach_zero_(batch)
+
+    def _look(self, slot: _Slot) -> None:
+        """Show the gradient that the parameter has now."""
+        grad = slot.parameter.grad
+        if grad is None:
+            self._show(slot, _NO_GRADIENT, None)
+        elif grad is slot.tensor and grad.data_ptr() == slot.source and grad.is_contiguous():
+            return  # as last time
+        elif grad.layout != torch.strided:
+            msg = (
+                f"the gradient of {slot.name!r} is sparse ({grad.layout}): psq sends dense "
+                "gradients; make the layer with sparse=False"
+            )
+            raise UsageError(msg)
+        elif _has_view(grad):
+            self._show(slot, grad.data_ptr(), grad)
+        else:
+            _copy_to_stage(slot, grad)
+            self._show(slot, _STAGED, slot.gradient_stage)
+        slot.tensor = grad
 
     def _show(self, slot: _Slot, source: int, tensor: Tensor | None) -> None:
         """Make the slot's segments views of `tensor`, unless they are already."""
+        slot.tensor = None
         if slot.gradient.size and source == slot.source:
             return
         slot.fleeting = slot.fleeting or (slot.source > 0 and source > 0)
@@ -270,7 +343,30 @@ def _new_stage(like: Tensor) -> Tensor:
 def _copy_to_stage(slot: _Slot, grad: Tensor) -> None:
     if slot.gradient_stage is None:
         slot.gradient_stage = _new_stage(grad)
-    slot.gradient_stage.copy_(grad, non_blocking=True)
+    slot.gradient_stage.copy_(grad, non_blocking=grad.is_cuda)
+
+
+def _increment_versions(parameters: list[nn.Parameter]) -> None:
+    """Tell autograd of a write it did not see."""
+    try:
+        increment_version(parameters)
+    except (TypeError, RuntimeError):  # older torch takes one at a time
+        for parameter in parameters:
+            increment_version(parameter)
+
+
+def _check_unchanged(slot: _Slot) -> None:
+    grad = slot.parameter.grad
+    if grad is slot.tensor and grad is not None and grad._version == slot.handed_over:  # noqa: SLF001
+        return
+    what = "was taken away" if grad is None else "changed"
+    msg = (
+        f"the gradient of {slot.name!r} {what} between backward and step, after it was sent: "
+        "with overlap=True gradients are sent while backward runs. To clip, scale or add to them "
+        "after backward use overlap=False; to change one before it is sent, use the parameter's "
+        "register_hook"
+    )
+    raise UsageError(msg)
 
 
 def _check_in_place(slot: _Slot) -> None:

@@ -14,16 +14,19 @@ class StepReport:
     Attributes:
         step: the round this step was, from 0: the version of the weights it started from.
         version: the version of the weights now.
-        applied: this worker's gradient counted.
-        reason: why it did not ("" when applied): the gradient was not finite, the server rejected
-            it, or it was only accumulated.
+        applied: this worker's gradient counted, all of it.
+        reason: why it did not ("" when applied): some of the gradient was not finite, the server
+            rejected some of it, or it was only accumulated.
         lr: the learning rate asked for.
         compute_s: the user's own time, since the step before had its weights; zeroing the gradients
             is in it.
-        encode_s: from gradients to payloads handed to the link.
+        encode_s: from gradients to payloads handed to the link, in `step` and in backward.
         wire_s: waiting, for the network and for the other workers.
-        server_s: the server's own work on the round, as it reports it.
+        server_s: the server's own work on the round, as it reports it, as far as it was waited for.
         decode_s: from payloads to weights.
+        exposed_s: wire_s + server_s: communication that neither computing nor coding could hide.
+        left_out: the shards whose gradients were not finite, ascending; they were not pushed.
+        rejected: the shards that the server did not take, ascending.
         sent_bytes: on the wire since the step before, headers and heartbeats included.
         received_bytes: likewise.
     """
@@ -38,5 +41,8 @@ class StepReport:
     wire_s: float = 0.0
     server_s: float = 0.0
     decode_s: float = 0.0
+    exposed_s: float = 0.0
+    left_out: tuple[int, ...] = ()
+    rejected: tuple[int, ...] = ()
     sent_bytes: int = 0
     received_bytes: int = 0

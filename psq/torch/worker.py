@@ -1,12 +1,14 @@
 """`Worker`: the optimizer of a training loop whose other half is a parameter server.
 
-    step:  gradients finite? -> compress and push shard by shard -> wait -> decode the new weights
+    step:     compress and push shard by shard, decoding what comes back meanwhile
+              -> zero the gradients -> wait for the rest of the new weights
+    overlap:  the same, but shards are pushed while backward still runs; step pushes what is left
 
 What holds:
 - Every replica has the same bytes after each step: all decode the same payloads.
 - Weights change inside `step` only, never between a forward and its backward pass.
-- A gradient with NaN or Inf is not sent: the worker sits the round out, its residual and moments
-  stay as they were, and training goes on with what the others say.
+- A shard whose gradient has NaN or Inf is not sent: this worker sits the round out for that shard,
+  and training goes on with what the others say (`psq.torch.exchange` says what stays as it was).
 - Buffers (batch-norm statistics and the like) belong to each worker: psq neither sends nor changes
   them. Rank 0's are the ones to save.
 """
@@ -17,7 +19,6 @@ import atexit
 import logging
 import math
 import os
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,22 +26,19 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, Literal, Self, TypeAlias
 
-import numpy as np
 from torch import Tensor, nn
 
 from psq import kernels
 from psq.adam_text import with_adam_text
-from psq.client import Client, Hooks, Patience
-from psq.codec import ShardCodec, get_codec
+from psq.client import RoundResult
 from psq.config import DEFAULT_LR, WorkerConfig, worker_config
 from psq.errors import ConfigError, UsageError
-from psq.feedback import Compressor
 from psq.plan import Plan
 from psq.recipe import AdamConfig, Recipe, preset
+from psq.torch.exchange import Exchange
+from psq.torch.overlap import Overlap
 from psq.torch.parameters import ParameterTable
 from psq.torch.report import StepReport
-from psq_proto.frames import Header
-from psq_proto.messages import Flags
 
 __all__ = ["LearningRate", "Observer", "Worker", "close_workers", "observers"]
 
@@ -72,6 +70,13 @@ class Worker:
 
     Clipping works as ever: `torch.nn.utils.clip_grad_norm_` before `step`.
 
+    With `overlap` a gradient is sent as soon as backward has finished it, so the network works
+    while backward still runs. The weights are the same, byte for byte, but what is sent cannot be
+    changed any more: clipping or scaling after backward, a second backward before `step` that is
+    not under `no_sync`, and another `lr` than at the first gradient are refused with UsageError.
+    A backward pass that is not for training (an adversarial example, say) goes under `no_sync` too,
+    with `zero_grad` after it.
+
     A schedule counts by the job's steps, which is what `version` says: a function given as `lr`, or
     `ps.lr = schedule(ps.version)` before each step. All ranks must ask for the same rate, a
     restarted one included, and a script's own counter would start at 0 again.
@@ -83,10 +88,14 @@ class Worker:
             worker that joins late asks for the rate the others ask for).
         recipe: the algorithm, by name or as a value.
         adam: settings for a recipe given by name, as a value or as a text, see `psq.adam_text`.
-        connect: the server's address.
+        connect: the server's address; of several servers all, as a list or with commas between
+            them, in the same order for every worker.
         rank: this worker's number.
         world_size: how many workers the job has.
         seed: the job's; stochastic codecs draw from it.
+        consistency: how many rounds workers may be apart: bsp, ssp:K or asp, see `psq.clock`.
+        overlap: push gradients while backward still runs.
+        residual: how error feedback keeps what was not sent: f32 or bf16.
         give_up_after_s: the longest wait before GaveUpError.
 
     Raises:
@@ -102,20 +111,26 @@ class Worker:
         lr: LearningRate | None = None,
         recipe: Recipe | str | None = None,
         adam: AdamConfig | str | None = None,
-        connect: str | None = None,
+        connect: str | Sequence[str] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         seed: int | None = None,
+        consistency: str | None = None,
+        overlap: bool | None = None,
+        residual: str | None = None,
         give_up_after_s: float | None = None,
     ) -> None:
         said = {
             "lr": None if callable(lr) else lr,
             "recipe": recipe if isinstance(recipe, str) else None,
             "adam": adam if isinstance(adam, str) else None,
-            "connect": connect,
+            "connect": connect if isinstance(connect, str | None) else list(connect),
             "rank": rank,
             "world_size": world_size,
             "seed": seed,
+            "consistency": consistency,
+            "overlap": overlap,
+            "residual": residual,
             "give_up_after_s": give_up_after_s,
         }
         settled = ["lr"] if callable(lr) else []
@@ -130,27 +145,31 @@ class Worker:
         self._samples = 0
         self._lr: LearningRate = lr if callable(lr) else (config.lr or DEFAULT_LR)
         self._table = ParameterTable(model)
-        self.plan = Plan.of(self._table.specs, _recipe(config, recipe, adam), config.world_size)
+        self.plan = Plan.of(
+            self._table.specs,
+            _recipe(config, recipe, adam),
+            config.world_size,
+            servers=len(config.endpoints),
+            consistency=config.consistency,
+        )
         self._table.bind(self.plan.layout)
-        self._shards = range(len(self.plan.layout.shards))
-        self._compressor = Compressor(self.plan, config.rank, seed=config.seed)
-        downlink = get_codec(self.plan.recipe.downlink.codec)
-        self._downlinks = [ShardCodec(downlink, shard) for shard in self.plan.layout.shards]
-        self._dense = get_codec("fp32")
-        self._decode_s = 0.0
         self._accumulating = False
         self._failed = ""
         self._process = os.getpid()
-        self._client = Client(
-            config.connect,
-            self.plan,
-            config.rank,
-            Hooks(self._table.flat_weights, self._decode, self._restore, self._reset),
-            patience=Patience(give_up_after_s=config.give_up_after_s),
-            rng=random.Random(),  # noqa: S311 - jitter and names; must differ between processes
-        )
+        self._exchange = Exchange(self._table, self.plan, config)
+        self._client = self._exchange.client
+        self._compressor = self._exchange.compressor
+        self._overlap: Overlap | None = None
         _open.append(self)
         self._join()
+        if config.overlap:
+            self._overlap = Overlap(
+                self._table,
+                self.plan.layout,
+                armed=self._is_armed,
+                say=self._say_early,
+                fail=self._fail,
+            )
         self._returned_s = time.perf_counter()
         self._counted = (self._client.sent_bytes, self._client.received_bytes)
 
@@ -210,7 +229,7 @@ class Worker:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Within the block `step` only lets gradients accumulate."""
+        """Within the block gradients only accumulate: backward sends nothing, nor does `step`."""
         before, self._accumulating = self._accumulating, True
         try:
             yield
@@ -227,27 +246,32 @@ class Worker:
 
         Raises:
             UsageError: the worker is closed, a parameter was replaced or moved, or a gradient is
-                sparse; nothing was sent.
+                sparse; nothing was sent. With overlap also: a gradient or the learning rate was
+                changed after the first was sent; the worker cannot go on then.
             FencedError: another process has taken this rank over.
             GaveUpError: the round took longer than `give_up_after_s`, or the server ended the job.
             RemoteError: the server says that something is wrong; it says what.
 
-        Cost: one read of the gradients to check them, what `Compressor.compress` takes, the
-        round's wait, one pass to decode, one to zero the gradients.
+        Cost: what `Compressor.compress` takes (a read of the gradients more with Adam on the
+        worker), one pass to zero the gradients, the round's wait, one pass to decode.
         """
         self._check_usable()
         self._samples += samples
         if self._accumulating:
             return StepReport(self.version, self.version, applied=False, reason="accumulating")
-        present = self._table.refresh()
+        try:
+            present = self._table.refresh()
+        except UsageError as error:
+            if self._exchange.open:  # what was sent cannot be taken back
+                self._fail(error)
+            raise
         if not present:
             self._say_empty()
         try:
             report = self._round()
         except BaseException as error:
-            self._failed = f"{type(error).__name__}: {error}"
+            self._fail(error)
             raise
-        self._table.zero_gradients()
         samples, self._samples = self._samples, 0
         self._observe(report, loss, samples)
         return report
@@ -261,59 +285,87 @@ class Worker:
             _open.remove(self)
         if self._failed and reason == "done":
             reason, text = "error", self._failed
+        if self._overlap is not None:
+            self._overlap.close()
         self._client.leave(reason, text)
 
     # ---- one round
 
     def _round(self) -> StepReport:
-        started_s, before_s = time.perf_counter(), self._returned_s
-        self._decode_s = 0.0
-        lr = self.lr
-        step = self._client.begin(lr)
-        fault = self._say(lr)
-        encoded_s = time.perf_counter()
-        result = self._client.finish()
-        published_s = time.perf_counter()
+        started_s, exchange, client = time.perf_counter(), self._exchange, self._client
+        self._begin()
+        early_s = exchange.encode_s
+        watch = _Watch(exchange, started_s)
+        exchange.say_rest()
+        encode_s, fault = watch.lap_s(), self._fault()
+        self._table.zero_gradients(client.poll)
+        zeroing_s = watch.lap_s()
+        result = exchange.finish()
+        exposed_s = watch.lap_s()
         self._table.publish()
-        self._returned_s = done_s = time.perf_counter()
-        decode_s = self._decode_s + done_s - published_s
-        waited_s = max(0.0, published_s - encoded_s - self._decode_s)
-        server_s = min(result.server_s, waited_s)
-        sent, received = self._client.sent_bytes, self._client.received_bytes
+        if self._overlap is not None:
+            self._overlap.reset()
+        publish_s = watch.lap_s()
+        server_s = min(result.server_s, exposed_s)
+        before_s, self._returned_s = self._returned_s, watch.now_s
+        sent, received = client.sent_bytes, client.received_bytes
         before, self._counted = self._counted, (sent, received)
         return StepReport(
-            step=step,
+            step=exchange.step,
             version=result.version,
-            applied=result.applied and not fault,
-            reason=fault or result.reason,
-            lr=lr,
-            compute_s=started_s - before_s,
-            encode_s=encoded_s - started_s,
-            wire_s=waited_s - server_s,
+            applied=result.applied and not fault and not result.rejected,
+            reason=fault or _refusal(result),
+            lr=exchange.rate,
+            compute_s=started_s - before_s - early_s + zeroing_s,
+            encode_s=early_s + encode_s,
+            wire_s=exposed_s - server_s,
             server_s=server_s,
-            decode_s=decode_s,
+            decode_s=exchange.decode_s + publish_s,
+            exposed_s=exposed_s,
+            left_out=tuple(sorted(exchange.left_out)),
+            rejected=result.rejected,
             sent_bytes=sent - before[0],
             received_bytes=received - before[1],
         )
 
-    def _say(self, lr: float) -> str:
-        """Push every shard, or skip. Returns why not; empty when pushed."""
-        if not all(self._compressor.finite(self._table.gradients(k)) for k in self._shards):
-            name = self._table.not_finite()
-            self.skipped += 1
-            _log.warning(
-                "step %d: the gradient of %r is not finite; rank %d sits this round out",
-                self.version,
-                name,
-                self.rank,
+    def _begin(self) -> None:
+        """Open the step, if no hook has done so."""
+        lr, exchange = self.lr, self._exchange
+        if not exchange.open:
+            exchange.begin(lr)
+        elif lr != exchange.rate:
+            msg = (
+                f"lr changed from {exchange.rate!r} to {lr!r} after this step's first gradient was "
+                "sent with the old one (overlap=True sends gradients while backward runs): set lr "
+                "before backward"
             )
-            self._client.skip()
-            return f"the gradient of {name!r} is not finite"
-        for k in self._shards:
-            gradients, weights = self._table.gradients(k), self._table.weights(k)
-            self._compressor.compress(k, gradients, lr, self._client.payload(k), weights=weights)
-            self._client.push(k)
-        return ""
+            raise UsageError(msg)
+
+    def _say_early(self, shards: Sequence[int]) -> None:
+        """Backward has finished with these shards."""
+        self._begin()
+        for shard in shards:
+            self._exchange.say(shard)
+
+    def _is_armed(self) -> bool:
+        """Whether a backward pass that runs now is one whose gradients are pushed."""
+        return not (self._accumulating or self._failed) and self.in_this_process
+
+    def _fault(self) -> str:
+        """What was wrong with this step's gradients; empty when nothing was."""
+        left_out = self._exchange.left_out
+        if not left_out:
+            return ""
+        self.skipped += 1
+        fault = left_out[min(left_out)]
+        shards = f"{len(left_out)} of {len(self.plan.layout.shards)} shards"
+        words = "step %d: %s; rank %d sits this round out for %s"
+        _log.warning(words, self._exchange.step, fault, self.rank, shards)
+        return fault
+
+    def _fail(self, error: BaseException) -> None:
+        """The worker cannot go on: its word is half said, or the conversation is over."""
+        self._failed = f"{type(error).__name__}: {error}"
 
     def _say_empty(self) -> None:
         """Warn of a step without any gradient: the 1st, the 10th, the 100th and so on."""
@@ -328,43 +380,6 @@ class Worker:
         for observer in tuple(observers):
             observer(self, report, value, samples)
 
-    # ---- what the client asks
-
-    def _decode(self, header: Header, body: memoryview) -> None:
-        """Weights came: into the parameters with them (see `ReplicaVersions` for what comes)."""
-        started_s = time.perf_counter()
-        shard = header.shard
-        codec, out = self._downlinks[shard], self._table.weights(shard)
-        if Flags.DELTA in header.flags:
-            codec.check(body)
-            codec.decode_add_segments(body, out)
-        elif header.codec == self._dense.wire_id:
-            self._dense.check(body, body.nbytes // 4)
-            values = np.frombuffer(body, "<f4").astype(np.float32, copy=False)
-            self._table.write_part(shard, header.part, values)
-        else:
-            codec.check(body)
-            codec.decode_segments(body, out)
-        self._decode_s += time.perf_counter() - started_s
-
-    def _restore(self, k: int) -> None:
-        """The server did not take this step's push of a shard: it is still to be said."""
-        if not self._compressor.restore(k, self._client.said(k)):
-            _log.warning(
-                "step %d: shard %d of rank %d has exploded; its residual starts from zero",
-                self.version,
-                k,
-                self.rank,
-            )
-
-    def _reset(self, shards: Sequence[int]) -> None:
-        residual = self._compressor.state_arrays().get("residual")
-        if residual is None:
-            return
-        for k in shards:
-            shard = self.plan.layout.shards[k]
-            residual[shard.offset : shard.offset + shard.numel] = 0.0
-
     # ---- beginning and end
 
     def _join(self) -> None:
@@ -372,7 +387,7 @@ class Worker:
             self._client.join()
             self._table.publish()
         except BaseException as error:
-            self._failed = f"{type(error).__name__}: {error}"
+            self._fail(error)
             self.close()
             raise
 
@@ -388,6 +403,20 @@ class Worker:
     def in_this_process(self) -> bool:
         """Whether this process made it; a forked child has a copy that it must leave alone."""
         return self._process == os.getpid()
+
+
+class _Watch:
+    """Seconds from one lap to the next, without those spent in decoding."""
+
+    def __init__(self, exchange: Exchange, now_s: float) -> None:
+        self._exchange = exchange
+        self._decoded_s = exchange.decode_s
+        self.now_s = now_s
+
+    def lap_s(self) -> float:
+        before_s, self.now_s = self.now_s, time.perf_counter()
+        decoded_s, self._decoded_s = self._decoded_s, self._exchange.decode_s
+        return max(0.0, self.now_s - before_s - (self._decoded_s - decoded_s))
 
 
 def close_workers(reason: Reason, text: str = "") -> None:
@@ -410,6 +439,13 @@ def _recipe(
     else:
         made = with_adam_text(preset(config.recipe), config.adam)
     return made.with_codecs(uplink=config.uplink, downlink=config.downlink)
+
+
+def _refusal(result: RoundResult) -> str:
+    """Why the server did not count all that was said; empty when it did."""
+    if result.reason or not result.rejected:
+        return result.reason
+    return f"the server refused shards {', '.join(map(str, result.rejected))}"
 
 
 def _reason_of(error: BaseException | None) -> tuple[Reason, str]:

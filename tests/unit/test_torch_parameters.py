@@ -98,6 +98,7 @@ def test_zeroing_keeps_the_gradients_memory():
     model = nn.Linear(3, 2)
     table, _ = table_of(model)
     backward(model, 1, 3)
+    table.refresh()
     address = model.weight.grad.data_ptr()
     table.zero_gradients()
     assert model.weight.grad.data_ptr() == address

@@ -200,7 +200,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_with_the_residual_and_moments_
     assert worker.step().applied
 
 
-def test_a_push_the_server_rejects_goes_back_into_the_residual_and_training_goes_on(join, caplog):
+def test_what_is_finite_in_a_shard_that_is_left_out_waits_in_the_residual(join, caplog):
     model = make_model()
     worker = join(model, recipe=preset("server-adam").with_codecs(uplink="sign"))
     loss_of(model, 0).backward()
@@ -211,9 +211,9 @@ def test_a_push_the_server_rejects_goes_back_into_the_residual_and_training_goes
     model[0].weight.grad.fill_(3e38)  # finite, but the mean of the block is not
     gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()][1:]).numpy().copy()
     report = worker.step()
-    assert not report.applied
-    assert "NaN or Inf" in report.reason
-    assert "push of round 1 rejected" in caplog.text
+    assert (report.applied, report.left_out, worker.skipped) == (False, (0,), 1)
+    assert report.reason == "the gradients of shard 0 are too large for float32"
+    assert f"{report.reason}; rank 0 sits this round out for 1 of 1 shards" in caplog.text
     numel = model[0].weight.numel()
     np.testing.assert_array_equal(residual[:numel], before[:numel])
     np.testing.assert_allclose(residual[numel:], before[numel:] + gradient, atol=1e-6)
@@ -258,7 +258,7 @@ def test_a_reset_zeroes_the_residual_and_keeps_the_moments(join):
     state = worker._compressor.state_arrays()
     moments = {name: state[name].tobytes() for name in ("m", "v")}
     assert state["residual"].any()
-    worker._reset(range(len(worker.plan.layout.shards)))
+    worker._exchange.reset(range(len(worker.plan.layout.shards)))
     assert not state["residual"].any()
     assert {name: state[name].tobytes() for name in moments} == moments
 
@@ -277,10 +277,10 @@ def test_weights_that_are_not_finite_are_refused_and_touch_no_parameter(
     model = make_model()
     worker = join(model, recipe=preset("server-adam").with_codecs(downlink=downlink))
     before = parameters(model)
-    size = before.nbytes if codec == "fp32" else worker._downlinks[0].nbytes
+    size = before.nbytes if codec == "fp32" else worker._exchange._downlinks[0].nbytes
     header = Header(MessageType.WEIGHTS, flags=flags, codec=get_codec(codec).wire_id)
     with pytest.raises(RemotePayloadError, match="NaN or Inf"):
-        worker._decode(header, memoryview(np.float32(np.nan).tobytes() + bytes(size - 4)))
+        worker._exchange.decode(header, memoryview(np.float32(np.nan).tobytes() + bytes(size - 4)))
     assert parameters(model).tobytes() == before.tobytes()
 
 

@@ -1,0 +1,164 @@
+"""What one worker says and hears in a step, in numbers: gradients -> payloads, payloads -> weights.
+
+    begin -> say each shard once (from hooks or from `step`) -> finish
+
+A shard is said by compressing it into its frame and pushing that. One whose gradient holds NaN or
+Inf is left out, alone, and the server is told so at the end: moments stay as they were, so does the
+residual of what was not finite, and what was finite in the shard waits in the residual for the next
+step (without error feedback it is lost). How that is noticed:
+- gradient recipes: by the payload, where such a block has a scale that is not finite (or the value
+  itself). Checking the payload costs a hundredth of what reading the gradients a second time would.
+- Adam on the worker: by reading the shard's gradients first, since its moments must not take NaN.
+
+Weights are written in `poll` and `finish`, which only `step` calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from psq.client import Client, Hooks, Patience, RoundResult
+from psq.codec import ShardCodec, get_codec
+from psq.config import WorkerConfig
+from psq.errors import ConfigError
+from psq.feedback import Compressor
+from psq.plan import Plan
+from psq.torch.parameters import ParameterTable
+from psq_proto.frames import Header
+from psq_proto.messages import Flags
+
+__all__ = ["Exchange"]
+
+_log = logging.getLogger("psq.torch")
+
+
+class Exchange:
+    """A worker's compressor, decoder and client.
+
+    Attributes:
+        client: the conversation.
+        compressor: moments and residual.
+        open: whether a step has begun that has not finished.
+        rate: the learning rate of that step.
+        step: its number.
+        left_out: its shards that were not finite, and what was wrong with each.
+        encode_s: spent in `say` in that step.
+        decode_s: spent in decoding in that step.
+    """
+
+    def __init__(self, table: ParameterTable, plan: Plan, config: WorkerConfig) -> None:
+        self._table = table
+        self._shards = plan.layout.shards
+        if config.residual != "f32":
+            msg = f"residual: {config.residual} is not available in this version; leave it f32"
+            raise ConfigError(msg)
+        self.compressor = Compressor(plan, config.rank, seed=config.seed)
+        downlink = get_codec(plan.recipe.downlink.codec)
+        self._downlinks = [ShardCodec(downlink, shard) for shard in plan.layout.shards]
+        self._dense = get_codec("fp32")
+        self._reads_first = plan.recipe.direction.adam is not None
+        self._said = [False] * len(self._shards)
+        self.open = False
+        self.rate = 0.0
+        self.step = 0
+        self.left_out: dict[int, str] = {}
+        self.encode_s = self.decode_s = 0.0
+        self.client = Client(
+            config.endpoints,
+            plan,
+            config.rank,
+            Hooks(table.flat_weights, self.decode, self.restore, self.reset),
+            patience=Patience(give_up_after_s=config.give_up_after_s),
+            rng=random.Random(),  # noqa: S311 - jitter and names; must differ between processes
+        )
+
+    def begin(self, rate: float) -> None:
+        """Open a step with this learning rate."""
+        self.step = self.client.begin(rate)
+        self.rate = rate
+        self.open = True
+        self.left_out.clear()
+        self._said[:] = [False] * len(self._said)
+        self.encode_s = self.decode_s = 0.0
+
+    def say(self, shard: int) -> None:
+        """Compress and push a shard, or leave it out. Cost: `Compressor.compress`, one CRC."""
+        started_s = time.perf_counter()
+        self._said[shard] = True
+        if self.client.takes_part(shard) and not self._pushed(shard):
+            self.left_out[shard] = self._fault_of(shard)
+        self.encode_s += time.perf_counter() - started_s
+
+    def say_rest(self) -> None:
+        """Say what was not said yet, first shards first, taking in weights that come meanwhile."""
+        for shard, said in enumerate(self._said):
+            if not said:
+                self.say(shard)
+                self.client.poll()
+        if self.left_out:
+            self.client.skip()  # nothing for every shard that was not pushed
+
+    def finish(self) -> RoundResult:
+        """Wait for the verdict and the weights after this step."""
+        result = self.client.finish()
+        self.open = False
+        return result
+
+    def _pushed(self, shard: int) -> bool:
+        """Push the shard, if all of it is finite."""
+        gradients = self._table.gradients(shard)
+        if self._reads_first and not self.compressor.finite(gradients):
+            return False
+        payload = self.client.payload(shard)
+        weights = self._table.weights(shard)
+        self.compressor.compress(shard, gradients, self.rate, payload, weights=weights)
+        if not self.compressor.payload_finite(shard, payload):
+            self.restore(shard)
+            return False
+        self.client.push(shard)
+        return True
+
+    def _fault_of(self, shard: int) -> str:
+        tensors = [segment.tensor for segment in self._shards[shard].segments]
+        if name := self._table.not_finite(tensors):
+            return f"the gradient of {name!r} is not finite"
+        return f"the gradients of shard {shard} are too large for float32"
+
+    # ---- what the client asks
+
+    def decode(self, header: Header, body: memoryview) -> None:
+        """Weights came: into the parameters with them (see `ReplicaVersions` for what comes)."""
+        started_s = time.perf_counter()
+        shard = header.shard
+        codec, out = self._downlinks[shard], self._table.weights(shard)
+        if Flags.DELTA in header.flags:
+            codec.check(body)
+            codec.decode_add_segments(body, out)
+        elif header.codec == self._dense.wire_id:
+            self._dense.check(body, body.nbytes // 4)
+            values = np.frombuffer(body, "<f4").astype(np.float32, copy=False)
+            self._table.write_part(shard, header.part, values)
+        else:
+            codec.check(body)
+            codec.decode_segments(body, out)
+        self.decode_s += time.perf_counter() - started_s
+
+    def restore(self, shard: int) -> None:
+        """What was said of a shard in this step did not count: it is still to be said."""
+        if not self.compressor.restore(shard, self.client.said(shard)):
+            _log.warning(
+                "step %d: shard %d of rank %d has exploded; its residual starts from zero",
+                self.step,
+                shard,
+                self.client.rank,
+            )
+
+    def reset(self, shards: Sequence[int]) -> None:
+        """Forget the residuals of these shards."""
+        for shard in shards:
+            self.compressor.forget(shard)
