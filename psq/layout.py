@@ -58,6 +58,8 @@ SHARDS_PER_SERVER: Final = 8
 """How many shards each of several servers owns, at least, if the model is large enough."""
 MAX_TRIES: Final = 16
 """How many cuts are made, each with one shard more for each server, to find one that is even."""
+MAX_TRIED_SHARDS: Final = 4096
+"""A model of more is cut once: it comes out even, and a plan is remote input that must not cost."""
 SHARDS_PER_TURN: Final = 4
 """How many of a server's shards speak in one step, at least, where shards take turns."""
 PART_NUMEL: Final = INIT_PART_NUMEL  # dense f32 weights travel in parts of this many values
@@ -167,7 +169,8 @@ def _counts_to_try(
         return (1,)
     most = _fit(MAX_SHARD_NUMEL, MAX_SHARD_NUMEL, [0] * len(sizes), sizes)
     least = max(SHARDS_PER_SERVER, SHARDS_PER_TURN * every, -(-total // (most * servers)))
-    return range(least * servers, (least + MAX_TRIES) * servers, servers)
+    tries = min(MAX_TRIES, max(1, MAX_TRIED_SHARDS // servers + 1 - least))
+    return range(least * servers, (least + tries) * servers, servers)
 
 
 def _fill(
@@ -181,15 +184,15 @@ def _fill(
 
     def close() -> None:
         nonlocal offset, end
-        if len(shards) == MAX_SHARDS:
-            msg = f"the model makes over {MAX_SHARDS} shards: it is too big"
-            raise ConfigError(msg)
         numel = segments[-1].offset + segments[-1].numel
         shards.append(Shard(len(shards), offset, numel, tuple(segments)))
         offset += numel
         end = _end_of_shard(offset, total, aim)
         segments.clear()
         used[:] = [0] * len(sizes)
+        if total > offset + (MAX_SHARDS - len(shards)) * MAX_SHARD_NUMEL:
+            msg = f"a model of {total} values makes over {MAX_SHARDS} shards: it is too big"
+            raise ConfigError(msg)
 
     for index, tensor in enumerate(tensors):
         numel, start = tensor.numel, 0
@@ -262,6 +265,8 @@ def _fit(wanted: int, room: int, used: Sequence[int], sizes: Sequence[PayloadSiz
     if fits(wanted):
         return wanted
     low, high = 0, min(wanted, room) // SPLIT_NUMEL
+    if fits(high * SPLIT_NUMEL):  # mostly, and the search below would find it last
+        return high * SPLIT_NUMEL
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle * SPLIT_NUMEL) else (low, middle - 1)

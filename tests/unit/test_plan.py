@@ -13,8 +13,11 @@ from psq_proto.messages import MAX_PAYLOAD_BYTES
 TENSORS = [("conv.weight", (8, 1, 3, 3)), ("conv.bias", (8,)), ("fc.weight", (10, 8))]
 
 
-def plan(tensors=TENSORS, recipe="server-adam", world_size=2):
-    return Plan.of(tensors, preset(recipe), world_size)
+MODEL = [("w", (700_000,)), ("b", (40, 10))]
+
+
+def plan(tensors=TENSORS, recipe="server-adam", world_size=2, **job):
+    return Plan.of(tensors, preset(recipe), world_size, **job)
 
 
 def test_a_plan_survives_the_wire_with_the_same_digest_and_layout():
@@ -27,6 +30,11 @@ def test_a_plan_survives_the_wire_with_the_same_digest_and_layout():
 @pytest.mark.parametrize(
     ("other", "words"),
     [
+        (plan(MODEL, servers=2), "servers: the job has 1, it says 2: list all servers"),
+        (
+            plan(consistency="ssp:2", world_size=3),
+            "consistency: the job has bsp, it says ssp:2",
+        ),
         (plan(world_size=3), "world_size: the job has 2, it says 3"),
         (
             plan(recipe="fp32"),
@@ -45,8 +53,111 @@ def test_the_first_difference_is_named(other, words):
         raise AssertionError(plan().difference(other))
 
 
+def test_servers_listed_in_another_order_are_named_with_what_to_do():
+    first, second = (plan(MODEL, servers=2, server=server) for server in (0, 1))
+    assert first.difference(second) == (
+        "server: this one is 0 of 2 in the job, it says 1 of 2: "
+        "list the servers in the same order in every --connect"
+    )
+
+
 def test_equal_plans_differ_in_nothing():
     assert plan().difference(plan()) == ""
+    assert plan(consistency="ssp:2,mads=6.0").difference(plan(consistency="ssp:2,quorum=1")) == ""
+
+
+DIFFERENCES = st.fixed_dictionaries(
+    {},
+    optional={
+        "world_size": st.integers(1, 3),
+        "server": st.integers(0, 2),
+        "servers": st.just(3),
+        "consistency": st.sampled_from(["bsp", "ssp:2", "ssp:3", "asp", "bsp,quorum=1"]),
+        "recipe": st.sampled_from(["fp32", "qadam"]),
+        "tensors": st.sampled_from([MODEL, MODEL[:1]]),
+    },
+)
+
+
+@given(DIFFERENCES, DIFFERENCES)
+def test_plans_of_other_bytes_differ_in_words_and_equal_ones_do_not(one, other):
+    first, second = (plan(**({"tensors": MODEL, "servers": 3} | fields)) for fields in (one, other))
+    assert bool(first.difference(second)) == (first.body != second.body)
+    assert (first.digest == second.digest) == (first.body == second.body)
+
+
+# ---- several servers
+
+
+def test_the_servers_of_a_job_own_every_shard_between_them_once():
+    plans = [plan(MODEL, servers=3).for_server(server) for server in range(3)]
+    owned = [shard for made in plans for shard in made.owned]
+    assert sorted(shard.index for shard in owned) == list(range(len(plans[0].layout.shards)))
+    for made in plans:
+        assert made.owned
+        assert [s.index for s in made.owned] == sorted(s.index for s in made.owned)
+        assert all(shard is made.layout.shards[shard.index] for shard in made.owned)
+
+
+def test_a_server_alone_owns_everything():
+    assert plan(MODEL).owned == plan(MODEL).layout.shards
+
+
+def test_the_plan_for_another_server_is_what_that_server_would_make_itself():
+    mine = plan(MODEL, servers=3, consistency="ssp:2")
+    assert mine.layout  # made before, and shared from then on
+    theirs = mine.for_server(2)
+    made = plan(MODEL, servers=3, server=2, consistency="ssp:2")
+    assert (theirs, theirs.body, theirs.digest) == (made, made.body, made.digest)
+    assert theirs.layout is mine.layout
+    assert theirs.layout == made.layout
+    assert theirs.for_server(0) == mine
+
+
+def test_each_server_has_its_digest_and_the_job_has_one():
+    plans = [plan(MODEL, servers=3, server=server) for server in range(3)]
+    assert len({made.digest for made in plans}) == 3
+    assert {made.job_digest for made in plans} == {plans[0].digest}
+    assert plan(MODEL).job_digest == plan(MODEL).digest
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ({"servers": 0}, r"1\.\.256 servers, numbered from 0; got server 0 of 0"),
+        ({"servers": 257}, "got server 0 of 257"),
+        ({"servers": 2, "server": 2}, "got server 2 of 2"),
+        ({"servers": 2, "server": -1}, "got server -1 of 2"),
+        ({"consistency": "soon"}, "consistency must be bsp"),
+        ({"consistency": "bsp,quorum=3"}, "a quorum of 3 is more than the 2 workers"),
+    ],
+)
+def test_a_job_that_cannot_be_run_is_refused_at_home(job, words):
+    with pytest.raises(ConfigError, match=words):
+        plan(**job)
+    with pytest.raises(ConfigError, match=r"got server 3 of 1"):
+        plan().for_server(3)
+
+
+def test_a_consistency_is_kept_as_its_canonical_text():
+    assert plan(consistency="ssp:07,quorum=1,mads=6").consistency == "ssp:7"
+
+
+def test_a_model_too_small_for_its_servers_is_refused_when_it_comes():
+    with pytest.raises(RemotePlanError, match="too few for 2 servers: start 1 or fewer"):
+        Plan.parse(plan(servers=2).body)
+
+
+def test_the_bytes_of_a_plan_are_what_they_were():
+    """Format 2 to the byte: a change here breaks every worker that meets a server of before."""
+    job = plan(MODEL, recipe="fp32", world_size=3, servers=2, server=1, consistency="ssp:2")
+    keys = ["format", "world_size", "servers", "server", "consistency", "recipe", "tensors"]
+    unpacked = msgpack.unpackb(job.body)
+    assert list(unpacked) == keys
+    assert [unpacked[key] for key in keys[:5]] == [2, 3, 2, 1, "ssp:2"]
+    assert unpacked["recipe"]["uplink"] == {"codec": "fp32", "error_feedback": False, "every": 1}
+    assert unpacked["tensors"] == [["w", [700_000]], ["b", [40, 10]]]
+    assert f"{job.digest:016x}" == "93b7cdf203336aea"
 
 
 def test_a_plan_over_the_message_limit_is_refused_at_home():
@@ -78,6 +189,23 @@ def plain(**changes):
         msgpack.packb([]),
         plan().body + b"\x00",
         plain(format=1),
+        plain(format=True),
+        plain(format=2.0),
+        plain(format=None),
+        plain(servers=0),
+        plain(servers=257),
+        plain(servers=True),
+        plain(servers=1.0),
+        plain(server=1),
+        plain(server=-1),
+        plain(server=None),
+        plain(consistency="ssp"),
+        plain(consistency="ssp:02"),
+        plain(consistency="bsp,quorum=3"),
+        plain(consistency=b"bsp"),
+        plain(consistency=["bsp"]),
+        plain(consistency="bsp" * 1000),
+        plain(extra=1),
         plain(world_size=2.0),
         plain(world_size=10**9),
         plain(recipe=[]),
@@ -109,3 +237,53 @@ def test_a_plan_in_another_byte_form_is_refused():
     shuffled = dict(reversed(list(msgpack.unpackb(plan().body).items())))
     with pytest.raises(RemotePlanError, match="canonical"):
         Plan.parse(msgpack.packb(shuffled))
+
+
+MUTATIONS = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**64 - 1) | st.floats() | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def places(plain, path=()):
+    """Every place in a plan, as a path of keys and indexes."""
+    items = plain.items() if isinstance(plain, dict) else enumerate(plain)
+    for key, value in items:
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*path, key))
+
+
+PLACES = list(places(msgpack.unpackb(plan().body)))
+
+
+@given(st.sampled_from(PLACES), MUTATIONS)
+def test_a_plan_with_anything_in_any_place_is_a_plan_or_refused(path, value):
+    plain = msgpack.unpackb(plan().body)
+    *way, last = path
+    inner = plain
+    for key in way:
+        inner = inner[key]
+    inner[last] = value
+    body = msgpack.packb(plain)
+    try:
+        made = Plan.parse(body)
+    except RemotePlanError:
+        return
+    assert made.body == body
+    assert made.owned == made.layout.shards
+
+
+@given(st.binary(min_size=1, max_size=8), st.data())
+def test_damaged_bytes_of_a_plan_are_a_plan_or_refused(patch, data):
+    body = bytearray(plan().body)
+    at = data.draw(st.integers(0, len(body) - 1))
+    body[at : at + len(patch)] = patch
+    try:
+        made = Plan.parse(bytes(body))
+    except RemotePlanError:
+        return
+    assert made.body == body

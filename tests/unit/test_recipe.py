@@ -139,3 +139,29 @@ def test_a_downlink_kind_without_a_codec_is_refused():
 def test_plain_data_that_is_no_recipe_is_refused(change):
     with pytest.raises(ConfigError):
         Recipe.from_plain(preset("server-adam").to_plain() | change)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_shard_of_a_preset_speaks_in_every_step_and_the_plan_says_so(name):
+    assert preset(name).to_plain()["uplink"]["every"] == 1
+    assert preset(name).with_codecs(uplink="sign").uplink.every == 1
+
+
+@pytest.mark.parametrize("every", [0, -1, 1025, 1.0, True, "1", None])
+def test_an_uplink_speaks_every_so_many_steps_and_nothing_else(every):
+    with pytest.raises(ConfigError, match=r"uplink every must be a whole number 1\.\.1024"):
+        Uplink("sign", every=every)
+    plain = preset("server-adam").to_plain()
+    plain["uplink"]["every"] = every
+    with pytest.raises(ConfigError, match="every"):
+        Recipe.from_plain(plain)
+
+
+def test_shards_that_take_turns_are_refused_rather_than_ignored():
+    plain = preset("server-adam").to_plain()
+    plain["uplink"]["every"] = 2
+    with pytest.raises(ConfigError, match="every=2 is not supported yet"):
+        Recipe.from_plain(plain)
+    del plain["uplink"]["every"]
+    with pytest.raises(ConfigError, match="not a recipe: KeyError"):
+        Recipe.from_plain(plain)
