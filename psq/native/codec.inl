@@ -1,7 +1,8 @@
 // Codec kernels over quantize.inl: the bits of psq/kernels/reference.py, at the speed of memory.
 //
 // Blocks, groups, words, tails and error feedback are written once, for every quantizer. Encoding reads a block twice,
-// the second time from L1: once for the scale, once to quantize, pack and leave the residual. Rolled loops: unrolled
+// the second time from L1: once for the scale, once to quantize, pack and leave the residual. Lloyd-Max, whose scale
+// needs the codes, packs first and leaves the residual in a third pass. Rolled loops: unrolled
 // ones compile for minutes and run slower.
 #include "quantize.inl"
 
@@ -10,9 +11,14 @@ namespace {
 constexpr size_t kGroup = 512;   // values in a group: 32 rows of 16 lanes
 constexpr size_t kChunk = 8192;  // values summed in float before a double takes over; the largest block
 
-// How far beyond the next block's same place row_code fetches. Measured: 0 loses 0.05 to 0.1 of memory's speed, because
-// the next block's first pass then catches up with what was fetched last; twice the block loses as much.
-constexpr size_t kAhead = 256;
+// Values whose blocks are fitted together before any of them is quantized: what follows a block's sum, a square root
+// and a division, then holds nobody up. (Measured: more costs 0.1 of memory's speed, for nothing is fetched meanwhile.)
+constexpr size_t kSpan = 1024;
+constexpr size_t kMostParts = kSpan / 256;
+
+// How far ahead of the row at hand memory is fetched, in values: 8 KiB. Measured: half of it loses 0.1 to 0.15 of
+// memory's speed, and so does twice as much in the encoder; without it decode_add runs at 0.7 to 0.85, not 0.9 to 1.
+constexpr size_t kAhead = 2048;
 
 PSQ_INLINE size_t at_most(size_t a, size_t b) { return a < b ? a : b; }
 PSQ_INLINE U lanes() {
@@ -80,7 +86,8 @@ PSQ_OUTLINE float best_scale(const Q& q, const float* values, const float* resid
       const size_t here = at_most(16, count - i), at = kFeedback ? i : 0;
       const F size = absolute(here == 16 ? compensated<kFeedback>(x + i, e + at)
                                          : short_row<kFeedback>(x + i, e + at, here));
-      F point = q.centroid(q.nearest(size * splat(q.inverse)));
+      U top;
+      F point = placed(q, size, splat(0u), top);
       if (here < 16) point = select(less(as_i(lanes()), splat(int32_t(here))), point, splat(0.0f));
       product = product + size * point;
       square = square + point * point;
@@ -96,34 +103,28 @@ constexpr bool kIsLloydMax = false;
 template <int kWidth>
 constexpr bool kIsLloydMax<LloydMax<kWidth>> = true;
 
-// Makes the quantizer of a block and its scale for the wire. False: the block is not finite, its scale a NaN.
+// Makes the quantizer of a block and its scale for the wire (Lloyd-Max: what comes before the scale). False: the block
+// is not finite, its scale a NaN.
 template <class Q, bool kFeedback>
 PSQ_INLINE bool fit(Q& q, float& scale, const float* values, const float* residual, size_t numel, int32_t parameter) {
   const float size = norm<Q::kStatistic, kFeedback>(values, residual, numel);
-  scale = float_of(kNaN);
-  if (!is_finite(size)) {
-    q.set(0.0f, parameter);
-    return false;
-  }
-  scale = q.set(size, parameter);
-  if constexpr (kIsLloydMax<Q>) {
-    if (scale > 0.0f) scale = best_scale<Q, kFeedback>(q, values, residual, numel);
-    q.restore(scale, parameter);
-  }
-  return true;
+  const bool finite = is_finite(size);
+  scale = q.set(finite ? size : 0.0f, parameter);
+  if (!finite) scale = float_of(kNaN);
+  return finite;
 }
 
 // ---- groups and words ------------------------------------------------------------------------------------------
 
 // Quantizes one row, leaves the rest in the residual. This is the pass that runs in L1, and memory must not idle
-// meanwhile: it fetches the next block.
+// meanwhile: it fetches what comes next.
 template <class Q, bool kFeedback>
-PSQ_INLINE U row_code(const Q& q, const float* values, float* residual, U index, size_t ahead) {
-  __builtin_prefetch(values + ahead);
-  if (kFeedback) __builtin_prefetch(residual + ahead);
+PSQ_INLINE U row_code(const Q& q, const float* values, float* residual, U index) {
+  __builtin_prefetch(values + kAhead);
+  if (kFeedback) __builtin_prefetch(residual + kAhead, 1);
   const F c = compensated<kFeedback>(values, residual);
   U top;
-  const F d = q.quantize(c, index, top);
+  const F d = quantized(q, c, index, top);
   if constexpr (kFeedback) {
     F rest = c - d;
     if constexpr (Q::kStatistic == kNone) {
@@ -143,10 +144,9 @@ struct Rows {
   float* residual;
   U index;
   int row;
-  size_t ahead;
 
   PSQ_METHOD U next() {
-    const U top = row_code<Q, kFeedback>(parts[kParts == 1 ? 0 : row >> 4], values, residual, index, ahead);
+    const U top = row_code<Q, kFeedback>(parts[kParts == 1 ? 0 : row >> 4], values, residual, index);
     values += 16;
     if (kFeedback) residual += 16;
     index = index + splat(16u);
@@ -156,8 +156,9 @@ struct Rows {
 };
 
 // Lane l of word w holds bits [32 w, 32 w + 32) of the stream of the codes of rows 0..31, each least bit first.
-template <class Q, int kParts, bool kFeedback>
-PSQ_INLINE void pack_group(Rows<Q, kParts, kFeedback> rows, uint8_t* words) {
+// The rows of a group, or (kWords) as many as fill so many words, where a word holds whole codes.
+template <class Q, int kWords = Q::kBits, class R>
+PSQ_INLINE void pack_group(R& rows, uint8_t* words) {
   if constexpr (Q::kBits == 3) {
     U word = splat(0u);
     PSQ_ROLLED
@@ -177,7 +178,7 @@ PSQ_INLINE void pack_group(Rows<Q, kParts, kFeedback> rows, uint8_t* words) {
     store_words(words + 128, word | carried);
   } else {
     PSQ_ROLLED
-    for (int w = 0; w < Q::kBits; ++w) {
+    for (int w = 0; w < kWords; ++w) {
       U word = splat(0u);
       PSQ_ROLLED
       for (int i = 0; i < 32 / Q::kBits; ++i) word = (word >> Q::kBits) | rows.next();
@@ -186,33 +187,51 @@ PSQ_INLINE void pack_group(Rows<Q, kParts, kFeedback> rows, uint8_t* words) {
   }
 }
 
-// From codes to values: by arithmetic, or, where all the values of a scale fit one register, by looking them up.
+// From codes to values: by arithmetic, or, where they fit one register, by looking them up: all the values of a scale,
+// or those without a sign.
 template <class Q>
-constexpr bool kByTable = Q::kBits <= 4 && (1 << Q::kBits) <= kTableLanes;
+constexpr bool kIsSized = kIsLloydMax<Q>;
+template <int kWidth>
+constexpr bool kIsSized<Log<kWidth>> = true;
 
-template <class Q, bool kTable>
+enum Reading { kArithmetic, kTable, kSizeTable };
+template <class Q>
+constexpr Reading kReading = Q::kBits <= 4 && (1 << Q::kBits) <= kTableLanes             ? kTable
+                             : kIsSized<Q> && (1 << (Q::kBits - 1)) <= kTableLanes ? kSizeTable
+                                                                                   : kArithmetic;
+
+template <class Q, Reading = kReading<Q>>
 struct Reader {
   Q quantizer;
   PSQ_METHOD void set(const Q& q) { quantizer = q; }
-  PSQ_METHOD F value(U word, int left) const { return quantizer.value(word << left); }
+  PSQ_METHOD F value(U word, int left) const { return valued(quantizer, word << left); }
+};
+// Entry i is the value of code i's lowest bits: a look-up sees the bits above a code, too.
+template <class Q>
+struct Reader<Q, kTable> {
+  NativeF table;
+  PSQ_METHOD void set(const Q& q) { table = first(valued(q, lanes() << (32 - Q::kBits))); }
+  PSQ_METHOD F value(U word, int left) const { return look_up(table, as_i(word >> (32 - Q::kBits - left))); }
 };
 template <class Q>
-struct Reader<Q, true> {
+struct Reader<Q, kSizeTable> {
   NativeF table;
-  // Entry i is the value of code i's lowest bits: a look-up sees the bits above a code, too.
-  PSQ_METHOD void set(const Q& q) { table = first(q.value(lanes() << (32 - Q::kBits))); }
-  PSQ_METHOD F value(U word, int left) const { return look_up(table, as_i(word >> (32 - Q::kBits - left))); }
+  PSQ_METHOD void set(const Q& q) { table = first(valued(q, (lanes() << (33 - Q::kBits)) >> 1)); }
+  PSQ_METHOD F value(U word, int left) const {
+    return as_f(as_u(look_up(table, as_i(word >> (32 - Q::kBits - left)))) ^ sign_of(word << left));
+  }
 };
 
 // Where decoded rows go, in order.
 template <class Q, int kParts, bool kAdd>
 struct Sink {
-  const Reader<Q, kByTable<Q>>* parts;
+  const Reader<Q>* parts;
   float* out;
   int row;
 
   // The code's highest bit is bit 31 - left of the word.
   PSQ_METHOD void put_next(U word, int left) {
+    __builtin_prefetch(out + kAhead, 1);
     const F d = parts[kParts == 1 ? 0 : row >> 4].value(word, left);
     store(out, kAdd ? load(out) + d : d);
     out += 16;
@@ -220,8 +239,8 @@ struct Sink {
   }
 };
 
-template <class Q, int kParts, bool kAdd>
-PSQ_INLINE void unpack_group(Sink<Q, kParts, kAdd> sink, const uint8_t* words) {
+template <class Q, int kWords = Q::kBits, class S>
+PSQ_INLINE void unpack_group(S& sink, const uint8_t* words) {
   if constexpr (Q::kBits == 3) {
     const U first = load_words(words), second = load_words(words + 64), third = load_words(words + 128);
     PSQ_ROLLED
@@ -234,7 +253,7 @@ PSQ_INLINE void unpack_group(Sink<Q, kParts, kAdd> sink, const uint8_t* words) {
     for (int i = 0; i < 10; ++i) sink.put_next(third, 27 - 3 * i);
   } else {
     PSQ_ROLLED
-    for (int w = 0; w < Q::kBits; ++w) {
+    for (int w = 0; w < kWords; ++w) {
       const U word = load_words(words + 64 * w);
       PSQ_ROLLED
       for (int i = 1; i <= 32 / Q::kBits; ++i) sink.put_next(word, 32 - Q::kBits * i);
@@ -251,14 +270,14 @@ PSQ_INLINE void put_scale(uint8_t* scales, size_t at, float scale) { __builtin_m
 
 // Out of line, once for each kind: short groups come here too.
 template <class Q, int kParts, bool kFeedback>
-PSQ_OUTLINE void pack_groups(const Q* parts, const float* values, float* residual, size_t numel,
-                                           uint8_t* words, uint32_t index, size_t ahead) {
+PSQ_OUTLINE void pack_groups(const Q* parts, const float* values, float* residual, size_t numel, uint8_t* words,
+                             uint32_t index) {
   Q local[kParts];
   for (int part = 0; part < kParts; ++part) local[part] = parts[part];
   for (size_t from = 0; from < numel; from += kGroup, words += kGroupBytes<Q>) {
     float* e = kFeedback ? residual + from : nullptr;
-    pack_group<Q, kParts, kFeedback>({local, values + from, e, splat(index + uint32_t(from)) + lanes(), 0, ahead},
-                                     words);
+    Rows<Q, kParts, kFeedback> rows = {local, values + from, e, splat(index + uint32_t(from)) + lanes(), 0};
+    pack_group<Q>(rows, words);
   }
 }
 
@@ -277,60 +296,199 @@ PSQ_INLINE void pack_careful(const Q* parts, const bool* live, const float* valu
     __builtin_memcpy(x + from, values + from, bytes[part]);
     if (kFeedback) __builtin_memcpy(e + from, residual + from, bytes[part]);
   }
-  pack_groups<Q, kParts, kFeedback>(parts, x, e, kGroup, words, index, 0);
+  pack_groups<Q, kParts, kFeedback>(parts, x, e, kGroup, words, index);
   for (int part = 0; kFeedback && part < kParts; ++part)
     __builtin_memcpy(residual + part * kPart, e + part * kPart, bytes[part]);
 }
 
 template <class Q, int kParts, bool kFeedback>
 PSQ_INLINE void pack_span(const Q* parts, const bool* live, const float* values, float* residual, size_t numel,
-                          uint8_t* words, uint32_t index, size_t ahead) {
+                          uint8_t* words, uint32_t index) {
   const size_t whole = live[0] && live[kParts - 1] ? numel / kGroup * kGroup : 0;
-  if (whole > 0) pack_groups<Q, kParts, kFeedback>(parts, values, residual, whole, words, index, ahead);
+  if (whole > 0) pack_groups<Q, kParts, kFeedback>(parts, values, residual, whole, words, index);
   words += whole / kGroup * kGroupBytes<Q>;
   for (size_t from = whole; from < numel; from += kGroup, words += kGroupBytes<Q>)
     pack_careful<Q, kParts, kFeedback>(parts, live, values + from, kFeedback ? residual + from : nullptr,
                                        at_most(kGroup, numel - from), words, index + uint32_t(from));
 }
 
+// One span of a segment: up to kSpan values, or a block that is larger.
+struct Span {
+  const float* values;
+  float* residual;  // or null
+  uint8_t* words;
+  size_t numel, block;
+  int32_t parameter;
+  uint32_t index;  // of its first value in the random stream
+};
+
+// The quantizers of a span's blocks, their scales for the wire, and which blocks are finite. Returns how many.
+template <class Q, bool kFeedback>
+PSQ_INLINE size_t fit_span(const Span& a, Q* parts, bool* live, uint8_t* scales) {
+  size_t blocks = 0;
+  for (size_t at = 0; at < a.numel; at += a.block, ++blocks) {
+    float scale;
+    const float* e = kFeedback ? a.residual + at : nullptr;
+    const size_t count = at_most(a.block, a.numel - at);
+    live[blocks] = fit<Q, kFeedback>(parts[blocks], scale, a.values + at, e, count, a.parameter);
+    put_scale(scales, blocks, scale);
+  }
+  return blocks;
+}
+
+// ---- Lloyd-Max: codes come before their scale ------------------------------------------------------------------
+
+// Codes of rows in order, and the two sums of their scale.
+template <class Q, bool kFeedback>
+struct Places {
+  Q q;
+  const float* values;
+  const float* residual;
+  F product, square;
+
+  PSQ_METHOD U next() {
+    __builtin_prefetch(values + kAhead);
+    if (kFeedback) __builtin_prefetch(residual + kAhead, 1);
+    const F c = compensated<kFeedback>(values, residual);
+    const U sign = sign_of(as_u(c));
+    const F size = as_f(as_u(c) ^ sign);
+    U top;
+    const F point = placed(q, size, sign, top);
+    product = product + size * point;
+    square = square + point * point;
+    values += 16;
+    if (kFeedback) residual += 16;
+    return top;
+  }
+};
+
+// What the codes do not say of values + residual.
+template <class Q>
+struct Rest {
+  Reader<Q> reader;
+  const float* values;
+  float* residual;
+
+  PSQ_METHOD void put_next(U word, int left) {
+    store(residual, compensated<true>(values, residual) - reader.value(word, left));
+    values += 16;
+    residual += 16;
+  }
+};
+
+// Rows that a block of half a group, or else a group, can be cut into.
+template <class Q, int kParts>
+constexpr int kUnitWords = kParts == 1 ? Q::kBits : Q::kBits / 2;
+template <int kParts>
+constexpr size_t kUnit = kGroup / kParts;
+
+// Writes a whole block's words, returns its scale.
+template <class Q, int kParts, bool kFeedback>
+PSQ_OUTLINE float place_block(const Q& q, const float* values, const float* residual, size_t numel, uint8_t* words) {
+  double products = 0.0, squares = 0.0;
+  for (size_t from = 0; from < numel; from += kChunk) {
+    const size_t count = at_most(kChunk, numel - from);
+    Places<Q, kFeedback> places = {q, values + from, residual + (kFeedback ? from : 0), splat(0.0f), splat(0.0f)};
+    for (size_t at = 0; at < count; at += kUnit<kParts>, words += 64 * kUnitWords<Q, kParts>)
+      pack_group<Q, kUnitWords<Q, kParts>>(places, words);
+    products += double(sum(places.product));
+    squares += double(sum(places.square));
+  }
+  return q.scale > 0.0f ? float(products) / float(squares) : 0.0f;
+}
+
+template <class Q, int kParts>
+PSQ_OUTLINE void leave_rest(const Q& q, const float* values, float* residual, size_t numel, const uint8_t* words) {
+  Rest<Q> rest = {{}, values, residual};
+  rest.reader.set(q);
+  for (size_t at = 0; at < numel; at += kUnit<kParts>, words += 64 * kUnitWords<Q, kParts>)
+    unpack_group<Q, kUnitWords<Q, kParts>>(rest, words);
+}
+
+// A span whose blocks are whole and finite; their quantizers are fitted.
+template <class Q, int kParts, bool kFeedback>
+PSQ_INLINE void encode_places(const Span& a, Q* parts, uint8_t* scales) {
+  const size_t block_bytes = a.block / 8 * Q::kBits;
+  for (size_t from = 0, k = 0; from < a.numel; from += a.block, ++k) {
+    const float* e = kFeedback ? a.residual + from : nullptr;
+    uint8_t* words = a.words + k * block_bytes;
+    const float scale = place_block<Q, kParts, kFeedback>(parts[k], a.values + from, e, a.block, words);
+    put_scale(scales, k, scale);
+    parts[k].restore(scale, 0);
+  }
+  if constexpr (kFeedback) {
+    for (size_t from = 0, k = 0; from < a.numel; from += a.block, ++k)
+      leave_rest<Q, kParts>(parts[k], a.values + from, a.residual + from, a.block, a.words + k * block_bytes);
+  }
+}
+
+template <class Q, bool kFeedback>
+PSQ_INLINE void rescale(const Span& a, Q* parts, const bool* live, uint8_t* scales) {
+  for (size_t from = 0, k = 0; from < a.numel; from += a.block, ++k) {
+    if (!live[k]) continue;
+    float scale = 0.0f;
+    if (parts[k].scale > 0.0f)
+      scale = best_scale<Q, kFeedback>(parts[k], a.values + from, kFeedback ? a.residual + from : nullptr,
+                                       at_most(a.block, a.numel - from));
+    put_scale(scales, k, scale);
+    parts[k].restore(scale, 0);
+  }
+}
+
+// ---- segments --------------------------------------------------------------------------------------------------
+
+template <class Q, int kParts, bool kFeedback>
+PSQ_INLINE void encode_span(const Span& a, uint8_t*& scales) {
+  Q parts[kMostParts + 1] = {};
+  bool live[kMostParts + 1];
+  if constexpr (Q::kStatistic == kNone) {
+    live[0] = true;
+  } else {
+    const size_t blocks = fit_span<Q, kFeedback>(a, parts, live, scales);
+    uint8_t* const here = scales;
+    scales += 4 * blocks;
+    live[blocks] = true;  // the missing half of a last group
+    parts[blocks].set(0.0f, a.parameter);
+    if constexpr (kIsLloydMax<Q>) {
+      bool whole = a.numel % a.block == 0 && a.numel % kGroup == 0;
+      for (size_t k = 0; k < blocks; ++k) whole = whole && live[k];
+      if constexpr (kParts == 1 || Q::kBits % 2 == 0)
+        if (whole) return encode_places<Q, kParts, kFeedback>(a, parts, here);
+      rescale<Q, kFeedback>(a, parts, live, here);
+    }
+  }
+  const size_t unit = kParts == 1 ? a.block : kGroup;
+  uint8_t* words = a.words;
+  for (size_t from = 0, part = 0; from < a.numel; from += unit, part += kParts) {
+    const size_t count = at_most(unit, a.numel - from);
+    pack_span<Q, kParts, kFeedback>(parts + part, live + part, a.values + from, kFeedback ? a.residual + from : nullptr,
+                                    count, words, a.index + uint32_t(from));
+    words += (count + kGroup - 1) / kGroup * kGroupBytes<Q>;
+  }
+}
+
 template <class Q, int kParts, bool kFeedback>
 PSQ_OUTLINE void encode_segment(const PsqEncode& a) {
   const size_t block = a.format.block == 0 ? a.numel : a.format.block;
-  const size_t span = kParts == 1 ? block : kGroup;
-  uint8_t* words = a.words;
-  const size_t ahead = (a.format.block == 0 ? 0 : span) + kAhead;
-  size_t scales = 0;
+  const size_t span = block > kSpan ? block : kSpan;
+  uint8_t *words = a.words, *scales = a.scales;
   for (size_t from = 0; from < a.numel; from += span) {
     const size_t count = at_most(span, a.numel - from);
-    Q parts[kParts] = {};
-    bool live[kParts];
-    for (int part = 0; part < kParts; ++part) {
-      live[part] = true;
-      const size_t at = part * block;
-      if constexpr (Q::kStatistic != kNone) {
-        if (at >= count) {
-          parts[part].set(0.0f, a.format.parameter);
-          continue;
-        }
-        float scale;
-        live[part] = fit<Q, kFeedback>(parts[part], scale, a.values + from + at,
-                                       kFeedback ? a.residual + from + at : nullptr, at_most(block, count - at),
-                                       a.format.parameter);
-        put_scale(a.scales, scales++, scale);
-      }
-    }
-    pack_span<Q, kParts, kFeedback>(parts, live, a.values + from, kFeedback ? a.residual + from : nullptr, count,
-                                    words, a.start + uint32_t(from), ahead);
+    encode_span<Q, kParts, kFeedback>({a.values + from, kFeedback ? a.residual + from : nullptr, words, count, block,
+                                       a.format.parameter, a.start + uint32_t(from)},
+                                      scales);
     words += (count + kGroup - 1) / kGroup * kGroupBytes<Q>;
   }
 }
 
 template <class Q, int kParts, bool kAdd>
 PSQ_OUTLINE void unpack_groups(const Q* parts, const uint8_t* words, float* out, size_t numel) {
-  Reader<Q, kByTable<Q>> local[kParts];
+  Reader<Q> local[kParts];
   for (int part = 0; part < kParts; ++part) local[part].set(parts[part]);
-  for (size_t from = 0; from < numel; from += kGroup, words += kGroupBytes<Q>)
-    unpack_group<Q, kParts, kAdd>({local, out + from, 0}, words);
+  for (size_t from = 0; from < numel; from += kGroup, words += kGroupBytes<Q>) {
+    Sink<Q, kParts, kAdd> sink = {local, out + from, 0};
+    unpack_group<Q>(sink, words);
+  }
 }
 
 template <class Q, int kParts, bool kAdd>

@@ -1,4 +1,7 @@
-// Quantizers: one row of 16 values to 16 codes and back. Formats: psq/kernels/reference.py.
+// Quantizers: one register of values to codes and back. Formats: psq/kernels/reference.py.
+//
+// A row of several registers goes through one after another (`quantized` and its like, below): all at once they would
+// not leave the 16 registers of the lower levels room for constants.
 //
 // A quantizer holds one scale's constants, as scalars: the compiler makes rows of them outside its loops. It has
 //   kBits, kStatistic          bits of a code; which norm of a block its scale comes from
@@ -16,8 +19,17 @@ constexpr float kTiny = 0x1p-100f;  // a block below this is a zero block: 1 / s
 
 enum Statistic { kNone, kMeanAbs, kRootMeanSquare, kMaxAbs };
 
-PSQ_INLINE U sign_of(U bits) { return bits & splat(kSignBit); }
-PSQ_INLINE U is_nan(I size) { return less(splat(int32_t(kInfinity)), size); }
+PSQ_INLINE NativeU sign_of(NativeU bits) { return bits & each(kSignBit); }
+template <class T>
+PSQ_INLINE Pair<T> sign_of(Pair<T> bits) {
+  return {sign_of(bits.lo), sign_of(bits.hi)};
+}
+template <class T>
+PSQ_INLINE auto is_nan(T size) {
+  T infinite;
+  fill(infinite, int32_t(kInfinity));
+  return less(infinite, size);
+}
 PSQ_INLINE float inverse_of(float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; }
 
 template <Statistic kNorm>
@@ -28,11 +40,11 @@ struct Sign {
 
   PSQ_METHOD float set(float norm, int32_t) { return scale = norm < kTiny ? 0.0f : norm; }
   PSQ_METHOD void restore(float value, int32_t) { scale = value; }
-  PSQ_METHOD F quantize(F c, U, U& top) const {
+  PSQ_METHOD NativeF quantize(NativeF c, NativeU, NativeU& top) const {
     top = sign_of(as_u(c));
     return value(top);
   }
-  PSQ_METHOD F value(U top) const { return as_f(sign_of(top) ^ splat(bits_of(scale))); }
+  PSQ_METHOD NativeF value(NativeU top) const { return as_f(sign_of(top) ^ each(bits_of(scale))); }
 };
 
 template <int kWidth>
@@ -53,23 +65,25 @@ struct Log {
     scale = value;
     bias = 126 - k;
   }
-  PSQ_METHOD F quantize(F c, U, U& top) const {
-    const U sign = sign_of(as_u(c));
-    const U size = as_u(c) ^ sign;
-    const U ratio = as_u(as_f(size) * splat(inverse));
+  // Exponents are moved to 128 + level: the level is then their low bits, ready for a code. The scale pays for it with
+  // a factor of 2^-8 at most, exact because it is at least kTiny.
+  PSQ_METHOD NativeF quantize(NativeF c, NativeU, NativeU& top) const {
+    const uint32_t moved = uint32_t(128 - bias) << 23;
+    const float moved_scale = scale * float_of(uint32_t(bias - 1) << 23);
+    const NativeU sign = sign_of(as_u(c));
+    const NativeU size = as_u(c) ^ sign;
+    const NativeI ratio = as_i(as_f(size) * each(inverse));
     // Half a mantissa more, and the exponent is that of the nearest power of two, ties upwards.
-    const U nearest = (ratio + splat(0x00400000u)) & splat(kInfinity);
-    const I least = splat((bias + 1) << 23);
-    const U power = drop(less(as_i(size), splat(threshold)), as_u(maximum(as_i(nearest), least)));
-    const I level = maximum(as_i(power >> 23) - splat(bias), splat(int32_t(0)));
-    top = sign | (as_u(level) << (32 - kBits));
-    return as_f(as_u(as_f(power) * splat(scale)) ^ sign);
+    const NativeI nearest = maximum(ratio + each(int32_t(moved + 0x00400000u)), each(int32_t(129 << 23)));
+    const NativeU power = drop(less(as_i(size), each(threshold)), as_u(nearest) & each(kInfinity));
+    top = sign | (power << (9 - kBits));
+    return as_f(as_u(as_f(power) * each(moved_scale)) ^ sign);
   }
-  PSQ_METHOD F value(U top) const {
-    const U sign = sign_of(top);
-    const I level = as_i((top ^ sign) >> (32 - kBits));
-    const U power = keep(less(splat(int32_t(0)), level), as_u((level + splat(bias)) << 23));
-    return as_f(as_u(as_f(power) * splat(scale)) ^ sign);
+  PSQ_METHOD NativeF value(NativeU top) const {
+    const NativeU sign = sign_of(top);
+    const NativeI level = as_i((top ^ sign) >> (32 - kBits));
+    const NativeU power = keep(less(each(int32_t(0)), level), as_u((level + each(bias)) << 23));
+    return as_f(as_u(as_f(power) * each(scale)) ^ sign);
   }
 };
 
@@ -90,34 +104,33 @@ struct Uniform {
     return step;
   }
   PSQ_METHOD void restore(float value, int32_t) { step = value; }
-  PSQ_METHOD F quantize(F c, U index, U& top) const {
+  PSQ_METHOD NativeF quantize(NativeF c, NativeU index, NativeU& top) const {
     if constexpr (kStochastic) {
-      const I code = draw(c, index);
+      const NativeI code = draw(c, index);
       top = as_u(code) << (32 - kBits);
-      return to_f(code) * splat(step);
+      return to_f(code) * each(step);
     } else {
       // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
-      const F shifter = splat(12582912.0f);
-      const F rounded = c * splat(inverse) + shifter;
+      const NativeF shifter = each(12582912.0f);
+      const NativeF rounded = c * each(inverse) + shifter;
       top = as_u(rounded) << (32 - kBits);
-      return (rounded - shifter) * splat(step);
+      return (rounded - shifter) * each(step);
     }
   }
   // Rounds |c| / step up with the probability of its fraction, then restores the sign.
-  PSQ_METHOD I draw(F c, U index) const {
-    U hash = index;
-    hash = (hash ^ (hash >> 16)) * splat(0x7feb352du);
-    hash = (hash ^ (hash >> 15)) * splat(0x846ca68bu);
+  PSQ_METHOD NativeI draw(NativeF c, NativeU index) const {
+    NativeU hash = index;
+    hash = (hash ^ (hash >> 16)) * each(0x7feb352du);
+    hash = (hash ^ (hash >> 15)) * each(0x846ca68bu);
     hash = hash ^ (hash >> 16);
-    const F size = absolute(c) * splat(inverse);
-    const I below = to_i(size);
-    const I fraction = to_i((size - to_f(below)) * splat(16777216.0f));
-    const I up = as_i(less(as_i(hash >> 8), fraction));
-    const I code = minimum(below - up, splat(kLevels));
-    const I sign = as_i(c) >> 31;
+    const NativeF size = absolute(c) * each(inverse);
+    const NativeI below = to_i(size);
+    const NativeI fraction = to_i((size - to_f(below)) * each(16777216.0f));
+    const NativeI code = minimum(count(below, less(as_i(hash >> 8), fraction)), each(kLevels));
+    const NativeI sign = as_i(c) >> 31;
     return (code ^ sign) - sign;
   }
-  PSQ_METHOD F value(U top) const { return to_f(as_i(top) >> (32 - kBits)) * splat(step); }
+  PSQ_METHOD NativeF value(NativeU top) const { return to_f(as_i(top) >> (32 - kBits)) * each(step); }
 };
 
 // Centroids of a unit Gaussian, by size.
@@ -140,11 +153,18 @@ struct Centroids<4> {
   static constexpr float kPoints[] = {0.1284f, 0.3880f, 0.6568f, 0.9423f, 1.2562f, 1.6180f, 2.0690f, 2.7326f};
 };
 
+// A size's place among the centroids: its level in the lowest kBits - 1 bits (above them multiples of 2^kBits), its point.
+struct Place {
+  NativeU level;
+  NativeF point;
+};
+
 template <int kWidth>
 struct LloydMax {
   static constexpr int kBits = kWidth;
   static constexpr Statistic kStatistic = kRootMeanSquare;
   static constexpr int kLevels = 1 << (kWidth - 1);
+  static constexpr bool kInTable = kLevels <= kTableLanes;
   typedef Centroids<kWidth> Table;
   float inverse, scale;
 
@@ -155,33 +175,105 @@ struct LloydMax {
     return scale;
   }
   PSQ_METHOD void restore(float value, int32_t) { scale = value; }
-  PSQ_METHOD I nearest(F size) const {
-    I level = splat(int32_t(0));
-    for (int i = 1; i < kLevels; ++i)
-      level = level - as_i(less_equal(splat((Table::kPoints[i - 1] + Table::kPoints[i]) * 0.5f), size));
-    return level;
+  // What lies between centroids i - 1 and i.
+  static constexpr float midpoint(int i) { return (Table::kPoints[i - 1] + Table::kPoints[i]) * 0.5f; }
+
+  PSQ_METHOD Place place(NativeF size) const {
+    if constexpr (kLevels == 8 && kInTable) return by_bucket(size);
+    const NativeF unit = size * each(inverse);
+    if constexpr (kLevels == 8) return by_halving(unit);
+    NativeI level = each(int32_t(0));
+    for (int i = 1; i < kLevels; ++i) level = count(level, less_equal(each(midpoint(i)), unit));
+    return {as_u(level), centroid(as_u(level))};
   }
-  PSQ_METHOD F centroid(I level) const {
-    if constexpr (kLevels <= kTableLanes) {
-      return lookup(Table::kPoints, kLevels, level);
+  // Exponent and two more bits of the float unit / 9.28 + 1/8 number a bucket: 0 below 0.29, 1 below 0.58, 2 below
+  // 0.87, 3 below 1.16, 4 below 1.74, 5 below 2.32, 6 below 2.9, then 7. Each has one midpoint, so far from its ends that
+  // rounding cannot matter: one look-up and one comparison with it say what seven comparisons would.
+  PSQ_METHOD Place by_bucket(NativeF size) const {
+    constexpr float kBounds[8] = {midpoint(1), midpoint(2), midpoint(3), midpoint(4),
+                                  midpoint(5), midpoint(6), midpoint(7), __builtin_inff()};
+    const NativeF unit = size * each(inverse);
+    const NativeF spread = size * each(inverse * (1.0f / 9.28f)) + each(0.125f);
+    const NativeU bucket = as_u(minimum(spread, each(0x1.fffffep-2f))) >> 21;
+    const NativeI level = count(as_i(bucket), less_equal(lookup(kBounds, 8, as_i(bucket)), unit));
+    return {as_u(level), centroid(as_u(level))};
+  }
+  PSQ_METHOD Place by_halving(NativeF unit) const {
+    const auto high = less_equal(each(midpoint(4)), unit);
+    const auto middle = less_equal(select(high, each(midpoint(6)), each(midpoint(2))), unit);
+    const auto low = less_equal(select(middle, select(high, each(midpoint(7)), each(midpoint(3))),
+                                       select(high, each(midpoint(5)), each(midpoint(1)))),
+                                unit);
+    const NativeU level = keep(high, each(4u)) | keep(middle, each(2u)) | keep(low, each(1u));
+    return {level, centroid(level)};
+  }
+  // Of the level in the lowest kBits - 1 bits; what lies above has no say.
+  PSQ_METHOD NativeF centroid(NativeU level) const {
+    constexpr auto& p = Table::kPoints;
+    if constexpr (kLevels == 1) {
+      return each(p[0]);
+    } else if constexpr (kInTable) {
+      constexpr int kRepeats = kTableLanes / kLevels;
+      float entries[kLevels * kRepeats];
+      for (int i = 0; i < kLevels * kRepeats; ++i) entries[i] = p[i % kLevels];
+      return lookup(entries, kLevels * kRepeats, as_i(level));
+    } else if constexpr (kLevels == 2) {
+      return choose(level << 31, each(p[1]), each(p[0]));
     } else {
-      F point = splat(Table::kPoints[0]);
-      for (int i = 1; i < kLevels; ++i)
-        point = select(less(splat(int32_t(i - 1)), level), splat(Table::kPoints[i]), point);
-      return point;
+      const NativeU low = level << 31, middle = level << 30;
+      const NativeF lower = choose(middle, choose(low, each(p[3]), each(p[2])), choose(low, each(p[1]), each(p[0])));
+      if constexpr (kLevels == 4) return lower;
+      const NativeF upper = choose(middle, choose(low, each(p[kLevels - 1]), each(p[kLevels - 2])),
+                             choose(low, each(p[kLevels - 3]), each(p[kLevels - 4])));
+      return choose(level << 29, upper, lower);
     }
   }
-  PSQ_METHOD F quantize(F c, U, U& top) const {
-    const U sign = sign_of(as_u(c));
-    const I level = nearest(absolute(c) * splat(inverse));
-    top = sign | (as_u(level) << (32 - kBits));
-    return as_f(as_u(centroid(level) * splat(scale)) ^ sign);
+  // The code from its level, in the top bits, anything below it zero.
+  PSQ_METHOD NativeU code(NativeU sign, NativeU level) const {
+    const NativeU placed = level << (32 - kBits);
+    return sign | placed;
   }
-  PSQ_METHOD F value(U top) const {
-    const U sign = sign_of(top);
-    return as_f(as_u(centroid(as_i((top ^ sign) >> (32 - kBits))) * splat(scale)) ^ sign);
+  PSQ_METHOD NativeF quantize(NativeF c, NativeU, NativeU& top) const {
+    const NativeU sign = sign_of(as_u(c));
+    const Place at = place(absolute(c));
+    top = code(sign, at.level);
+    return as_f(as_u(at.point * each(scale)) ^ sign);
+  }
+  PSQ_METHOD NativeF value(NativeU top) const {
+    return as_f(as_u(centroid(top >> (32 - kBits)) * each(scale)) ^ sign_of(top));
   }
 };
+
+// A row of registers, one by one.
+template <class Q>
+PSQ_INLINE NativeF quantized(const Q& q, NativeF c, NativeU index, NativeU& top) {
+  return q.quantize(c, index, top);
+}
+template <class Q, class T, class S>
+PSQ_INLINE Pair<T> quantized(const Q& q, Pair<T> c, Pair<S> index, Pair<S>& top) {
+  const T lo = quantized(q, c.lo, index.lo, top.lo);
+  return {lo, quantized(q, c.hi, index.hi, top.hi)};
+}
+template <class Q>
+PSQ_INLINE NativeF valued(const Q& q, NativeU top) {
+  return q.value(top);
+}
+template <class Q, class S>
+PSQ_INLINE auto valued(const Q& q, Pair<S> top) -> Pair<decltype(valued(q, top.lo))> {
+  return {valued(q, top.lo), valued(q, top.hi)};
+}
+// The codes of Lloyd-Max, and the centroids.
+template <class Q>
+PSQ_INLINE NativeF placed(const Q& q, NativeF size, NativeU sign, NativeU& top) {
+  const Place at = q.place(size);
+  top = q.code(sign, at.level);
+  return at.point;
+}
+template <class Q, class T, class S>
+PSQ_INLINE Pair<T> placed(const Q& q, Pair<T> size, Pair<S> sign, Pair<S>& top) {
+  const T lo = placed(q, size.lo, sign.lo, top.lo);
+  return {lo, placed(q, size.hi, sign.hi, top.hi)};
+}
 
 // No scale. Rounds to nearest even; a finite value stays finite; a NaN becomes the quiet one.
 struct Bf16 {
@@ -189,17 +281,17 @@ struct Bf16 {
   static constexpr Statistic kStatistic = kNone;
 
   PSQ_METHOD void restore(float, int32_t) {}
-  PSQ_METHOD F quantize(F c, U, U& top) const {
-    const U sign = sign_of(as_u(c));
-    const I size = as_i(as_u(c) ^ sign);
-    const I even = (size >> 16) & splat(int32_t(1));
-    const I rounded = minimum(size + splat(int32_t(0x7fff)) + even, splat(int32_t(0x7f7fffff)));
-    const U finite = less(size, splat(int32_t(kInfinity)));
-    const U special = select(is_nan(size), splat(kNaN), sign | splat(kInfinity));
-    top = select(finite, sign | as_u(rounded), special) & splat(0xffff0000u);
+  PSQ_METHOD NativeF quantize(NativeF c, NativeU, NativeU& top) const {
+    const NativeU sign = sign_of(as_u(c));
+    const NativeI size = as_i(as_u(c) ^ sign);
+    const NativeI even = (size >> 16) & each(int32_t(1));
+    const NativeI rounded = minimum(size + each(int32_t(0x7fff)) + even, each(int32_t(0x7f7fffff)));
+    const auto finite = less(size, each(int32_t(kInfinity)));
+    const NativeU special = select(is_nan(size), each(kNaN), sign | each(kInfinity));
+    top = select(finite, sign | as_u(rounded), special) & each(0xffff0000u);
     return as_f(top);
   }
-  PSQ_METHOD F value(U top) const { return as_f(top & splat(0xffff0000u)); }
+  PSQ_METHOD NativeF value(NativeU top) const { return as_f(top & each(0xffff0000u)); }
 };
 
 }  // namespace

@@ -18,6 +18,10 @@
 #define PSQ_ROLLED _Pragma("GCC unroll 1")
 #endif
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 typedef float NativeF __attribute__((vector_size(PSQ_VECTOR_BYTES)));
@@ -81,16 +85,72 @@ PSQ_INLINE NativeF as_f(NativeI a) { return (NativeF)a; }
 PSQ_INLINE NativeF to_f(NativeI a) { return __builtin_convertvector(a, NativeF); }
 PSQ_INLINE NativeI to_i(NativeF a) { return __builtin_convertvector(a, NativeI); }
 
-// Comparisons give lanes of all ones or all zeros.
-PSQ_INLINE NativeU less(NativeF a, NativeF b) { return (NativeU)(a < b); }
-PSQ_INLINE NativeU less(NativeI a, NativeI b) { return (NativeU)(a < b); }
-PSQ_INLINE NativeU less_equal(NativeF a, NativeF b) { return (NativeU)(a <= b); }
-PSQ_INLINE NativeF select(NativeU mask, NativeF a, NativeF b) { return mask ? a : b; }
+// Comparisons give a NativeMask: a bit of a mask register for each lane, or lanes of all ones or zeros. What follows
+// is written in intrinsics where there are some: GCC makes two or three instructions of `a > b ? a : b`, and more of a
+// choice by a mask that it has lost sight of.
+#if PSQ_VECTOR_BYTES == 64
+#define PSQ_X(name) _mm512_##name
+typedef __m512i IntRegister;
+typedef __mmask16 NativeMask;
+PSQ_INLINE NativeMask less(NativeF a, NativeF b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+PSQ_INLINE NativeMask less(NativeI a, NativeI b) { return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b); }
+PSQ_INLINE NativeMask less_equal(NativeF a, NativeF b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+PSQ_INLINE NativeF select(NativeMask mask, NativeF a, NativeF b) { return _mm512_mask_blend_ps(mask, b, a); }
+PSQ_INLINE NativeU select(NativeMask mask, NativeU a, NativeU b) {
+  return (NativeU)_mm512_mask_blend_epi32(mask, (__m512i)b, (__m512i)a);
+}
+PSQ_INLINE NativeU keep(NativeMask mask, NativeU a) { return (NativeU)_mm512_maskz_mov_epi32(mask, (__m512i)a); }
+PSQ_INLINE NativeU drop(NativeMask mask, NativeU a) { return keep(NativeMask(~mask), a); }
+PSQ_INLINE NativeI count(NativeI a, NativeMask mask) {
+  return (NativeI)_mm512_mask_add_epi32((__m512i)a, mask, (__m512i)a, _mm512_set1_epi32(1));
+}
+#else
+typedef NativeU NativeMask;
+PSQ_INLINE NativeMask less(NativeF a, NativeF b) { return (NativeMask)(a < b); }
+PSQ_INLINE NativeMask less(NativeI a, NativeI b) { return (NativeMask)(a < b); }
+PSQ_INLINE NativeMask less_equal(NativeF a, NativeF b) { return (NativeMask)(a <= b); }
+PSQ_INLINE NativeU keep(NativeMask mask, NativeU a) { return mask & a; }
+PSQ_INLINE NativeU drop(NativeMask mask, NativeU a) { return ~mask & a; }
+// One more where the mask is set.
+PSQ_INLINE NativeI count(NativeI a, NativeMask mask) { return a - (NativeI)mask; }
+#if defined(__x86_64__) && PSQ_VECTOR_BYTES == 32
+#define PSQ_X(name) _mm256_##name
+typedef __m256i IntRegister;
+#elif defined(__x86_64__)
+#define PSQ_X(name) _mm_##name
+typedef __m128i IntRegister;
+#endif
+#ifdef PSQ_X
+PSQ_INLINE NativeF select(NativeMask mask, NativeF a, NativeF b) { return PSQ_X(blendv_ps)(b, a, (NativeF)mask); }
+#else
+PSQ_INLINE NativeF select(NativeMask mask, NativeF a, NativeF b) { return mask ? a : b; }
+#endif
+PSQ_INLINE NativeU select(NativeMask mask, NativeU a, NativeU b) {
+  return (NativeU)select(mask, (NativeF)a, (NativeF)b);
+}
+#endif
+
+// Either of two by the highest bit of a third.
+#if defined(PSQ_X) && PSQ_VECTOR_BYTES < 64
+PSQ_INLINE NativeF choose(NativeU by, NativeF one, NativeF zero) { return PSQ_X(blendv_ps)(zero, one, (NativeF)by); }
+#else
+PSQ_INLINE NativeF choose(NativeU by, NativeF one, NativeF zero) {
+  return select(less((NativeI)by, NativeI{}), one, zero);
+}
+#endif
+
+// maximum and minimum of floats: the second operand where the comparison fails, that is, where either is NaN.
+#ifdef PSQ_X
+PSQ_INLINE NativeI maximum(NativeI a, NativeI b) { return (NativeI)PSQ_X(max_epi32)((IntRegister)a, (IntRegister)b); }
+PSQ_INLINE NativeI minimum(NativeI a, NativeI b) { return (NativeI)PSQ_X(min_epi32)((IntRegister)a, (IntRegister)b); }
+PSQ_INLINE NativeF maximum(NativeF a, NativeF b) { return PSQ_X(max_ps)(a, b); }
+PSQ_INLINE NativeF minimum(NativeF a, NativeF b) { return PSQ_X(min_ps)(a, b); }
+#else
 PSQ_INLINE NativeI maximum(NativeI a, NativeI b) { return a > b ? a : b; }
 PSQ_INLINE NativeI minimum(NativeI a, NativeI b) { return a < b ? a : b; }
-// Second operand where a comparison fails, that is, where either is NaN (as x86's maxps).
 PSQ_INLINE NativeF maximum(NativeF a, NativeF b) { return a > b ? a : b; }
 PSQ_INLINE NativeF minimum(NativeF a, NativeF b) { return a < b ? a : b; }
+#endif
 
 #define PSQ_PAIR_UNARY(name)                          \
   template <class T>                                  \
@@ -98,8 +158,8 @@ PSQ_INLINE NativeF minimum(NativeF a, NativeF b) { return a < b ? a : b; }
     return {name(a.lo), name(a.hi)};                  \
   }
 #define PSQ_PAIR_BINARY(name)                                                 \
-  template <class T>                                                          \
-  PSQ_INLINE auto name(Pair<T> a, Pair<T> b)->Pair<decltype(name(a.lo, b.lo))> { \
+  template <class T, class S>                                                 \
+  PSQ_INLINE auto name(Pair<T> a, Pair<S> b)->Pair<decltype(name(a.lo, b.lo))> { \
     return {name(a.lo, b.lo), name(a.hi, b.hi)};                              \
   }
 // A row of the 16-byte levels is a pair of pairs: instantiate the inner one first.
@@ -112,8 +172,10 @@ PSQ_PAIR_BINARY(less)
 PSQ_PAIR_BINARY(less_equal)
 PSQ_PAIR_BINARY(maximum)
 PSQ_PAIR_BINARY(minimum)
+PSQ_PAIR_BINARY(keep)
+PSQ_PAIR_BINARY(drop)
+PSQ_PAIR_BINARY(count)
 
-PSQ_INLINE NativeU select(NativeU mask, NativeU a, NativeU b) { return mask ? a : b; }
 template <class M, class T>
 PSQ_INLINE Pair<T> select(Pair<M> mask, Pair<T> a, Pair<T> b) {
   return {select(mask.lo, a.lo, b.lo), select(mask.hi, a.hi, b.hi)};
@@ -128,6 +190,9 @@ PSQ_INLINE void fill(Pair<T>& row, S value) {
   fill(row.lo, value);
   row.hi = row.lo;
 }
+PSQ_INLINE NativeF each(float value) { return value - NativeF{}; }
+PSQ_INLINE NativeI each(int32_t value) { return value - NativeI{}; }
+PSQ_INLINE NativeU each(uint32_t value) { return value - NativeU{}; }
 PSQ_INLINE F splat(float value) {
   F row;
   fill(row, value);
@@ -143,15 +208,6 @@ PSQ_INLINE U splat(uint32_t value) {
   fill(row, value);
   return row;
 }
-
-// a where the mask is set, or is not, and 0 elsewhere.
-#if PSQ_VECTOR_BYTES == 64
-PSQ_INLINE U keep(U mask, U a) { return mask ? a : U{}; }
-PSQ_INLINE U drop(U mask, U a) { return mask ? U{} : a; }
-#else
-PSQ_INLINE U keep(U mask, U a) { return mask & a; }
-PSQ_INLINE U drop(U mask, U a) { return (mask & a) ^ a; }
-#endif
 
 // Rows from and to any address.
 PSQ_INLINE void get(NativeF& row, const void* from) { row = *(const LooseF*)from; }
@@ -182,7 +238,11 @@ PSQ_INLINE void store(float* to, F row) { put(to, row); }
 PSQ_INLINE void store_words(uint8_t* to, U row) { put(to, row); }
 
 // |row|, and the bits of a value.
-PSQ_INLINE F absolute(F row) { return as_f(as_u(row) & splat(0x7fffffffu)); }
+PSQ_INLINE NativeF absolute(NativeF row) { return as_f(as_u(row) & each(0x7fffffffu)); }
+template <class T>
+PSQ_INLINE Pair<T> absolute(Pair<T> row) {
+  return {absolute(row.lo), absolute(row.hi)};
+}
 PSQ_INLINE uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
 PSQ_INLINE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 PSQ_INLINE bool is_finite(float value) { return (bits_of(value) & 0x7f800000u) != 0x7f800000u; }
@@ -196,7 +256,7 @@ PSQ_INLINE NativeF look_up(NativeF table, NativeI at) { return __builtin_shuffle
 PSQ_INLINE Pair<NativeF> look_up(NativeF table, Pair<NativeI> at) {
   return {look_up(table, at.lo), look_up(table, at.hi)};
 }
-PSQ_INLINE F lookup(const float* entries, int count, I at) {
+PSQ_INLINE NativeF lookup(const float* entries, int count, NativeI at) {
   NativeF table = {};
   for (int i = 0; i < count; ++i) table[i] = entries[i];
   return look_up(table, at);
@@ -205,7 +265,7 @@ PSQ_INLINE F lookup(const float* entries, int count, I at) {
 constexpr int kTableLanes = 0;
 PSQ_INLINE NativeF first(F) { return NativeF{}; }
 PSQ_INLINE F look_up(NativeF, I) { return splat(0.0f); }
-PSQ_INLINE F lookup(const float*, int, I) { return splat(0.0f); }
+PSQ_INLINE NativeF lookup(const float*, int, NativeI) { return NativeF{}; }
 #endif
 
 // Lanes to one value by halving: lane i takes lane i + 8, then i + 4, i + 2, i + 1. This order is part of the formats.
