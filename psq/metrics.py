@@ -34,6 +34,8 @@ BUCKETS_S: Final = (
     *(1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
 )
 """Upper bounds of the histograms' buckets; one more holds what is longer."""
+BUCKETS_STEPS: Final = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0, 64.0)
+"""The same of staleness."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Metrics:
         self._build = {"role": role, "version": version, "kernel": kernel}
         self._read = read
         self._step = _Histogram()
+        self._staleness = _Histogram(BUCKETS_STEPS)
         self._phases = {phase: _Histogram() for phase in PHASES}
 
     def observe_step(self, duration_s: float) -> None:
@@ -87,6 +90,10 @@ class Metrics:
     def observe_phase(self, phase: str, duration_s: float) -> None:
         """One round or step spent this long in `phase`, one of PHASES."""
         self._phases[phase].observe(duration_s)
+
+    def observe_staleness(self, steps: int) -> None:
+        """A contribution was applied that had been computed so many rounds before."""
+        self._staleness.observe(steps)
 
     def registry(self) -> CollectorRegistry:
         """A registry of these metrics alone, for whoever serves several."""
@@ -113,27 +120,33 @@ class Metrics:
             if histogram.count:
                 histogram.add_to(phase, [name])
         yield phase
+        if self._staleness.count:
+            text = "Rounds between the weights a contribution came from and the round it counted in"
+            applied = _family("psq_applied_staleness_steps", text, [])
+            self._staleness.add_to(applied, [])
+            yield applied
 
 
 class _Histogram:
-    """Counts by duration, and their sum."""
+    """Counts by size, and the sum of all."""
 
-    def __init__(self) -> None:
-        self._counts = [0] * (len(BUCKETS_S) + 1)
-        self._sum_s = 0.0
+    def __init__(self, bounds: tuple[float, ...] = BUCKETS_S) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
 
     @property
     def count(self) -> int:
         return sum(self._counts)
 
-    def observe(self, duration_s: float) -> None:
-        self._counts[bisect_left(BUCKETS_S, duration_s)] += 1
-        self._sum_s += duration_s
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
 
     def add_to(self, family: HistogramMetricFamily, labels: list[str]) -> None:
-        bounds = [*map(str, BUCKETS_S), "+Inf"]
+        bounds = [*map(str, self._bounds), "+Inf"]
         cumulative = [float(count) for count in accumulate(self._counts)]
-        family.add_metric(labels, list(zip(bounds, cumulative, strict=True)), self._sum_s)
+        family.add_metric(labels, list(zip(bounds, cumulative, strict=True)), self._sum)
 
 
 def _family(name: str, text: str, labels: list[str]) -> HistogramMetricFamily:

@@ -4,7 +4,7 @@
 
 Nothing is decided here. Actions may bring about events (a reduced shard, a vanished peer); these
 are handled before the next frame is taken, so the machine always sees one thing at a time. The
-weights live in the reducer; frames are sealed once and shared by all peers.
+weights live in `Weights`; frames are sealed once and shared by all peers.
 """
 
 from __future__ import annotations
@@ -16,24 +16,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol, assert_never
 
-import numpy as np
-
-from psq.codec import get_codec
+from psq.clock import parse_consistency
 from psq.errors import StateError
 from psq.link import DRAIN_LIMIT, Sent, ServerLink
 from psq.metrics import Totals
 from psq.plan import Plan
-from psq_proto.frames import HEADER_BYTES, Buffer, Header, seal
-from psq_proto.messages import Flags, MessageType
+from psq_proto.frames import Buffer
 from psq_server.line_log import LineLog
 from psq_server.outbox import Outbox
-from psq_server.reduce import Reducer
 from psq_server.saving import save_weights
 from psq_server.signals import Signals
 from psq_server.state import (
     Action,
     Adopt,
     Broadcast,
+    Committed,
+    Echo,
     Event,
     FrameReceived,
     Initialize,
@@ -51,9 +49,12 @@ from psq_server.state import (
     StopRequested,
     Tick,
 )
+from psq_server.weights import Weights
 
 __all__ = ["FAREWELL_S", "FLUSH_S", "TICK_S", "Ending", "Loop", "Observer"]
 
+MAX_WAITING_VERSIONS: Final = 8
+"""Versions that may wait for one slow reader, where workers may be as far apart."""
 TICK_S: Final = 0.25
 FLUSH_S: Final = 0.001
 """How soon a peer whose queue was full is tried again."""
@@ -70,6 +71,9 @@ class Observer(Protocol):
 
     def observe_phase(self, phase: str, duration_s: float) -> None:
         """One round spent this long in a phase."""
+
+    def observe_staleness(self, steps: int) -> None:
+        """A contribution that counts was so many rounds stale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +143,9 @@ class Loop:
         self._save = save
         self._insecure = insecure
         self._clock = clock
-        self._outbox = Outbox(link)
+        self._outbox = Outbox(link, lambda shard: self._hold().full(shard))
         self._events: deque[Event] = deque()
-        self._weights: _Weights | None = None
+        self._weights: Weights | None = None
         self._phases = _Phases(clock)
         self._ending: Ending | None = None
         self._byes: tuple[Send, ...] = ()
@@ -223,7 +227,7 @@ class Loop:
         after_s = self._clock()
         elsewhere_s = self._phases.total_s["reduce"] + self._phases.total_s["send"] - elsewhere_s
         self._phases.add("receive", max(0.0, after_s - now_s - elsewhere_s))
-        if after_s - self._tick_s >= TICK_S:
+        if after_s >= self._tick_due_s():
             self._tick_s = after_s
             self._happen(Tick())
             self._watched = (after_s, self._state.snapshot(after_s))
@@ -231,7 +235,11 @@ class Loop:
     def _patience_s(self, now_s: float) -> float:
         if self._outbox.waiting:
             return FLUSH_S
-        return max(0.0, self._tick_s + TICK_S - now_s)
+        return max(0.0, self._tick_due_s() - now_s)
+
+    def _tick_due_s(self) -> float:
+        wake_s, tick_s = self._state.wake_s, self._tick_s + TICK_S
+        return tick_s if wake_s is None else min(wake_s, tick_s)
 
     def _happen(self, event: Event) -> None:
         """Handle an event, and every event that its actions bring about."""
@@ -246,15 +254,12 @@ class Loop:
 
     def _do(self, action: Action) -> None:
         match action:
-            case Send():
-                self._timed("send", lambda: self._outbox.send(action.peer, action.frame))
-            case Broadcast():
-                self._broadcast(action)
+            case Send() | Echo() | Broadcast() | SendFull():
+                self._timed("send", lambda: self._transmit(action))
             case Reduce():
                 self._reduce(action)
-            case SendFull():
-                frames = self._hold().full_frames(action.version)
-                self._timed("send", lambda: self._share(action.peers, action.version, frames))
+            case Committed():
+                self._close_round(action)
             case Initialize():
                 self._hold().reducer.init(action.shard, action.part, action.values)
             case Adopt():
@@ -270,13 +275,31 @@ class Loop:
             case _:
                 assert_never(action)
 
-    def _make_room(self, plan: Plan) -> _Weights:
+    def _transmit(self, action: Send | Echo | Broadcast | SendFull) -> None:
+        match action:
+            case Send():
+                self._outbox.send(action.peer, action.frame)
+            case Echo():
+                self._outbox.send_if_idle(action.peer, action.frame)
+            case Broadcast():
+                self._share(action)
+            case SendFull():
+                for peer in action.peers:
+                    self._outbox.send_full(peer, action.versions)
+
+    def _make_room(self, plan: Plan) -> Weights:
         settings = self._state.settings
+        staleness = parse_consistency(plan.consistency).max_staleness
+        most = MAX_WAITING_VERSIONS
+        self._outbox.max_versions = most if staleness is None else min(most, 2 + staleness)
         try:
-            return _Weights(plan, settings.run_id, settings.epoch)
+            return Weights(plan, settings.run_id, settings.epoch, self._is_busy)
         except MemoryError as error:
             msg = f"there is no room for the job's {plan.layout.numel} values: {error}"
             raise StateError(msg) from error
+
+    def _is_busy(self, frame: Buffer) -> bool:
+        return self._link.is_lent(frame) or self._outbox.holds(frame)
 
     def _reduce(self, action: Reduce) -> None:
         before_s = self._clock()
@@ -285,21 +308,20 @@ class Loop:
         self._phases.add("reduce", reduce_s)
         self._events.append(ShardReduced(action.round, action.shard, frame, reduce_s))
 
-    def _broadcast(self, action: Broadcast) -> None:
-        """Send a version's frames; if it is new, a round has been committed."""
-        self._timed("send", lambda: self._share(action.peers, action.version, action.frames))
-        if action.version == self._hold().version:
-            return
-        self._hold().version = action.version
+    def _share(self, action: Broadcast) -> None:
+        frames = tuple(zip(action.shards, action.frames, strict=True))
+        for peer in action.peers:
+            if not self._outbox.send_weights(peer, action.version, frames):
+                self._events.append(PeerBehind(peer))
+
+    def _close_round(self, action: Committed) -> None:
+        """Tell the observer of a round that is over."""
         now_s = self._clock()
         self._observer.observe_step(now_s - self._round_s)
         self._round_s = now_s
         self._phases.close_round(self._observer)
-
-    def _share(self, peers: tuple[bytes, ...], version: int, frames: tuple[Buffer, ...]) -> None:
-        for peer in peers:
-            if not self._outbox.send_weights(peer, version, frames):
-                self._events.append(PeerBehind(peer))
+        for steps in action.staleness:
+            self._observer.observe_staleness(steps)
 
     def _write_weights(self, version: int) -> None:
         if self._save is None:
@@ -328,60 +350,6 @@ class Loop:
         work()
         self._phases.add(phase, self._clock() - before_s)
 
-    def _hold(self) -> _Weights:
+    def _hold(self) -> Weights:
         assert self._weights is not None, "weights are asked for before there is a plan"  # noqa: S101
         return self._weights
-
-
-class _Weights:
-    """The reducer of a job, and WEIGHTS frames made of what it gives."""
-
-    def __init__(self, plan: Plan, run_id: bytes, epoch: int) -> None:
-        self.plan = plan
-        self.reducer = Reducer(plan)
-        self.version = 0
-        self._run_id = run_id
-        self._epoch = epoch
-        self._full: tuple[int, tuple[Buffer, ...]] = (-1, ())
-        downlink = plan.recipe.downlink
-        self._codec_id = get_codec(downlink.codec).wire_id
-        self._flags = Flags.DELTA if downlink.kind == "delta" else Flags.FULL
-
-    def reduce(self, action: Reduce) -> bytearray:
-        """The sealed WEIGHTS of one shard after this round."""
-        frame = bytearray(HEADER_BYTES + self.reducer.payload_nbytes(action.shard))
-        body = np.frombuffer(frame, np.uint8)[HEADER_BYTES:]
-        self.reducer.reduce(action.shard, action.payloads, action.rate, body)
-        self._full = (-1, ())
-        self._seal(frame, action.round + 1, action.shard, 0, self._codec_id, self._flags)
-        return frame
-
-    def full_frames(self, version: int) -> tuple[Buffer, ...]:
-        """The sealed WEIGHTS of all shards as they are, made once a version."""
-        if self._full[0] != version:
-            frames: list[Buffer] = []
-            for shard in range(len(self.plan.layout.shards)):
-                full = self.reducer.full(shard)
-                for part, body in enumerate(full.parts):
-                    frame = bytearray(HEADER_BYTES)
-                    frame += body.data
-                    self._seal(frame, version, shard, part, full.wire_id, Flags.FULL)
-                    frames.append(frame)
-            self._full = (version, tuple(frames))
-        return self._full[1]
-
-    def _seal(  # noqa: PLR0913, PLR0917 - the fields of one header
-        self, frame: bytearray, version: int, shard: int, part: int, codec: int, flags: Flags
-    ) -> None:
-        header = Header(
-            type=MessageType.WEIGHTS,
-            codec=codec,
-            run_id=self._run_id,
-            epoch=self._epoch,
-            flags=flags,
-            version=version,
-            plan=self.plan.digest,
-            shard=shard,
-            part=part,
-        )
-        seal(frame, header)

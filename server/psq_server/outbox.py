@@ -1,20 +1,26 @@
 """What waits to be sent to whom, so that a slow reader is nobody else's problem.
 
 A frame that libzmq will not take now is queued for its peer alone, in order. Frames are shared, not
-copied: a queue costs a reference each. It is bounded in two ways. Control frames beyond
-MAX_CONTROL are dropped, because whoever lost them asks again. And weights are kept for one version
-only: when the next version's come and the last one's have not left, all of them are dropped, and
-the peer must pull.
+copied: a queue costs a reference each. Everything is bounded:
+
+- Control frames beyond MAX_CONTROL are dropped, because whoever lost them asks again.
+- A round's weights wait for `max_versions` versions at most. When one more comes, all of them are
+  dropped, and the peer must pull.
+- Whole weights (f32, so 32 times a round's at one bit) are not queued but noted, and made shard by
+  shard as the peer takes them: of each peer one shard is in memory, and of several peers that ask
+  for the same the same one.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from psq.link import Buffer, Sent
 
-__all__ = ["MAX_CONTROL", "Outbox", "Sender"]
+__all__ = ["MAX_CONTROL", "MakeFull", "Outbox", "Sender"]
 
 MAX_CONTROL: Final = 64
 
@@ -25,15 +31,41 @@ class Sender(Protocol):
     def send(self, peer: bytes, frame: Buffer) -> Sent:
         """Queue one frame for a peer without blocking."""
 
+    def is_lent(self, frame: Buffer) -> bool:
+        """Whether a frame that was sent is still being read."""
 
+
+MakeFull = Callable[[int], tuple[int, tuple[Buffer, ...]]]
+"""A shard -> the version it has now, and its frames."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """One frame; `version` and `shard` are of weights, a control frame has none."""
+
+    frame: Buffer
+    version: int | None = None
+    shard: int = -1
+
+
+@dataclass(slots=True)
 class _Queue:
-    """One peer's frames, each with its version; control frames have none."""
+    """One peer's frames, the shards it is to have whole, and the last of these that was made."""
 
-    def __init__(self) -> None:
-        self.frames: deque[tuple[int | None, Buffer]] = deque()
-        self.control = 0
-        self.newest: int | None = None
-        self.last: tuple[Buffer, ...] | None = None
+    frames: deque[_Waiting] = field(default_factory=deque)
+    control: int = 0
+    whole: dict[int, None] = field(default_factory=dict)
+    made: tuple[Buffer, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.frames and not self.whole
+
+    def has(self, frame: Buffer) -> bool:
+        return any(waiting.frame is frame for waiting in self.frames)
+
+    def versions(self) -> set[int]:
+        return {waiting.version for waiting in self.frames if waiting.version is not None}
 
 
 class Outbox:
@@ -41,55 +73,80 @@ class Outbox:
 
     Args:
         link: takes the frames.
+        make_full: makes a shard's whole weights.
 
     Attributes:
         gone: peers that were found not to exist any more; the owner empties it.
         dropped_frames: how many frames were dropped because a peer was too slow.
+        max_versions: of how many versions weights may wait for one peer.
     """
 
-    def __init__(self, link: Sender) -> None:
+    def __init__(self, link: Sender, make_full: MakeFull) -> None:
         self._link = link
+        self._make_full = make_full
         self._queues: dict[bytes, _Queue] = {}
+        self._held: Counter[int] = Counter()
         self.gone: list[bytes] = []
         self.dropped_frames = 0
+        self.max_versions = 2
 
     @property
     def waiting(self) -> bool:
         """Whether anything is queued."""
         return bool(self._queues)
 
+    def holds(self, frame: Buffer) -> bool:
+        """Whether this very buffer waits for anybody: then it must not be written to."""
+        return id(frame) in self._held
+
     def send(self, peer: bytes, frame: Buffer) -> None:
         """Send a control frame."""
         queue = self._queues.get(peer)
         if queue is None:
-            self._try(peer, None, frame)
+            self._try(peer, _Waiting(frame))
         elif queue.control < MAX_CONTROL:
-            self._append(queue, None, frame)
+            self._append(queue, _Waiting(frame))
         else:
             self.dropped_frames += 1
 
-    def send_weights(self, peer: bytes, version: int, frames: tuple[Buffer, ...]) -> bool:
-        """Send the weights of one version; False if older ones were still waiting.
+    def send_if_idle(self, peer: bytes, frame: Buffer) -> None:
+        """Send a frame that nobody needs, unless something waits for this peer."""
+        if peer in self._queues:
+            self.dropped_frames += 1
+            return
+        sent = self._link.send(peer, frame)
+        self.dropped_frames += sent is Sent.FULL
+        if sent is Sent.GONE:
+            self.gone.append(peer)
 
-        In that case nothing is sent, and what waited is dropped but for control frames.
+    def send_weights(self, peer: bytes, version: int, frames: Sequence[tuple[int, Buffer]]) -> bool:
+        """Send weights of one version, (shard, frame) each; False if too much was waiting.
+
+        In that case nothing is sent, and what waited is dropped but for control frames. What the
+        peer is to have whole anyway is not sent now.
         """
         queue = self._queues.get(peer)
-        if queue is not None and queue.newest is not None and queue.newest < version:
+        if queue is not None and self._is_behind(queue, version):
+            whole = bool(queue.whole)
             self._drop_weights(peer, queue)
-            self.dropped_frames += len(frames)
-            return False
-        if queue is not None and queue.last is frames:
-            return True  # they are on their way already: an impatient reader asked twice
-        for frame in frames:
+            if not whole:
+                self.dropped_frames += len(frames)
+                return False
+        for shard, frame in frames:
+            waiting = _Waiting(frame, version, shard)
             queue = self._queues.get(peer)
-            if queue is not None:
-                self._append(queue, version, frame)
-            elif not self._try(peer, version, frame):
-                return True
-        queue = self._queues.get(peer)
-        if queue is not None:
-            queue.last = frames
+            if queue is None:
+                if not self._try(peer, waiting):
+                    return True
+            elif shard not in queue.whole and not queue.has(frame):
+                self._append(queue, waiting)
         return True
+
+    def send_full(self, peer: bytes, shards: Iterable[int]) -> None:
+        """Send these shards whole, each as it is when its turn comes."""
+        queue = self._queues.setdefault(peer, _Queue())
+        queue.whole.update(dict.fromkeys(shards))
+        self._flush_peer(peer)
 
     def flush(self) -> None:
         """Send what can be sent."""
@@ -98,49 +155,76 @@ class Outbox:
 
     def forget(self, peer: bytes) -> None:
         """Drop everything for a peer that does not exist any more."""
-        self._queues.pop(peer, None)
+        queue = self._queues.pop(peer, None)
+        for waiting in queue.frames if queue is not None else ():
+            self._release(waiting)
+
+    def _is_behind(self, queue: _Queue, version: int) -> bool:
+        versions = queue.versions()
+        return len(versions) >= self.max_versions and version > max(versions)
 
     def _flush_peer(self, peer: bytes) -> None:
         queue = self._queues[peer]
-        while queue.frames:
-            version, frame = queue.frames[0]
-            sent = self._link.send(peer, frame)
+        while not queue.is_empty:
+            if not queue.frames and not self._make_next(queue):
+                return
+            waiting = queue.frames[0]
+            sent = self._link.send(peer, waiting.frame)
             if sent is Sent.FULL:
                 return
             if sent is Sent.GONE:
                 self._lose(peer)
                 return
             queue.frames.popleft()
-            queue.control -= version is None
+            self._release(waiting)
+            queue.control -= waiting.version is None
         del self._queues[peer]
 
-    def _try(self, peer: bytes, version: int | None, frame: Buffer) -> bool:
+    def _make_next(self, queue: _Queue) -> bool:
+        """Queue the next shard that is to be sent whole, once the one before has left."""
+        if any(self._link.is_lent(frame) for frame in queue.made):
+            return False
+        shard = next(iter(queue.whole))
+        del queue.whole[shard]
+        version, queue.made = self._make_full(shard)
+        for frame in queue.made:
+            self._append(queue, _Waiting(frame, version, shard))
+        return True
+
+    def _try(self, peer: bytes, waiting: _Waiting) -> bool:
         """Send a frame that nothing waits in front of; False if its peer is gone."""
-        sent = self._link.send(peer, frame)
+        sent = self._link.send(peer, waiting.frame)
         if sent is Sent.FULL:
             queue = self._queues[peer] = _Queue()
-            self._append(queue, version, frame)
+            self._append(queue, waiting)
         elif sent is Sent.GONE:
             self._lose(peer)
             return False
         return True
 
-    @staticmethod
-    def _append(queue: _Queue, version: int | None, frame: Buffer) -> None:
-        queue.frames.append((version, frame))
-        if version is None:
-            queue.control += 1
-        else:
-            queue.newest = version
+    def _append(self, queue: _Queue, waiting: _Waiting) -> None:
+        queue.frames.append(waiting)
+        queue.control += waiting.version is None
+        self._held[id(waiting.frame)] += 1
+
+    def _release(self, waiting: _Waiting) -> None:
+        key = id(waiting.frame)
+        self._held[key] -= 1
+        if not self._held[key]:
+            del self._held[key]
 
     def _drop_weights(self, peer: bytes, queue: _Queue) -> None:
-        control = [(version, frame) for version, frame in queue.frames if version is None]
-        self.dropped_frames += len(queue.frames) - len(control)
-        queue.frames = deque(control)
-        queue.newest = queue.last = None
-        if not control:
+        """Drop the weights that wait; whoever is to have some whole gets these whole too."""
+        weights = [waiting for waiting in queue.frames if waiting.version is not None]
+        for waiting in weights:
+            self._release(waiting)
+            if queue.whole:
+                queue.whole[waiting.shard] = None
+        self.dropped_frames += len(weights)
+        queue.frames = deque(waiting for waiting in queue.frames if waiting.version is None)
+        if queue.is_empty:
             del self._queues[peer]
 
     def _lose(self, peer: bytes) -> None:
-        self._queues.pop(peer, None)
+        self.forget(peer)
         self.gone.append(peer)

@@ -51,6 +51,9 @@ class Deaf:
     def observe_phase(self, phase: str, duration_s: float) -> None:
         pass
 
+    def observe_staleness(self, steps: int) -> None:
+        pass
+
 
 class Served:
     """One psq-server, without its process: the loop runs in a thread."""

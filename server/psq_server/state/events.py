@@ -17,6 +17,8 @@ __all__ = [
     "Action",
     "Adopt",
     "Broadcast",
+    "Committed",
+    "Echo",
     "Event",
     "Field",
     "FrameReceived",
@@ -46,7 +48,7 @@ Field: TypeAlias = str | int | float
 class FrameReceived:
     """One frame came over the connection `peer`.
 
-    A push's payload is kept, as a view of the frame, until its round is over.
+    A push's payload is kept, as a view of the frame, until its shard is reduced.
     """
 
     peer: bytes
@@ -104,20 +106,33 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
+class Echo:
+    """Send one frame to one peer, unless something waits for it: it is measured, not needed."""
+
+    peer: bytes
+    frame: Buffer
+
+
+@dataclass(frozen=True, slots=True)
 class Broadcast:
-    """Send the same frames, the weights of `version`, to all of these peers."""
+    """Send the same frames, weights of `version`, one of each of `shards`, to all these peers."""
 
     peers: tuple[bytes, ...]
     version: int
     frames: tuple[Buffer, ...]
+    shards: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class SendFull:
-    """Send the whole weights, as they are now at `version`, to these peers."""
+    """Send these shards' whole weights to these peers.
+
+    `versions` is by shard, as things are now. The frames may be made later, when a peer has room,
+    and bear a later version then; all parts of a shard are of one version.
+    """
 
     peers: tuple[bytes, ...]
-    version: int
+    versions: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +155,26 @@ class Initialize:
 class Reduce:
     """Take one shard's step from these payloads, in rank order; answer with `ShardReduced`.
 
-    No payloads: every rank skipped this round; nothing changes, and the answer says so. The answer
-    is the shard of version round + 1.
+    No payloads: no rank has anything to say to it; nothing changes, and the answer says so. The
+    answer is the shard of version round + 1.
     """
 
     round: int
     shard: int
     payloads: tuple[memoryview, ...]
     rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A round is over: `version` is what it made.
+
+    `staleness` is, of each contribution that counts, how many versions had been made since the one
+    it was computed from.
+    """
+
+    version: int
+    staleness: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,4 +206,6 @@ class Stop:
     byes: tuple[Send, ...] = ()
 
 
-Action: TypeAlias = Send | Broadcast | SendFull | Adopt | Initialize | Reduce | Save | Log | Stop
+Action: TypeAlias = (
+    Send | Echo | Broadcast | SendFull | Adopt | Initialize | Reduce | Committed | Save | Log | Stop
+)

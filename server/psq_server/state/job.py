@@ -6,9 +6,9 @@ scales that the plan says, so the reducer, which runs compiled code over it, nee
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
+from psq.clock import parse_consistency
 from psq.codec import get_codec
 from psq.codec.shard import ShardCodec
 from psq.errors import RemotePayloadError, RemotePlanError
@@ -19,6 +19,7 @@ from psq_proto.frames import Header
 __all__ = ["SERVER_BYTES_PER_VALUE", "Job", "check_fits"]
 
 FLOAT_BYTES: Final = 4
+MAX_NAMED_SHARDS: Final = 8
 SERVER_BYTES_PER_VALUE: Final = 16  # x, m, v and the downlink's residual, each f32
 
 
@@ -28,7 +29,7 @@ def check_fits(plan: Plan, memory_bytes: int | None, disk_bytes: int | None = No
     Raises:
         RemotePlanError: it needs more than `memory_bytes`, or its weights more than `disk_bytes`.
     """
-    numel = sum(math.prod(shape) for _, shape in plan.tensors)
+    numel = sum(shard.numel for shard in plan.owned)
     needed_bytes = numel * SERVER_BYTES_PER_VALUE
     if memory_bytes is not None and needed_bytes > memory_bytes:
         msg = (
@@ -50,22 +51,23 @@ class Job:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.world_size = plan.world_size
-        self.shards = plan.layout.shards
+        self.shards = {shard.index: shard for shard in plan.owned}
+        self.consistency = parse_consistency(plan.consistency)
         uplink = get_codec(plan.recipe.uplink.codec)
         self._uplink_id = uplink.wire_id
         self._uplink_spec = uplink.spec
-        self._codecs = [ShardCodec(uplink, shard) for shard in self.shards]
+        self._codecs = {index: ShardCodec(uplink, shard) for index, shard in self.shards.items()}
         self._dense = get_codec("fp32")
-        self.staged_bytes_limit = self.world_size * sum(codec.nbytes for codec in self._codecs)
+        payload_bytes = sum(codec.nbytes for codec in self._codecs.values())
+        self.staged_bytes_limit = self.world_size * payload_bytes
 
     def check_push(self, header: Header, payload: memoryview) -> None:
-        """Refuse a pushed shard that is not what the plan says.
+        """Refuse a payload for one of `shards` that is not what the plan says.
 
         Raises:
-            RemotePayloadError: the shard does not exist, its codec, length or scales are wrong, or
-                it says more than a mean or a moment could hold.
+            RemotePayloadError: its codec, length or scales are wrong, or it says more than a mean
+                or a moment could hold.
         """
-        self._check_index("shard", header.shard, len(self.shards))
         if header.codec != self._uplink_id:
             msg = (
                 f"expected codec {self._uplink_id:#06x} ({self._uplink_spec}) by the plan, "
@@ -83,23 +85,31 @@ class Job:
         Raises:
             RemotePayloadError: the part does not exist, or is too long, too short or not finite.
         """
-        self._check_index("shard", header.shard, len(self.shards))
-        numel = self.shards[header.shard].numel
-        self._check_index("part", header.part, part_count(numel))
+        self.check_shard(header.shard)
+        numel, parts = self.shards[header.shard].numel, part_count(self.shards[header.shard].numel)
+        if header.part >= parts:
+            msg = f"expected part 0..{parts - 1} by the plan, got part {header.part}"
+            raise RemotePayloadError(msg)
         part_numel = min(PART_NUMEL, numel - header.part * PART_NUMEL)
         _check_length(values, part_numel * FLOAT_BYTES)
         self._dense.check(values, part_numel)
 
-    @staticmethod
-    def _check_index(what: str, index: int, count: int) -> None:
-        if index >= count:
-            msg = f"expected {what} 0..{count - 1} by the plan, got {what} {index}"
+    def check_shard(self, index: int) -> None:
+        """Refuse a shard that this server does not hold.
+
+        Raises:
+            RemotePayloadError: it is another server's, or nobody's.
+        """
+        if index not in self.shards:
+            held = ", ".join(map(str, list(self.shards)[:MAX_NAMED_SHARDS]))
+            more = ", ..." if len(self.shards) > MAX_NAMED_SHARDS else ""
+            msg = f"expected one of shards {held}{more} by the plan, got shard {index}"
             raise RemotePayloadError(msg)
 
     @property
     def init_parts(self) -> int:
         """How many INIT frames make the whole initial weights."""
-        return sum(part_count(shard.numel) for shard in self.shards)
+        return sum(part_count(shard.numel) for shard in self.shards.values())
 
 
 def _check_length(payload: memoryview, expected_bytes: int) -> None:

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from psq.errors import FencedError, LocalError, RefusedError, RemotePlanError
 from psq.plan import Plan
-from psq_proto.messages import NONE, U32_MAX, ErrorCode, Join, MessageType, Welcome
+from psq_proto.messages import U32_MAX, ErrorCode, Join, MessageType, Welcome
 from psq_proto.session import Message
 from psq_server.state.events import Adopt, Send
 from psq_server.state.job import Job, check_fits
@@ -47,11 +47,16 @@ def on_hello(world: World, peer: Peer, message: Message) -> None:
 def on_plan(world: World, peer: Peer, message: Message) -> None:
     """Accept the job's own plan, or, before there is a job, one that could become it.
 
+    A PLAN without a body asks what the job is; the answer comes as soon as there is one.
+
     Raises:
         RemotePlanError: the plan is another one, cannot be run here, or is not what this server was
             pinned to.
     """
-    del message
+    if isinstance(message.body, memoryview) and not message.body.nbytes:
+        peer.wants_job = True
+        _tell_job(world, peer)
+        return
     digest, body = peer.session.plan, peer.session.plan_body
     peer.session.plan_body = b""  # up to 1 MiB a peer, not needed again
     if world.job is not None:
@@ -176,7 +181,9 @@ def _plan_of(world: World, peer: Peer) -> Plan:
 
 def _adopt(world: World, plan: Plan) -> None:
     world.job = Job(plan)
-    world.round = OpenRound(0, len(world.job.shards))
+    shards = tuple(world.job.shards)
+    world.round = OpenRound(0, shards, world.now_s)
+    world.versions = dict.fromkeys(shards, 0)
     world.out.append(Adopt(plan))
     world.log(
         "job",
@@ -186,6 +193,16 @@ def _adopt(world: World, plan: Plan) -> None:
         numel=plan.layout.numel,
         shards=len(world.job.shards),
     )
+    for peer in world.peers.strangers():
+        _tell_job(world, peer)
+
+
+def _tell_job(world: World, peer: Peer) -> None:
+    """Answer a peer that asked what the job is, if there is one."""
+    if world.job is None or not peer.wants_job or not peer.session.may_send(MessageType.JOB):
+        return
+    peer.wants_job = False
+    world.out.append(Send(peer.name, peer.session.send_job(world.job.plan.body)))
 
 
 def _take_over(world: World, old: Member | None, peer: Peer) -> None:
@@ -199,6 +216,17 @@ def _take_over(world: World, old: Member | None, peer: Peer) -> None:
         world.log("fenced", "warning", rank=old.rank, incarnation=old.incarnation)
 
 
+def _drop_unclaimed(world: World, rank: int, join: Join, *, same: bool) -> None:
+    """Drop what is staged of this rank, unless the joiner says that it is its own."""
+    mine = world.round.get(rank)
+    if not same:
+        world.round.closing.pop(rank, None)  # it counts, but its verdict is not this process's
+    if mine is None or (same and join.pending == mine.base):
+        return
+    if world.round.drop(rank, forget=not same):
+        world.log("dropped", "warning", rank=rank, round=world.round.number)
+
+
 def _admit(
     world: World, old: Member | None, peer: Peer, join: Join
 ) -> tuple[Member, Literal["continue", "reset"]]:
@@ -206,9 +234,7 @@ def _admit(
     rank, incarnation = peer.session.rank, peer.session.incarnation
     resumes = may_continue(old, join)
     same = resumes and old is not None and old.lineage in (None, join.lineage)
-    keeps = (same and join.pending == world.round.number) or world.reducing is not None
-    if not keeps and world.round.drop(rank):
-        world.log("dropped", "warning", rank=rank, round=world.round.number)
+    _drop_unclaimed(world, rank, join, same=same)
     if rank == 0 and not world.has_weights:
         world.init_parts.clear()  # another process's values: all of them, or none
     member = Member(
@@ -217,8 +243,11 @@ def _admit(
         seen_s=world.now_s,
         peer=peer.name,
         lineage=join.lineage if resumes else None,
-        last_applied=old.last_applied if same and old is not None else NONE,
+        base=world.version,
     )
+    if same and old is not None:
+        member.last_applied, member.resolved = old.last_applied, old.resolved
+        member.base = old.base
     world.members[rank] = member
     world.peers.promote(peer)
     peer.complaints = 0

@@ -3,28 +3,38 @@
 Theory of operation
 ===================
 
-    EMPTY --JOIN--> JOB --INIT, all parts, from rank 0--> OPEN(r) --every member complete-->
-    CLOSING(r)
-                                                            ^                                  |
-                                                            Reduce, |
-                                                            | ShardReduced +------------- COMMIT
-                                                            <------------+ for each shard
-                                                               version r + 1, VERDICTs, WEIGHTS
+    EMPTY --JOIN--> JOB --INIT, all parts, from rank 0--> OPEN(r)
 
-The first JOIN's plan is the job. Round r collects one contribution of every member and turns
-version r into r + 1. When it closes, the shell reduces each shard and reports back; only then is
-the round committed, and only a commit makes verdicts. Which ranks are members, when a round may
-close and which shards may be reduced are `psq.clock`'s decisions.
+    of each shard, in round r:   open --every member has said it--> closed --ShardReduced-->
+                                 version r + 1, WEIGHTS to everybody, at once
+    of the round:                the last shard is reduced --> COMMIT: version r + 1, VERDICTs,
+                                 OPEN(r + 1)
+
+The first JOIN's plan is the job; this server has some of its shards. Round r collects contributions
+and turns version r of every shard into r + 1. A rank has said a shard when it pushed it, skipped
+it, or was refused it. Where every member is in every round (bsp), a shard is given to the reducer
+as soon as it is said by all: so compressing, sending, reducing, broadcasting and decoding of
+different shards overlap. Under any other consistency a round closes all its shards at once, for the
+contributions that are complete; the others stay for the next round while they are not too stale,
+and are rejected then. Which ranks are members, when a round closes and what is too stale are
+`psq.clock`'s decisions.
+
+A contribution is named by the version it was computed from, and has one verdict, which says of each
+shard whether it counts: all do but those it names. Payloads live from the push until their shard is
+closed.
 
 Never here: a clock, a socket, a thread, a log, randomness, arithmetic on weights. The shell
 (`psq_server.loop`) brings all of these. Same events at the same times, same actions.
 
 Invariants, which `validate` checks:
 
-- a rank counts at most once per round and shard;
-- the version grows by exactly 1, and equals the open round;
-- nobody has a verdict "applied" for a round that is not committed;
-- what is staged stays within ranks x payload bytes of the plan;
+- a shard is reduced once a round, and a rank's payload counts at most once in it;
+- the version grows by exactly 1, equals the open round, and is the least of the shards' versions;
+  a shard is at most one ahead, and only while the open round has reduced it;
+- a contribution that counts is at most as stale as the consistency allows;
+- a shard is said in one way only: staged, counted, skipped or refused;
+- nobody has a verdict for a contribution that is still open, or one that is not committed;
+- what is staged stays within ranks x payload bytes of this server's shards;
 - at most one peer speaks for a rank, and it bears the rank's incarnation.
 """
 
@@ -35,10 +45,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, assert_never
 
+from psq import clock
 from psq.errors import RemoteError
 from psq_proto.messages import MessageType
 from psq_proto.session import Message, State
-from psq_server.state import joining, presence, training
+from psq_server.state import joining, presence, rounds, training
 from psq_server.state.events import (
     Action,
     Event,
@@ -50,6 +61,7 @@ from psq_server.state.events import (
     Tick,
 )
 from psq_server.state.members import MAX_STRANGERS, STANDINGS, Peer, standing
+from psq_server.state.round import Contribution
 from psq_server.state.world import Counts, Settings, World
 
 __all__ = ["ServerState", "Snapshot"]
@@ -65,6 +77,7 @@ _HANDLERS: Final[dict[MessageType, Callable[[World, Peer, Message], None]]] = {
     MessageType.PULL: training.on_pull,
     MessageType.HEARTBEAT: presence.on_heartbeat,
     MessageType.LEAVE: presence.on_leave,
+    MessageType.PROBE: presence.on_probe,
 }
 
 
@@ -112,6 +125,13 @@ class ServerState:
         """Whether `Stop` has been said; later events do nothing."""
         return self._world.stopped
 
+    @property
+    def wake_s(self) -> float | None:
+        """When a `Tick` is needed, whatever else happens; None: at any time."""
+        world = self._world
+        due = [world.due_s, world.ending[1] if world.ending else None]
+        return min((due_s for due_s in due if due_s is not None), default=None)
+
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """What to do about one event.
 
@@ -124,6 +144,7 @@ class ServerState:
             return []
         world.now_s, world.out = now_s, []
         label = self._dispatch(event)
+        presence.end_if_due(world)
         self._story.append((now_s, label, " ".join(type(action).__name__ for action in world.out)))
         return world.out
 
@@ -169,7 +190,7 @@ class ServerState:
             case FrameReceived():
                 return self._on_frame(event)
             case ShardReduced():
-                training.on_shard_reduced(world, event)
+                rounds.on_shard_reduced(world, event)
             case Tick():
                 presence.on_tick(world)
             case PeerGone():
@@ -239,19 +260,31 @@ class ServerState:
             assert peer.session.state not in (State.FENCED, State.CLOSED), peer.name.hex()
 
     def _check_round(self) -> None:
-        world, job = self._world, self._world.job
-        contributions = list(world.round.items())
+        world, job, open_round = self._world, self._world.job, self._world.round
+        contributions = [*open_round.items(), *open_round.closing.items()]
         if job is None:
             assert not contributions
             return
-        staged_bytes = 0
+        assert not (open_round.is_reduced and open_round.shards), "a round was not committed"
+        for shard, version in world.versions.items():
+            ahead = open_round.closed.get(shard) is not None
+            assert version == world.version + ahead, (shard, version, world.version)
         for rank, mine in contributions:
-            assert rank in world.members, rank
-            assert not (mine.skipped and mine.payloads), rank
-            assert mine.payloads.keys() == mine.checksums.keys(), rank
-            assert all(0 <= shard < len(job.shards) for shard in mine.payloads), rank
-            assert world.members[rank].last_applied < world.round.number, rank
-            staged_bytes += sum(payload.nbytes for payload in mine.payloads.values())
-        assert staged_bytes == world.round.staged_bytes
+            self._check_contribution(rank, mine)
+        staged_bytes = sum(mine.staged_bytes for _, mine in contributions)
+        assert staged_bytes == open_round.staged_bytes
         assert staged_bytes <= job.staged_bytes_limit, (staged_bytes, job.staged_bytes_limit)
-        assert (world.reducing is None) or world.round.complete, "closing an incomplete round"
+
+    def _check_contribution(self, rank: int, mine: Contribution) -> None:
+        world, job = self._world, self._world.need_job()
+        member = world.members[rank]
+        assert member.last_applied < mine.base, rank
+        assert member.resolved is None or member.resolved.seq < mine.base, rank
+        assert clock.may_apply(mine.base, world.version, job.consistency), (rank, mine.base)
+        assert mine.payloads.keys() | mine.counted == mine.checksums.keys(), rank
+        said = [*mine.checksums, *mine.nothing, *mine.refused]
+        assert len(said) == len(set(said)) == mine.said_count, (rank, sorted(said))
+        assert job.shards.keys() >= set(said), (rank, sorted(said))
+        assert not mine.counted - world.round.closed.keys(), rank
+        if not world.round.whole:
+            assert not mine.payloads.keys() & world.round.closed.keys(), rank

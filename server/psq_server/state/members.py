@@ -12,13 +12,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from psq_proto.messages import NONE, Join, Leave
+from psq_proto.messages import NONE, Join, Leave, Verdict
 from psq_proto.session import ServerSession
 
-__all__ = ["MAX_STRANGERS", "STANDINGS", "Member", "Peer", "Peers", "may_continue", "standing"]
+__all__ = [
+    "MAX_STRANGERS",
+    "NO_LINEAGE",
+    "STANDINGS",
+    "Member",
+    "Peer",
+    "Peers",
+    "Resolved",
+    "may_continue",
+    "standing",
+]
 
 MAX_STRANGERS: Final = 256
 """Connections that speak for no rank; the oldest is forgotten for a new one."""
+NO_LINEAGE: Final = -1
+"""Of a rank whose residual nobody can know any more: whoever joins next starts a new one."""
 STANDINGS: Final = ("joined", "silent", "left", "lost", "absent")
 
 
@@ -30,6 +42,16 @@ class Peer:
     session: ServerSession
     seen_s: float
     complaints: int = 0
+    wants_job: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A rank's last verdict: of which contribution, and after which version."""
+
+    seq: int
+    verdict: Verdict
+    version: int
 
 
 @dataclass(slots=True)
@@ -41,6 +63,9 @@ class Member:
         lineage: of its residual; None when the server has told it to start a new one and not heard
             which.
         last_applied: the seq of its last contribution that counted, or NONE.
+        resolved: the last verdict it was given, to be given again if it was lost.
+        base: what it computes from is at least this version: the one after its last verdict, or the
+            one it was given whole.
         synced: it has been sent weights, so it can follow broadcasts.
         pulling: it asked for weights before there were any.
         left: its LEAVE, until it joins again.
@@ -53,6 +78,8 @@ class Member:
     peer: bytes | None
     lineage: int | None
     last_applied: int = NONE
+    resolved: Resolved | None = None
+    base: int = 0
     synced: bool = False
     pulling: bool = False
     left: Leave | None = None
@@ -139,6 +166,10 @@ class Peers:
     def joined(self) -> Iterator[Peer]:
         """The peers that speak for a rank."""
         yield from self._joined.values()
+
+    def strangers(self) -> Iterator[Peer]:
+        """The peers that do not."""
+        yield from self._strangers.values()
 
     def __len__(self) -> int:
         return len(self._joined) + len(self._strangers)

@@ -1,4 +1,4 @@
-"""HEARTBEAT, LEAVE, silence and the end: who is there, who is waited for, and for how long.
+"""HEARTBEAT, LEAVE, PROBE, silence and the end: who is there, who is waited for, and for how long.
 
 Every wait has a name (`describe`) and a bound (`give_up_after_s`). A worker that computes for long
 says so by heartbeat; a job is called stalled only when a rank that is waited for is silent, lost or
@@ -11,18 +11,29 @@ from typing import Final, Literal
 
 from psq import clock
 from psq.errors import EXIT_GAVE_UP
-from psq_proto.messages import MAX_LIST_ITEMS, Bye, Heartbeat, Leave, MessageType, Status, clip_text
+from psq_proto.messages import (
+    MAX_LIST_ITEMS,
+    NONE,
+    Bye,
+    Heartbeat,
+    Leave,
+    MessageType,
+    Status,
+    clip_text,
+)
 from psq_proto.session import Message
-from psq_server.state.events import PeerBehind, PeerGone, Save, Send, Stop
+from psq_server.state.events import Echo, PeerBehind, PeerGone, Save, Send, Stop
 from psq_server.state.members import Peer, standing
-from psq_server.state.training import abandon_round, close_if_complete
+from psq_server.state.rounds import abandon_round, advance
 from psq_server.state.waits import Wait, describe
 from psq_server.state.world import World
 
 __all__ = [
     "NOTE_WAIT_S",
+    "STOP_ROUND_S",
     "STRANGER_S",
     "current_wait",
+    "end_if_due",
     "finish",
     "is_stalled",
     "note_seen",
@@ -30,6 +41,7 @@ __all__ = [
     "on_leave",
     "on_peer_behind",
     "on_peer_gone",
+    "on_probe",
     "on_stop_requested",
     "on_tick",
     "wait_text",
@@ -39,6 +51,9 @@ NOTE_WAIT_S: Final = 5.0
 """How old a wait is when it is first logged, and how often it is logged then."""
 STRANGER_S: Final = 30.0
 """A connection that has not joined is forgotten after so much silence."""
+
+STOP_ROUND_S: Final = 2.0
+"""How long a server that is told to stop waits for the end of a round that is half reduced."""
 
 EndReason = Literal["done", "stopped", "gave-up"]
 
@@ -61,8 +76,15 @@ def on_heartbeat(world: World, peer: Peer, message: Message) -> None:
         missing=world.round.missing(member.rank, MAX_LIST_ITEMS),
         waiting=waiting,
         text=clip_text(wait_text(world)),
+        resolved=NONE if member.resolved is None else member.resolved.seq,
+        clock_s=max(0.0, world.now_s),
     )
     world.say(peer, MessageType.STATUS, status, round=world.round.number, version=world.version)
+
+
+def on_probe(world: World, peer: Peer, message: Message) -> None:
+    """Send back what was asked for, if this peer's line is free: it measures the line."""
+    world.out.append(Echo(peer.name, peer.session.send_echo(message)))
 
 
 def on_leave(world: World, peer: Peer, message: Message) -> None:
@@ -76,12 +98,12 @@ def on_leave(world: World, peer: Peer, message: Message) -> None:
     world.progressed()
     level: Literal["info", "warning"] = "info" if leave.reason == "done" else "warning"
     world.log("left", level, rank=member.rank, reason=leave.reason, text=leave.text)
-    if world.reducing is None and not world.round.is_complete(member.rank):
-        world.round.drop(member.rank)
+    if not world.round.is_complete(member.rank):
+        world.round.drop(member.rank, forget=False)
     if world.job is not None and len(world.finished) == world.job.world_size:
         finish(world, 0, "done", "every worker is done")
     else:
-        close_if_complete(world)
+        advance(world)
 
 
 def on_peer_gone(world: World, event: PeerGone) -> None:
@@ -106,10 +128,34 @@ def on_peer_behind(world: World, event: PeerBehind) -> None:
 
 
 def on_stop_requested(world: World, reason: str) -> None:
-    """End in order: the open round is given back, the weights are saved, everybody is told."""
-    text = f"the server was told to stop ({reason})"
+    """End in order: what is half reduced may end, the rest of the open round is given back.
+
+    Then the weights are saved and everybody is told.
+    """
+    if world.ending is not None:
+        return
+    world.ending = (f"the server was told to stop ({reason})", world.now_s + STOP_ROUND_S)
+    if not world.round.closed:
+        end_now(world)
+
+
+def end_now(world: World) -> None:
+    """End as was wished: nothing is half done any more, or it takes too long."""
+    assert world.ending is not None
+    text, _ = world.ending
+    ahead = [shard for shard, version in world.versions.items() if version > world.version]
+    if ahead:
+        world.log("half-round", "warning", version=world.version, shards_ahead=len(ahead))
     abandon_round(world, text)
     finish(world, 0, "stopped", text)
+
+
+def end_if_due(world: World) -> None:
+    """End if that was wished, and the open round is whole again or has had its time."""
+    if world.ending is None or world.stopped:
+        return
+    if not world.round.closed or world.now_s >= world.ending[1]:
+        end_now(world)
 
 
 def note_seen(world: World, peer: Peer) -> None:
@@ -126,6 +172,7 @@ def note_seen(world: World, peer: Peer) -> None:
 def on_tick(world: World) -> None:
     """Notice silence: forget strangers, name lost ranks and waits, give up in the end."""
     world.peers.forget_silent(world.now_s - STRANGER_S)
+    advance(world)
     for member in world.members.values():
         silent = standing(member, world.now_s, world.settings.lease_s) == "silent"
         if silent and not member.noted_silent:
@@ -162,7 +209,7 @@ def finish(world: World, exit_code: int, reason: EndReason, text: str) -> None:
 
 def current_wait(world: World) -> Wait | None:
     """What the job stands still for, if anything: workers, the initial weights, or pushes."""
-    if world.stopped or world.reducing is not None:
+    if world.stopped or (world.job is not None and world.round.all_closed):
         return None
     number, since_s = world.round.number, world.progress_s
     size = world.world_size

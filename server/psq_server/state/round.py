@@ -1,14 +1,18 @@
-"""The open round: who has said what, held until everybody has.
+"""The open round: who has said what of which shard, held until the shard is reduced.
 
-    rank 0   [ s0 | s1 | s2 ]      complete
-    rank 1   [ s0 |    | s2 ]      owes shard 1
-    rank 2   SKIP                  complete: it contributes nothing
-    rank 3   refused               one of its shards was unfit: nothing is kept, only SKIP is taken
+    shard         0         1         2
+    rank 0    [ counted | staged  | staged  ]    complete: it owes nothing more
+    rank 1    [ counted | refused |         ]    owes shard 2
+    rank 2    [ counted | nothing | nothing ]    SKIP after shard 0: complete
+                closed    open      open
 
-A contribution is all of one rank's shards for one round: it counts whole or not at all. So when one
-shard is refused the others go with it, and later ones are refused too until the rank has said SKIP:
-nothing of a rejected attempt can mix with another. A shard that comes twice with the same checksum
-is the same shard (workers send again what they think was lost).
+A rank has said a shard when it pushed it, skipped it, or was refused it. A contribution is what one
+rank says under one name (its base: the version it was computed from), and it is resolved as one, by
+one verdict; but each shard of it counts, or does not, by itself. Payloads are held from the push
+until their shard is closed, when they are handed to the reducer and let go; the checksum stays, so
+that a shard that comes twice is known to be the same (workers send again what they think was lost).
+
+Plain bookkeeping: what may be said, and when a shard closes, is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -16,112 +20,240 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
+from psq_proto.frames import Buffer
+
 __all__ = ["Contribution", "OpenRound"]
 
 
 @dataclass(slots=True)
 class Contribution:
-    """What one rank has staged. `payloads` and `checksums` are by shard."""
+    """What one rank has said under one name.
 
-    rate: float = 0.0
-    skipped: bool = False
-    refused: bool = False
+    Attributes:
+        base: the version it was computed from, which is also its seq.
+        rate: the learning rate it names, None before its first payload.
+        payloads: by shard, what is staged and not yet handed to the reducer.
+        checksums: by shard, of every payload taken, handed on or not.
+        counted: the shards whose payload was handed to the reducer.
+        nothing: the shards that the rank skipped.
+        refused: the shards whose payload was not taken.
+        reason: why the first of them was not.
+    """
+
+    base: int
+    rate: float | None = None
     payloads: dict[int, memoryview] = field(default_factory=dict)
     checksums: dict[int, int] = field(default_factory=dict)
+    counted: set[int] = field(default_factory=set)
+    nothing: set[int] = field(default_factory=set)
+    refused: set[int] = field(default_factory=set)
+    reason: str = ""
+
+    def said(self, shard: int) -> bool:
+        """Whether this shard was pushed, skipped or refused."""
+        return shard in self.checksums or shard in self.nothing or shard in self.refused
+
+    @property
+    def said_count(self) -> int:
+        """How many shards it has said."""
+        return len(self.checksums) + len(self.nothing) + len(self.refused)
+
+    @property
+    def staged_bytes(self) -> int:
+        """What its payloads hold."""
+        return sum(payload.nbytes for payload in self.payloads.values())
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is part of its round, be it with nothing."""
+        return bool(self.counted or self.nothing)
+
+    def uncounted(self, shards: Collection[int]) -> tuple[int, ...]:
+        """The shards that do not count although the rank meant them to, ascending.
+
+        Also those that have not come: whoever sent them must know that they were too late.
+        """
+        settled = self.counted | self.nothing
+        return tuple(shard for shard in sorted(shards) if shard not in settled)
 
 
 class OpenRound:
-    """The contributions of one round, bounded by ranks x shards.
+    """The contributions to one round, bounded by ranks x shards.
 
     Args:
         number: the round; it turns version `number` into `number` + 1.
-        shard_count: how many shards make a contribution complete.
+        shards: the indexes of the shards that make a contribution complete, ascending.
+        opened_s: when it began.
+
+    Attributes:
+        closed: shards that have been given to the reducer, each with its new WEIGHTS frame once the
+            reducer has answered.
+        whole: whether contributions were taken whole; else shards close one by one.
+        closing: the contributions that were.
+        rate: (rank, learning rate) of the first that named one.
+        staged_bytes: what all payloads hold.
     """
 
-    def __init__(self, number: int, shard_count: int) -> None:
+    def __init__(self, number: int, shards: tuple[int, ...], opened_s: float = 0.0) -> None:
         self.number = number
-        self.shard_count = shard_count
-        self.staged_bytes = 0
+        self.shards = shards
+        self.opened_s = opened_s
+        self.closed: dict[int, Buffer | None] = {}
+        self.whole = False
+        self.closing: dict[int, Contribution] = {}
         self.rate: tuple[int, float] | None = None
-        """(rank, learning rate) of the first rank that named one: all must name the same."""
+        self.staged_bytes = 0
         self._contributions: dict[int, Contribution] = {}
 
+    # ---- reading
+
     def get(self, rank: int) -> Contribution | None:
-        """What this rank has staged, if anything."""
+        """What this rank has said, if anything."""
         return self._contributions.get(rank)
 
-    def stage(
-        self, rank: int, shard: int, payload: memoryview, *, checksum: int, rate: float
-    ) -> None:
-        """Keep one shard's payload; the caller has checked all of it."""
-        mine = self._contributions.setdefault(rank, Contribution(rate))
-        assert not mine.skipped, rank
-        assert not mine.refused, rank
-        assert shard not in mine.payloads, (rank, shard)
-        mine.payloads[shard] = payload
-        mine.checksums[shard] = checksum
-        self.staged_bytes += payload.nbytes
-        if self.rate is None:
-            self.rate = (rank, rate)
+    def items(self) -> Iterator[tuple[int, Contribution]]:
+        """(rank, contribution) of everyone who has said something, ascending."""
+        yield from sorted(self._contributions.items())
 
-    def skip(self, rank: int) -> None:
-        """Note that this rank contributes nothing; what it has staged so far is dropped."""
-        self.drop(rank)
-        self._contributions[rank] = Contribution(skipped=True)
+    @property
+    def all_closed(self) -> bool:
+        """Whether every shard is with the reducer, or back from it."""
+        return len(self.closed) == len(self.shards)
 
-    def refuse(self, rank: int) -> None:
-        """Drop what this rank has staged, and expect nothing but SKIP of it."""
-        self.drop(rank)
-        self._contributions[rank] = Contribution(refused=True)
-
-    def drop(self, rank: int) -> bool:
-        """Forget what this rank has staged; whether there was anything."""
-        gone = self._contributions.pop(rank, None)
-        if gone is None:
-            return False
-        self.staged_bytes -= sum(payload.nbytes for payload in gone.payloads.values())
-        said = [(other, mine.rate) for other, mine in self.items() if mine.payloads]
-        self.rate = min(said, default=None)
-        return True
+    @property
+    def is_reduced(self) -> bool:
+        """Whether the reducer has answered for every shard."""
+        return self.all_closed and all(frame is not None for frame in self.closed.values())
 
     def is_complete(self, rank: int) -> bool:
-        """Whether this rank owes nothing more to this round."""
+        """Whether this rank has begun to speak and owes nothing more."""
         mine = self._contributions.get(rank)
-        return mine is not None and (mine.skipped or len(mine.payloads) == self.shard_count)
+        if mine is None:
+            return False
+        whole = mine.said_count == len(self.shards)
+        return whole or (bool(self.closed) and not self.missing(rank, 1))
 
     @property
     def complete(self) -> tuple[int, ...]:
         """The ranks whose contribution is complete, ascending."""
         return tuple(sorted(filter(self.is_complete, self._contributions)))
 
-    @property
-    def contributors(self) -> tuple[int, ...]:
-        """The complete ranks that contribute something, ascending: the order of the sum."""
-        return tuple(rank for rank in self.complete if not self._contributions[rank].skipped)
-
-    @property
-    def staged(self) -> dict[int, Collection[int]]:
-        """The shards each rank has staged."""
-        return {rank: mine.payloads.keys() for rank, mine in self._contributions.items()}
+    def sayers(self, shard: int) -> tuple[int, ...]:
+        """The ranks that have said this shard, ascending."""
+        return tuple(rank for rank, mine in self.items() if mine.said(shard))
 
     def missing(self, rank: int, limit: int) -> tuple[int, ...]:
-        """The first shards, at most `limit`, that this rank still owes."""
-        if self.is_complete(rank):
+        """The first shards, at most `limit`, that this rank still owes.
+
+        A shard that is closed is owed by nobody. (When contributions are taken whole, those that
+        are left owe what they owed: shards close for the others alone.)
+        """
+        if rank in self.closing:
             return ()
         mine = self._contributions.get(rank)
-        held: Collection[int] = mine.payloads.keys() if mine else ()
         owed: list[int] = []
-        for shard in range(self.shard_count):
+        for shard in self.shards:
             if len(owed) == limit:
                 break
-            if shard not in held:
+            if not self.is_shut(shard) and not (mine is not None and mine.said(shard)):
                 owed.append(shard)
         return tuple(owed)
 
-    def payloads(self, shard: int) -> tuple[memoryview, ...]:
-        """This shard's payloads of all contributors, in rank order."""
-        return tuple(self._contributions[rank].payloads[shard] for rank in self.contributors)
+    def is_shut(self, shard: int) -> bool:
+        """Whether this shard takes no payload any more in this round."""
+        return shard in self.closed and not self.whole
 
-    def items(self) -> Iterator[tuple[int, Contribution]]:
-        """(rank, contribution) of everyone who has staged something."""
-        yield from self._contributions.items()
+    # ---- saying
+
+    def begin(self, rank: int, base: int) -> Contribution:
+        """This rank's contribution, a new one if it has none."""
+        mine = self._contributions.setdefault(rank, Contribution(base))
+        assert mine.base == base, (rank, mine.base, base)
+        return mine
+
+    def stage(  # noqa: PLR0913 - the parts of one push
+        self, rank: int, shard: int, payload: memoryview, *, base: int, checksum: int, rate: float
+    ) -> None:
+        """Keep one shard's payload; the caller has checked all of it."""
+        mine = self.begin(rank, base)
+        assert not mine.said(shard), (rank, shard)
+        assert not self.is_shut(shard), (rank, shard)
+        mine.payloads[shard] = payload
+        mine.checksums[shard] = checksum
+        mine.rate = rate
+        self.staged_bytes += payload.nbytes
+        if self.rate is None:
+            self.rate = (rank, rate)
+
+    def skip(self, rank: int, base: int, shards: Collection[int]) -> None:
+        """Note that this rank says nothing to those of `shards` that it has not said yet."""
+        mine = self.begin(rank, base)
+        mine.nothing.update(shard for shard in shards if not mine.said(shard))
+
+    def refuse(self, rank: int, base: int, shard: int, reason: str) -> None:
+        """Take nothing of this shard from this rank; what it has staged there is dropped."""
+        mine = self.begin(rank, base)
+        assert shard not in mine.counted, (rank, shard)
+        gone = mine.payloads.pop(shard, None)
+        if gone is not None:
+            self.staged_bytes -= gone.nbytes
+        mine.checksums.pop(shard, None)
+        mine.nothing.discard(shard)
+        mine.refused.add(shard)
+        mine.reason = mine.reason or reason
+
+    def drop(self, rank: int, *, forget: bool = True) -> bool:
+        """Let go what this rank has said of shards that are not closed; whether there was anything.
+
+        Args:
+            rank: whose.
+            forget: also that it said the others: whoever speaks for the rank next did not.
+        """
+        mine = self._contributions.pop(rank, None)
+        if mine is None:
+            return False
+        self.staged_bytes -= mine.staged_bytes
+        if mine.counted and not forget:
+            kept = {shard: mine.checksums[shard] for shard in mine.counted}
+            self._contributions[rank] = Contribution(
+                mine.base, mine.rate, checksums=kept, counted=mine.counted
+            )
+        if not self.closed:
+            named = ((r, other.rate) for r, other in self.items() if other.rate is not None)
+            self.rate = next(named, None)
+        return bool(mine.payloads or mine.nothing or mine.refused)
+
+    # ---- closing
+
+    def close(self, shard: int) -> tuple[memoryview, ...]:
+        """Hand over this shard's payloads of everybody, in rank order."""
+        return self._hand_over(shard, self._contributions)
+
+    def take(self, ranks: Collection[int]) -> None:
+        """Close for the complete contributions of these ranks; the others stay as they are."""
+        self.whole = True
+        self.closing = {rank: self._contributions.pop(rank) for rank in sorted(ranks)}
+
+    def close_taken(self, shard: int) -> tuple[memoryview, ...]:
+        """Hand over this shard's payloads of those taken, in rank order."""
+        return self._hand_over(shard, self.closing)
+
+    def _hand_over(self, shard: int, whose: dict[int, Contribution]) -> tuple[memoryview, ...]:
+        assert shard not in self.closed, shard
+        self.closed[shard] = None
+        payloads: list[memoryview] = []
+        for _, mine in sorted(whose.items()):
+            payload = mine.payloads.pop(shard, None)
+            if payload is not None:
+                mine.counted.add(shard)
+                payloads.append(payload)
+                self.staged_bytes -= payload.nbytes
+        return tuple(payloads)
+
+    def following(self, now_s: float) -> OpenRound:
+        """The next round, with what this one leaves: contributions that it did not take."""
+        following = OpenRound(self.number + 1, self.shards, now_s)
+        if self.whole:
+            following._contributions = self._contributions
+            following.staged_bytes = self.staged_bytes
+        return following

@@ -1,9 +1,10 @@
-"""INIT, PUSH, PULL and the commit: how weights come into being, and how rounds become versions.
+"""INIT, PUSH and PULL: how weights come into being, what a push may say, who gets which weights.
 
-A push is judged before anything is kept of it. One that does not fit (codec, length, scales, or
-other bytes than before) is rejected with its whole contribution: the worker's residual takes it
-back, and the worker says SKIP. One that is merely late gets the verdict it already has. One that
-shows that the job itself is wrong (another learning rate than the others', a round to come) ends
+A push is judged before anything is kept of it. A shard that does not fit (codec, length, scales, or
+other bytes than before), or that was reduced without it, is refused by itself: it is said, with
+nothing in it, and the contribution's verdict names it, so that the worker's residual takes it back.
+A push of a contribution that has its verdict gets it again. One that shows that the job itself is
+wrong (a shard of another server, another learning rate than the others', a version to come) ends
 the conversation.
 """
 
@@ -11,23 +12,22 @@ from __future__ import annotations
 
 from psq import clock
 from psq.errors import RemotePayloadError, RemoteProtocolError
-from psq_proto.frames import Buffer, Header
-from psq_proto.messages import NO_VERSION, ErrorCode, Flags, MessageType, Verdict, clip_text
+from psq_proto.frames import Header
+from psq_proto.messages import (
+    MAX_LIST_ITEMS,
+    NO_SHARD,
+    NO_VERSION,
+    ErrorCode,
+    Flags,
+)
 from psq_proto.session import Message
-from psq_server.state.events import Broadcast, Initialize, Reduce, SendFull, ShardReduced
-from psq_server.state.job import Job
-from psq_server.state.members import Member, Peer
-from psq_server.state.round import Contribution, OpenRound
+from psq_server.state.events import Broadcast, Initialize, SendFull
+from psq_server.state.members import NO_LINEAGE, Member, Peer
+from psq_server.state.round import Contribution
+from psq_server.state.rounds import advance, reject_late, repeat_verdict
 from psq_server.state.world import World
 
-__all__ = [
-    "abandon_round",
-    "close_if_complete",
-    "on_init",
-    "on_pull",
-    "on_push",
-    "on_shard_reduced",
-]
+__all__ = ["on_init", "on_pull", "on_push"]
 
 
 # ---- initial weights
@@ -39,7 +39,7 @@ def on_init(world: World, peer: Peer, message: Message) -> None:
     Raises:
         RemoteProtocolError: another rank sent it.
     """
-    header, job = message.header, _job(world)
+    header, job = message.header, world.need_job()
     if header.rank != 0:
         msg = f"rank {header.rank} sent initial weights: only rank 0 gives them"
         raise RemoteProtocolError(msg)
@@ -57,6 +57,8 @@ def on_init(world: World, peer: Peer, message: Message) -> None:
     world.progressed()
     if len(world.init_parts) == job.init_parts:
         world.has_weights = True
+        world.round.opened_s = world.now_s
+        world.note_opened()
         world.log("weights", version=world.version, numel=job.plan.layout.numel)
         _serve_parked(world)
 
@@ -67,7 +69,7 @@ def _serve_parked(world: World) -> None:
         member.pulling, member.synced = False, True
     if parked:
         peers = tuple(member.peer for member in parked if member.peer is not None)
-        world.out.append(SendFull(peers, world.version))
+        world.out.append(SendFull(peers, dict(world.versions)))
 
 
 # ---- pull
@@ -79,9 +81,6 @@ def on_pull(world: World, peer: Peer, message: Message) -> None:
     if not world.has_weights:
         member.pulling = True
         return
-    member.synced = True
-    if have == world.version:
-        return
     if have != NO_VERSION and have > world.version:
         text = (
             f"rank {member.rank} has version {have}, this server is at {world.version}: "
@@ -89,74 +88,86 @@ def on_pull(world: World, peer: Peer, message: Message) -> None:
         )
         world.end_conversation(peer, ErrorCode.PROTOCOL, text)
         return
-    if world.last_frames and (have == world.version - 1 or _replaces(world)):
-        world.out.append(Broadcast((peer.name,), world.version, world.last_frames))
-    else:
-        world.out.append(SendFull((peer.name,), world.version))
+    member.synced = True
+    _send_lacking(world, member, peer, have)
+
+
+def _send_lacking(world: World, member: Member, peer: Peer, have: int) -> None:
+    """Send each shard of which this worker may have an older version than this server."""
+    if have == NO_VERSION:
+        member.base = world.version
+    repeated: dict[int, list[int]] = {}
+    whole: dict[int, int] = {}
+    for shard, version in world.versions.items():
+        if have != NO_VERSION and version <= have:
+            continue
+        if shard in world.last_frames and (version == have + 1 or _replaces(world)):
+            repeated.setdefault(version, []).append(shard)
+        else:
+            whole[shard] = version
+    for version, shards in repeated.items():
+        frames = tuple(world.last_frames[shard] for shard in shards)
+        world.out.append(Broadcast((peer.name,), version, frames, tuple(shards)))
+    if whole:
+        world.out.append(SendFull((peer.name,), whole))
 
 
 def _replaces(world: World) -> bool:
     """Whether a round's WEIGHTS replace the old ones, whatever a worker had."""
-    return _job(world).plan.recipe.downlink.kind == "weights"
+    return world.need_job().plan.recipe.downlink.kind == "weights"
 
 
 # ---- push
 
 
 def on_push(world: World, peer: Peer, message: Message) -> None:
-    """Stage one shard of a contribution, or a SKIP; close the round if it was the last missing.
+    """Take one shard of a contribution, or a SKIP; reduce what everybody has said.
 
     Raises:
         RemoteProtocolError: a push that cannot belong to this job as it stands.
     """
     header, member = message.header, _member(world, peer)
-    if world.has_weights and header.round < world.round.number:
-        _answer_late(world, member, header)
+    _check_name(world, member, header)
+    if member.rank in world.round.closing:
+        _count(world, "duplicate")
         return
-    _check_job(world, member, header)
-    member.synced = True
-    mine = world.round.get(member.rank)
+    if _is_over(world, member, header):
+        _count(world, "late")
+        return
+    member.synced = member.synced or header.round == world.version
     if header.flags & Flags.SKIP:
-        if world.round.is_complete(member.rank):
-            _count(world, "duplicate")
-            return
-        world.round.skip(member.rank)
-        _count(world, "skipped")
+        said = _skip(world, member, header)
     else:
-        fault = _fault_of_shard(world, mine, message)
-        if fault:
-            _reject(world, member, header, fault)
-            return
-        if mine is not None and header.shard in mine.payloads:
-            _count(world, "duplicate")
-            return
-        _stage(world, member, message)
-    world.progressed()
-    if world.round.is_complete(member.rank):
-        close_if_complete(world)
+        said = _take(world, member, peer, message)
+    if said:
+        world.progressed()
+        if world.round.is_complete(member.rank):
+            world.note_duration(header.seq)
+        advance(world, said)
 
 
-def _answer_late(world: World, member: Member, header: Header) -> None:
-    """Say a verdict again: this push belongs to a round that is over."""
-    _count(world, "late")
-    verdict = Verdict("applied")
-    if header.seq > member.last_applied:
-        reason = (
-            f"rank {member.rank} pushed round {header.round}, which was closed without it: "
-            f"this server is at round {world.round.number}"
-        )
-        verdict = Verdict("rejected", reason)
-    _tell_verdict(world, member, verdict, header.seq)
+def _is_over(world: World, member: Member, header: Header) -> bool:
+    """Whether this contribution has, or now gets, its verdict; then it is said."""
+    last = member.resolved
+    if last is not None and header.seq <= last.seq:
+        if header.seq == last.seq:
+            repeat_verdict(world, member)
+        return True
+    if world.round.get(member.rank) is not None:
+        return False
+    if clock.may_apply(header.seq, world.round.number, world.need_job().consistency):
+        return False
+    reject_late(world, member, header.seq)
+    return True
 
 
-def _check_job(world: World, member: Member, header: Header) -> None:
+def _check_name(world: World, member: Member, header: Header) -> None:
     """Refuse a push that shows that worker and server are not at one about the job.
 
     Raises:
-        RemoteProtocolError: no weights to push to, a round to come, a seq that is not the round's,
-            or a learning rate that differs from another rank's.
+        RemoteProtocolError: no weights to push to, a version to come, or a name that is not it.
     """
-    who = f"rank {member.rank} shard {header.shard} of round {header.round}"
+    who = _who(member, header)
     if not world.has_weights:
         msg = f"{who}: there are no weights yet that a push could be made from"
         raise RemoteProtocolError(msg)
@@ -166,16 +177,106 @@ def _check_job(world: World, member: Member, header: Header) -> None:
             "state; start the job again"
         )
         raise RemoteProtocolError(msg)
-    if header.seq != header.round:
-        msg = f"{who}: expected seq {header.round} (the round's number), got seq {header.seq}"
-        raise RemoteProtocolError(msg)
-    if header.flags & Flags.SKIP or world.round.rate is None:
-        return
-    other, rate = world.round.rate
-    if header.rate != rate:
+    if header.seq != header.round or header.version != header.round:
         msg = (
-            f"{who}: learning rate {header.rate!r}, but rank {other} pushes with {rate!r}: "
-            "all ranks must use the same one in the same step"
+            f"{who}: expected seq {header.round} and version {header.round} (the version it was "
+            f"computed from names a contribution), got seq {header.seq}, version {header.version}"
+        )
+        raise RemoteProtocolError(msg)
+    begun = _begun(world, member)
+    if begun is not None and header.seq > begun.base:
+        msg = f"{who}: expected round {begun.base}, which this rank has begun and not heard of"
+        raise RemoteProtocolError(msg)
+
+
+def _begun(world: World, member: Member) -> Contribution | None:
+    """The contribution of which this rank has said something and not heard."""
+    return world.round.get(member.rank) or world.round.closing.get(member.rank)
+
+
+def _skip(world: World, member: Member, header: Header) -> tuple[int, ...]:
+    """Note that a rank says nothing to a shard, or to the rest; returns what it had not said."""
+    every = header.shard == NO_SHARD
+    if not every:
+        _check_shard(world, member, header)
+    shards = world.round.shards if every else (header.shard,)
+    mine = world.round.get(member.rank)
+    fresh = tuple(shard for shard in shards if mine is None or not mine.said(shard))
+    if not fresh:
+        _count(world, "duplicate")
+        return ()
+    world.round.skip(member.rank, header.seq, fresh)
+    _count(world, "skipped")
+    return fresh
+
+
+def _take(world: World, member: Member, peer: Peer, message: Message) -> tuple[int, ...]:
+    """Stage one shard, or refuse it; returns it if it had not been said."""
+    header = message.header
+    assert isinstance(message.body, memoryview)
+    _check_shard(world, member, header)
+    mine = world.round.get(member.rank)
+    if mine is not None and _repeats(member, mine, header):
+        _count(world, "duplicate")
+        return ()
+    _check_rate(world, member, header)
+    fault = _fault_of_shard(world, mine, message)
+    if not fault:
+        world.round.stage(
+            member.rank,
+            header.shard,
+            message.body,
+            base=header.seq,
+            checksum=header.body_crc,
+            rate=header.rate,
+        )
+        _count(world, "staged")
+    elif not _refuse(world, member, peer, header, fault):
+        return ()
+    return (header.shard,)
+
+
+def _check_shard(world: World, member: Member, header: Header) -> None:
+    try:
+        world.need_job().check_shard(header.shard)
+    except RemotePayloadError as error:
+        msg = f"{_who(member, header)}: {error}"
+        raise RemoteProtocolError(msg) from error
+
+
+def _repeats(member: Member, mine: Contribution, header: Header) -> bool:
+    """Whether this shard's word is known already.
+
+    Raises:
+        RemoteProtocolError: other bytes count already.
+    """
+    if header.shard in mine.refused:
+        return True
+    before = mine.checksums.get(header.shard)
+    if before is None or before == header.body_crc:
+        return before is not None
+    if header.shard in mine.counted:
+        msg = f"{_who(member, header)}: {_other_bytes(before, header)}, and those count already"
+        raise RemoteProtocolError(msg)
+    return False
+
+
+def _check_rate(world: World, member: Member, header: Header) -> None:
+    """Refuse a learning rate that is not the contribution's, or the round's where it has one.
+
+    Raises:
+        RemoteProtocolError: another rank, or this one before, has named another one.
+    """
+    mine, named = world.round.get(member.rank), world.round.rate
+    if mine is not None and mine.rate is not None:
+        named = (member.rank, mine.rate)
+    elif world.need_job().consistency.max_staleness != 0:
+        return
+    if named is not None and header.rate != named[1]:
+        other, rate = named
+        msg = (
+            f"{_who(member, header)}: learning rate {header.rate!r}, but rank {other} pushes with "
+            f"{rate!r}: all ranks must use the same one in the same step"
         )
         raise RemoteProtocolError(msg)
 
@@ -184,109 +285,44 @@ def _fault_of_shard(world: World, mine: Contribution | None, message: Message) -
     """Why this shard cannot be staged, in words: what was expected, what came; empty if it can."""
     header = message.header
     assert isinstance(message.body, memoryview)
-    if mine is not None and mine.skipped:
-        return "expected nothing more after SKIP of this round"
-    if mine is not None and mine.refused:
-        return "expected SKIP, because a shard of this round was refused"
-    if mine is not None and mine.checksums.get(header.shard, header.body_crc) != header.body_crc:
-        return (
-            f"expected the bytes that came before (CRC {mine.checksums[header.shard]:08x}), "
-            f"got others (CRC {header.body_crc:08x}): a worker encodes a shard once a round"
-        )
+    if world.round.is_shut(header.shard):
+        return "this shard was reduced before it came"
+    if mine is not None and header.shard in mine.nothing:
+        return "expected nothing more after SKIP of this shard"
+    if mine is not None and header.shard in mine.checksums:
+        return _other_bytes(mine.checksums[header.shard], header)
     try:
-        _job(world).check_push(header, message.body)
+        world.need_job().check_push(header, message.body)
     except RemotePayloadError as error:
         return str(error)
     return ""
 
 
-def _stage(world: World, member: Member, message: Message) -> None:
-    header = message.header
-    assert isinstance(message.body, memoryview)
-    world.round.stage(
-        member.rank, header.shard, message.body, checksum=header.body_crc, rate=header.rate
+def _other_bytes(before: int, header: Header) -> str:
+    return (
+        f"expected the bytes that came before (CRC {before:08x}), got others "
+        f"(CRC {header.body_crc:08x}): a worker encodes a shard once a round"
     )
-    _count(world, "staged")
 
 
-def _reject(world: World, member: Member, header: Header, fault: str) -> None:
-    """Reject the whole contribution that this shard belongs to."""
+def _refuse(world: World, member: Member, peer: Peer, header: Header, fault: str) -> bool:
+    """Take nothing of this shard; False if the contribution has too many of these."""
     _count(world, "rejected")
-    reason = f"rank {member.rank} shard {header.shard} of round {header.round}: {fault}"
-    if world.reducing is None and not world.round.is_complete(member.rank):
-        world.round.refuse(member.rank)
-        world.progressed()
+    reason = f"{_who(member, header)}: {fault}"
+    world.round.refuse(member.rank, header.seq, header.shard, reason)
     world.log("rejected", "warning", rank=member.rank, round=header.round, reason=reason)
-    _tell_verdict(world, member, Verdict("rejected", clip_text(reason)), header.seq)
+    mine = world.round.get(member.rank)
+    if mine is None or len(mine.refused) <= MAX_LIST_ITEMS:
+        return True
+    text = f"{reason}; it is one of over {MAX_LIST_ITEMS} of this round: start this worker again"
+    world.round.drop(member.rank)
+    member.lineage = NO_LINEAGE
+    world.end_conversation(peer, ErrorCode.PAYLOAD, text)
+    return False
 
 
-def _tell_verdict(world: World, member: Member, verdict: Verdict, seq: int) -> None:
-    world.tell(member, MessageType.VERDICT, verdict, seq=seq, round=seq, version=world.version)
-
-
-def _count(world: World, outcome: str) -> None:
-    world.counts.pushes[outcome] += 1
-
-
-# ---- the round's end
-
-
-def close_if_complete(world: World) -> None:
-    """Close the open round if every member has spoken: ask for its shards to be reduced."""
-    if world.reducing is not None or not world.has_weights:
-        return
-    job, open_round = _job(world), world.round
-    ranks = clock.members(job.world_size, world.finished, open_round.complete)
-    if not clock.closes(ranks, open_round.complete):
-        return
-    rate = open_round.rate[1] if open_round.rate else 0.0
-    shards = range(len(job.shards))
-    world.reducing = dict.fromkeys(shards)
-    world.server_s = 0.0
-    for shard in clock.reducible(open_round.contributors, open_round.staged, shards):
-        world.out.append(Reduce(open_round.number, shard, open_round.payloads(shard), rate))
-
-
-def on_shard_reduced(world: World, event: ShardReduced) -> None:
-    """One shard of the closing round is done; with the last one, the round is committed."""
-    reducing = world.reducing
-    assert reducing is not None, "nothing is being reduced"
-    assert event.round == world.round.number, (event.round, world.round.number)
-    assert reducing[event.shard] is None, event.shard
-    reducing[event.shard] = event.frame
-    world.server_s += event.reduce_s
-    frames = tuple(reducing[shard] for shard in range(len(reducing)))
-    done = [frame for frame in frames if frame is not None]
-    if len(done) == len(frames):
-        _commit(world, tuple(done))
-
-
-def _commit(world: World, frames: tuple[Buffer, ...]) -> None:
-    """Version r becomes r + 1: the only place where a verdict "applied" is born."""
-    closed = world.round
-    world.version += 1
-    world.last_frames = frames
-    world.reducing = None
-    world.round = OpenRound(world.version, closed.shard_count)
-    world.counts.rounds += 1
-    verdict = Verdict("applied", server_s=world.server_s)
-    for rank, contribution in closed.items():
-        member = world.members[rank]
-        member.last_applied = closed.number
-        world.counts.skipped += contribution.skipped
-        _tell_verdict(world, member, verdict, closed.number)
-    followers = [m.peer for m in world.members.values() if m.synced and m.peer is not None]
-    world.out.append(Broadcast(tuple(followers), world.version, frames))
-    world.progressed()
-
-
-def abandon_round(world: World, reason: str) -> None:
-    """Reject what the open round holds, so that every push has its verdict."""
-    abandoned = world.round
-    world.round = OpenRound(abandoned.number, abandoned.shard_count)
-    world.reducing = None
-    for rank in abandoned.staged:
-        _tell_verdict(world, world.members[rank], Verdict("rejected", reason), abandoned.number)
+def _who(member: Member, header: Header) -> str:
+    return f"rank {member.rank} shard {header.shard} of round {header.round}"
 
 
 def _member(world: World, peer: Peer) -> Member:
@@ -296,6 +332,5 @@ def _member(world: World, peer: Peer) -> Member:
     return member
 
 
-def _job(world: World) -> Job:
-    assert world.job is not None
-    return world.job
+def _count(world: World, outcome: str) -> None:
+    world.counts.pushes[outcome] += 1

@@ -6,10 +6,11 @@ functions of a `World` and one message; what they decide to do, they append to `
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Final, Unpack
 
+from psq.clock import DEADLINE_SAMPLES
 from psq.errors import FencedError, RemoteError, StaleFrameError
 from psq.plan import Plan
 from psq_proto.frames import Buffer
@@ -80,12 +81,21 @@ class World:
         self.init_parts: set[tuple[int, int]] = set()
         self.has_weights = False
         self.version = 0
-        self.round = OpenRound(0, 0)
-        self.reducing: dict[int, Buffer | None] | None = None
-        """Shard to its new WEIGHTS frame while a round closes; None while it is open."""
+        self.round = OpenRound(0, ())
+        self.versions: dict[int, int] = {}
+        """Of each shard: `version`, or one more if the open round has reduced it already."""
+        self.last_frames: dict[int, Buffer] = {}
+        """Of each shard, what was broadcast last."""
         self.server_s = 0.0
-        self.last_frames: tuple[Buffer, ...] = ()
-        """The frames of the last commit."""
+        """What reducing the open round has taken so far."""
+        self.durations_s: deque[float] = deque(maxlen=DEADLINE_SAMPLES)
+        """How long the last contributions took, from the weights they were computed from."""
+        self.opened_s: dict[int, float] = {}
+        """When each of the last versions was made."""
+        self.due_s: float | None = None
+        """When the open round may close although some have not contributed."""
+        self.ending: tuple[str, float] | None = None
+        """Told to stop while a round is half reduced: why, and until when it may end."""
         self.counts = Counts()
         self.stopped = False
         self.out: list[Action] = []
@@ -118,6 +128,22 @@ class World:
         if member is not None:
             member.peer, member.synced, member.pulling = None, False, False
         self.peers.demote(peer)
+
+    def need_job(self) -> Job:
+        """The job, where there must be one."""
+        assert self.job is not None
+        return self.job
+
+    def note_opened(self) -> None:
+        """The present version was made just now."""
+        self.opened_s[self.version] = self.now_s
+        if len(self.opened_s) > DEADLINE_SAMPLES:
+            del self.opened_s[min(self.opened_s)]
+
+    def note_duration(self, base: int) -> None:
+        """A contribution computed from version `base` is complete."""
+        if base in self.opened_s:
+            self.durations_s.append(self.now_s - self.opened_s[base])
 
     def progressed(self) -> None:
         """Something came nearer: the age of the present wait starts anew."""

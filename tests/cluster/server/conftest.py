@@ -119,7 +119,8 @@ class Raw:
         return payloads
 
     def push(self, shard, payload, round_=0, *, rate=0.01, **fields):
-        header = {"codec": self.uplink.wire_id, "seq": round_, "round": round_}
+        named = {"seq": round_, "round": round_, "version": round_}
+        header = {"codec": self.uplink.wire_id, **named}
         self.send(
             MessageType.PUSH, bytes(payload), **{**header, "shard": shard, **fields}, rate=rate
         )

@@ -147,12 +147,11 @@ def test_another_protocol_version_is_refused(raw, server):
         (lambda good: {"payload": good[:-1]}, "expected 1048 bytes by the plan, got 1047"),
         (lambda good: {"payload": good + bytes(9)}, "expected 1048 bytes by the plan, got 1057"),
         (lambda _: {"codec": get_codec("sign").wire_id}, "expected codec 0x"),
-        (lambda _: {"shard": 3}, "expected shard 0..0 by the plan, got shard 3"),
         (lambda good: {"payload": NAN + good[4:]}, "scale that is NaN or Inf"),
         (lambda good: {"payload": HUGE + good[4:]}, "scale of 3e+38, the limit is 7.21e+16"),
     ],
 )
-def test_a_push_that_does_not_fit_is_rejected_and_loses_nothing(
+def test_a_push_that_does_not_fit_is_rejected_and_the_job_goes_on(
     raw, server, plan_of, change, words
 ):
     plan = plan_of()
@@ -163,10 +162,17 @@ def test_a_push_that_does_not_fit_is_rejected_and_loses_nothing(
     assert verdict.outcome == "rejected"
     assert "rank 0 shard" in verdict.reason
     assert words in verdict.reason
-    worker.send(MessageType.PUSH, flags=Flags.SKIP, shard=NO_SHARD)
-    assert worker.verdict().outcome == "applied"
     worker.push(0, good, 1)
     assert worker.verdict().outcome == "applied"
+
+
+def test_a_push_of_a_shard_that_this_server_does_not_have_is_refused(raw, server, plan_of):
+    plan = plan_of()
+    (worker,) = started(raw, server, plan)
+    worker.push(3, worker.encode(weights_of(plan, 1))[0].tobytes())
+    error = worker.refusal()
+    assert isinstance(error, RemoteProtocolError)
+    assert "expected one of shards 0 by the plan, got shard 3" in str(error)
 
 
 def test_ranks_with_different_learning_rates_are_told_of_each_other(raw, server, plan_of):

@@ -52,6 +52,11 @@ def make_plan(world_size=2, *, specs=SPECS, recipe=RECIPE):
     return Plan.of(specs, recipe, world_size)
 
 
+def named(number):
+    """The header fields that name a contribution."""
+    return {"seq": number, "round": number, "version": number}
+
+
 class Worker:
     """One scripted connection."""
 
@@ -60,7 +65,7 @@ class Worker:
         self.session = WorkerSession(rank=rank, plan_body=plan.body)
         self.inbox = []
         self.errors = []
-        self.weights = []  # ("full" | "round", version)
+        self.weights = []  # ("full" | "round", version, shard)
         self.nonce = 0
 
     def deliver(self, frame):
@@ -117,7 +122,7 @@ class Worker:
     def push(self, shard, round_=None, *, rate=0.1, variant=0, **fields):
         number = self.cluster.version if round_ is None else round_
         codec = get_codec(self.plan.recipe.uplink.codec).wire_id
-        header = {"codec": codec, "seq": number, "round": number, "rate": rate, "shard": shard}
+        header = {"codec": codec, "rate": rate, "shard": shard, **named(number)}
         body = fields.pop("body", None) or self.payload(shard, variant)
         return self.send(MessageType.PUSH, body, **{**header, **fields})
 
@@ -125,9 +130,9 @@ class Worker:
         for shard in range(len(self.plan.layout.shards)):
             self.push(shard, round_, **fields)
 
-    def skip(self, round_=None):
+    def skip(self, round_=None, *, shard=NO_SHARD):
         number = self.cluster.version if round_ is None else round_
-        self.send(MessageType.PUSH, flags=Flags.SKIP, shard=NO_SHARD, seq=number, round=number)
+        self.send(MessageType.PUSH, flags=Flags.SKIP, shard=shard, **named(number))
 
     def beat(self, have=-1):
         self.send(MessageType.HEARTBEAT, Heartbeat(have))
@@ -210,10 +215,12 @@ class Cluster:
                     self.peers[action.peer].deliver(action.frame)
             case Broadcast():
                 for name in action.peers:
-                    self.peers[name].weights.append(("round", action.version))
+                    told = [("round", action.version, shard) for shard in action.shards]
+                    self.peers[name].weights.extend(told)
             case SendFull():
                 for name in action.peers:
-                    self.peers[name].weights.append(("full", action.version))
+                    told = [("full", version, shard) for shard, version in action.versions.items()]
+                    self.peers[name].weights.extend(told)
             case Reduce():
                 if self.hold_reductions:
                     self.held.append(action)

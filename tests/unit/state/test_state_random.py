@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -12,10 +13,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from psq import layout
 from psq_proto.errors import UsageError
-from psq_proto.messages import NO_VERSION, Verdict
+from psq_proto.messages import NO_SHARD, NO_VERSION, Verdict
 from psq_server.state import PeerBehind, PeerGone, Reduce, Stop
 
+SPECS = [("big", (layout.SPLIT_NUMEL,)), ("small", (10,))]
 RANKS = st.integers(0, 2)
 EXAMPLES = 60
 STEPS = 50
@@ -29,7 +32,7 @@ def machine_of(cluster, plan_of, reached):  # noqa: C901 - one class of many sma
 
         @initialize()
         def begin(self):
-            self.job = cluster(plan_of(3), give_up_after_s=1e6)
+            self.job = cluster(plan_of(3, specs=SPECS), give_up_after_s=1e6)
             self.job.hold_reductions = True
             self.workers = dict(enumerate(self.job.started()))
 
@@ -47,6 +50,7 @@ def machine_of(cluster, plan_of, reached):  # noqa: C901 - one class of many sma
             for worker in self.workers.values():
                 for verdict in worker.take(Verdict):
                     assert verdict.outcome == "rejected" or self.job.version > 0
+                    assert verdict.rejected == () or verdict.reason
 
         # ---- ordinary life
 
@@ -63,9 +67,9 @@ def machine_of(cluster, plan_of, reached):  # noqa: C901 - one class of many sma
         def one_shard_is_pushed(self, rank, shard, late):
             self.act(rank, "push", shard, max(0, self.job.version - late))
 
-        @rule(rank=RANKS)
-        def one_skips(self, rank):
-            self.act(rank, "skip")
+        @rule(rank=RANKS, shard=st.sampled_from([0, 1, NO_SHARD]))
+        def one_skips(self, rank, shard):
+            self.act(rank, "skip", shard=shard)
 
         @precondition(lambda self: self.job.held)
         @rule(all_of_them=st.booleans())
@@ -143,6 +147,11 @@ def machine_of(cluster, plan_of, reached):  # noqa: C901 - one class of many sma
             reached.append(self.job.version)
 
     return Conversation
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch):
+    monkeypatch.setattr(layout, "MAX_SHARD_NUMEL", layout.SPLIT_NUMEL)
 
 
 def test_no_conversation_breaks_an_invariant(cluster, plan_of):

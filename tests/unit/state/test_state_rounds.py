@@ -9,7 +9,7 @@ from psq.errors import RemotePayloadError, RemoteProtocolError
 from psq.recipe import preset
 from psq_proto.frames import HEADER_BYTES
 from psq_proto.messages import NO_VERSION, MessageType, Status, Verdict
-from psq_server.state import Broadcast, Initialize, PeerBehind, Reduce, SendFull
+from psq_server.state import Broadcast, Committed, Initialize, PeerBehind, Reduce, SendFull
 
 NAN = struct.pack("<f", float("nan"))
 HUGE = struct.pack("<f", 3e38)
@@ -17,6 +17,21 @@ HUGE = struct.pack("<f", 3e38)
 
 def verdicts(worker):
     return [(v.outcome, v.reason) for v in worker.take(Verdict)]
+
+
+def named(worker):
+    """Which shards the verdicts name as not counted."""
+    return [v.rejected for v in worker.take(Verdict)]
+
+
+def counted(job, shard):
+    """The last bytes of the payloads that this shard was reduced from, by round."""
+    return [[p[-1] for p in a.payloads] for a in job.of(Reduce) if a.shard == shard]
+
+
+def news(*, version):
+    """What a worker of the two shards is told of a new version."""
+    return [("round", version, 0), ("round", version, 1)]
 
 
 # ---- initial weights
@@ -29,7 +44,7 @@ def test_pulls_are_parked_until_the_last_initial_part_is_there(cluster):
     second.pull()
     assert not job.of(SendFull)
     first.init()
-    assert [a.version for a in job.of(SendFull)] == [0]
+    assert [a.versions for a in job.of(SendFull)] == [{0: 0, 1: 0}]
     assert sorted(job.of(SendFull)[0].peers) == sorted([first.name, second.name])
 
 
@@ -56,7 +71,7 @@ def test_initial_weights_from_another_rank_are_refused(cluster):
     [
         (bytes(44), {"shard": 1}, "expected 40 bytes by the plan, got 44"),
         (bytes(40), {"shard": 1, "part": 1}, "expected part 0..0 by the plan, got part 1"),
-        (bytes(40), {"shard": 2}, "expected shard 0..1 by the plan, got shard 2"),
+        (bytes(40), {"shard": 2}, "expected one of shards 0, 1 by the plan, got shard 2"),
         (NAN * 10, {"shard": 1}, "NaN"),
     ],
 )
@@ -84,15 +99,29 @@ def test_another_process_for_rank_0_gives_all_initial_weights_anew(cluster):
 # ---- a round
 
 
-def test_a_round_closes_when_every_rank_has_pushed_every_shard(cluster):
+def test_a_shard_is_reduced_as_soon_as_every_rank_has_pushed_it(cluster):
     job = cluster()
     first, second = job.started()
     first.push_all()
-    second.push(1)
     assert not job.of(Reduce)
+    second.push(1)
+    assert [(a.round, a.shard, a.rate) for a in job.of(Reduce)] == [(0, 1, 0.1)]
+    assert first.weights[-1] == ("round", 1, 1), "its weights are sent before the round is over"
+    assert job.version == 0
     second.push(0)
-    assert [(a.round, a.shard, a.rate) for a in job.of(Reduce)] == [(0, 0, 0.1), (0, 1, 0.1)]
+    assert [(a.round, a.shard, a.rate) for a in job.of(Reduce)] == [(0, 1, 0.1), (0, 0, 0.1)]
     assert job.version == 1
+    assert job.world.versions == {0: 1, 1: 1}
+
+
+def test_a_reduced_shard_holds_no_payload_any_more(cluster):
+    job = cluster()
+    job.hold_reductions = True
+    first, second = job.started()
+    first.push_all()
+    both = job.world.round.staged_bytes
+    second.push(0)
+    assert job.world.round.staged_bytes == len(first.payload(1)) < both
 
 
 def test_payloads_are_reduced_in_rank_order_whoever_came_first(cluster):
@@ -131,9 +160,9 @@ def test_the_same_frames_go_to_everybody_who_has_weights(cluster):
     workers = job.started()
     for worker in workers:
         worker.push_all()
-    (broadcast,) = job.of(Broadcast)
-    assert broadcast.frames == (b"w", b"w")
-    assert sorted(broadcast.peers) == sorted(worker.name for worker in workers)
+    assert [(b.shards, b.frames) for b in job.of(Broadcast)] == [((0,), (b"w",)), ((1,), (b"w",))]
+    for broadcast in job.of(Broadcast):
+        assert sorted(broadcast.peers) == sorted(worker.name for worker in workers)
 
 
 def test_shards_sent_again_are_counted_once(cluster):
@@ -176,7 +205,8 @@ def test_rounds_follow_one_another(cluster):
         for worker in workers:
             worker.push_all(number)
     assert job.version == 5
-    assert [a.version for a in job.of(Broadcast)] == [1, 2, 3, 4, 5]
+    assert [a.version for a in job.of(Committed)] == [1, 2, 3, 4, 5]
+    assert {a.staleness for a in job.of(Committed)} == {(0, 0)}
 
 
 # ---- skipping
@@ -201,13 +231,27 @@ def test_a_round_that_all_ranks_skip_still_makes_a_version(cluster):
     assert job.state.counts.skipped == 2
 
 
-def test_a_skip_takes_back_what_was_staged_of_the_round(cluster):
+def test_a_skip_speaks_for_every_shard_not_said_before(cluster):
     job = cluster()
     first, second = job.started()
-    first.push(0)
+    first.push(0, variant=1)
     first.skip()
     second.push_all(variant=2)
-    assert [[p[-1] for p in a.payloads] for a in job.of(Reduce)] == [[2], [2]]
+    assert (counted(job, 0), counted(job, 1)) == ([[1, 2]], [[2]])
+    assert named(first) == [()], "what it skipped it did not mean to count"
+
+
+def test_one_shard_can_be_skipped_alone(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.skip(shard=0)
+    first.skip(shard=0)
+    second.push_all(variant=2)
+    assert job.version == 0
+    first.push(1, variant=1)
+    assert (counted(job, 0), counted(job, 1)) == ([[2]], [[1, 2]])
+    assert job.state.counts.pushes["duplicate"] == 1
+    assert job.state.counts.skipped == 0
 
 
 def test_a_skip_after_a_whole_contribution_changes_nothing(cluster):
@@ -222,58 +266,180 @@ def test_a_skip_after_a_whole_contribution_changes_nothing(cluster):
 # ---- what does not fit
 
 
-def reject(job, worker, words):
-    ((outcome, reason),) = verdicts(worker)
-    assert outcome == "rejected"
-    assert words in reason
-    assert worker.session.joined, "a payload that does not fit ends no conversation"
-    assert job.world.round.staged_bytes == 0, "nothing is kept of a rejected contribution"
-    assert not worker.errors
-
-
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"body": bytes(7)}, "rank 0 shard 0 of round 0: expected 135168 bytes by the plan, got 7"),
-        ({"shard": 9, "body": bytes(8)}, "shard 9 of round 0: expected shard 0..1 by the plan"),
         ({"codec": get_codec("bf16").wire_id}, "expected codec 0x"),
         ({"body": NAN * 33792}, "rank 0 shard 0 of round 0: "),
         ({"body": HUGE * 33792}, "has a scale of 3e+38, the limit is 7.21e+16"),
     ],
 )
-def test_a_push_that_does_not_fit_is_rejected_with_what_was_expected(cluster, fields, words):
+def test_a_shard_that_does_not_fit_is_refused_alone_and_named_in_the_verdict(
+    cluster, fields, words
+):
     job = cluster()
-    worker, _ = job.started()
-    worker.push(1)
-    worker.push(**{"shard": 0, **fields})
-    reject(job, worker, words)
+    first, second = job.started()
+    first.push(1, variant=1)
+    first.push(0, **fields)
+    assert not verdicts(first), "there is one verdict of a contribution, at its end"
+    assert first.beat(0).missing == (), "a refused shard is said"
+    second.push_all(variant=2)
+    (verdict,) = first.take(Verdict)
+    assert (verdict.outcome, verdict.rejected) == ("applied", (0,))
+    assert words in verdict.reason
+    assert named(second) == [()]
+    assert (counted(job, 0), counted(job, 1)) == ([[2]], [[1, 2]])
+    assert not first.errors
 
 
-def test_other_bytes_for_a_staged_shard_are_rejected(cluster):
+def test_a_contribution_that_was_refused_altogether_is_rejected(cluster):
     job = cluster()
-    worker, _ = job.started()
-    worker.push(0, variant=1)
-    worker.push(0, variant=2)
-    reject(job, worker, "a worker encodes a shard once a round")
+    first, second = job.started()
+    for shard in (0, 1):
+        first.push(shard, body=bytes(7))
+    second.push_all()
+    (verdict,) = first.take(Verdict)
+    assert (verdict.outcome, verdict.rejected) == ("rejected", ())
+    assert job.world.members[0].last_applied == -1
+    assert job.version == 1
 
 
-def test_after_a_rejection_only_a_skip_is_taken_and_the_round_goes_on(cluster):
+def test_a_refused_shard_is_refused_once_however_often_it_comes(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.push(0, body=bytes(7))
+    first.push(0)
+    first.push(1)
+    second.push_all()
+    assert named(first) == [(0,)]
+    assert job.state.counts.pushes["rejected"] == 1
+    assert job.state.counts.pushes["duplicate"] == 1
+
+
+def test_other_bytes_for_a_staged_shard_take_it_back(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.push(0, variant=1)
+    first.push(0, variant=3)
+    first.push(1, variant=1)
+    second.push_all(variant=2)
+    (verdict,) = first.take(Verdict)
+    assert verdict.rejected == (0,)
+    assert "a worker encodes a shard once a round" in verdict.reason
+    assert counted(job, 0) == [[2]]
+
+
+def test_other_bytes_for_a_shard_that_counts_already_end_the_conversation(cluster):
+    job = cluster()
+    first, second = job.started()
+    for worker in (first, second):
+        worker.push(0, variant=1)
+    first.push(0, variant=3)
+    assert "and those count already" in str(first.errors[0])
+
+
+def test_a_payload_for_a_shard_that_was_skipped_is_refused(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.skip(shard=0)
+    first.push_all()
+    second.push_all(variant=2)
+    (verdict,) = first.take(Verdict)
+    assert verdict.rejected == (0,)
+    assert "expected nothing more after SKIP" in verdict.reason
+    assert counted(job, 0) == [[2]]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_shard_that_the_server_does_not_have_ends_the_conversation(cluster, skip):
+    job = cluster()
+    first, _ = job.started()
+    if skip:
+        first.skip(shard=9)
+    else:
+        first.push(9, body=bytes(8))
+    assert "expected one of shards 0, 1 by the plan, got shard 9" in str(first.errors[0])
+
+
+# ---- a rank changes hands within a round
+
+
+def test_what_was_reduced_of_a_rank_stays_and_its_successor_is_refused_that_shard(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.push(0, variant=1)
+    second.push_all(variant=2)
+    assert counted(job, 0) == [[1, 2]]
+    again = job.connect(0).join(lineage=77)
+    assert again.beat(0).missing == (1,), "a shard that is reduced is owed by nobody"
+    again.push_all(variant=3)
+    assert (counted(job, 0), counted(job, 1)) == ([[1, 2]], [[3, 2]])
+    (verdict,) = again.take(Verdict)
+    assert (verdict.outcome, verdict.rejected) == ("applied", (0,))
+    assert "reduced before it came" in verdict.reason
+    assert job.version == 1
+
+
+def test_a_verdict_names_also_the_shards_that_came_too_late_to_be_refused(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.push(0, variant=1)
+    second.push_all(variant=2)
+    again = job.connect(0).join(lineage=77)
+    again.push(1, variant=3)
+    (verdict,) = again.take(Verdict)
+    assert verdict.rejected == (0,)
+    again.push(0, 0, variant=3)
+    assert again.take(Verdict) == [verdict], "a late push is told the same again"
+
+
+def test_the_same_process_on_a_new_connection_goes_on_where_it_was(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.push(0, variant=1)
+    second.push_all(variant=2)
+    again = job.connect(0).join(lineage=10, pending=0)
+    again.push_all(variant=1)
+    assert (counted(job, 0), counted(job, 1)) == ([[1, 2]], [[1, 2]])
+    assert named(again) == [()]
+    assert job.state.counts.pushes["duplicate"] == 1
+
+
+def test_a_verdict_that_was_lost_with_its_connection_is_had_by_pushing_again(cluster):
     job = cluster()
     first, second = job.started()
     first.push(0, body=bytes(7))
     first.push(1)
-    assert [outcome for outcome, _ in verdicts(first)] == ["rejected", "rejected"]
-    first.skip()
     second.push_all()
+    again = job.connect(0).join(lineage=10, pending=0)
+    assert again.beat(1).resolved == 0
+    again.push(1, 0)
+    assert named(again) == [(0,)]
+    assert second.beat(1).resolved == 0
+
+
+def test_a_rank_that_leaves_within_a_round_takes_back_what_is_not_reduced(cluster, plan_of):
+    job = cluster(plan_of(3))
+    first, second, third = job.started()
+    first.push(0, variant=1)
+    for worker in (second, third):
+        worker.push(0, variant=2)
+    second.push(1, variant=2)
+    third.push(1, variant=2)
+    second.leave()
+    first.leave()
+    assert (counted(job, 0), counted(job, 1)) == ([[1, 2, 2]], [[2, 2]])
+    assert named(first) == [(1,)]
     assert job.version == 1
-    assert [len(a.payloads) for a in job.of(Reduce)] == [1, 1]
 
 
 @pytest.mark.parametrize(
     ("round_", "fields", "words"),
     [
         (7, {}, "rank 1 shard 0 of round 7: this server is at round 0"),
-        (0, {"seq": 3}, "expected seq 0 (the round's number), got seq 3"),
+        (0, {"seq": 3}, "names a contribution), got seq 3, version 0"),
+        (0, {"version": 3}, "names a contribution), got seq 0, version 3"),
         (0, {"rate": 0.5}, "learning rate 0.5, but rank 0 pushes with 0.1"),
     ],
 )
@@ -331,7 +497,7 @@ def test_a_worker_one_version_behind_gets_the_last_round_again(cluster):
         worker.push_all()
     workers[0].weights.clear()
     workers[0].pull(0)
-    assert workers[0].weights == [("round", 1)]
+    assert workers[0].weights == news(version=1)
 
 
 def test_a_worker_further_behind_gets_everything(cluster):
@@ -343,7 +509,7 @@ def test_a_worker_further_behind_gets_everything(cluster):
     for have in (0, NO_VERSION):
         workers[0].weights.clear()
         workers[0].pull(have)
-        assert workers[0].weights == [("full", 2)]
+        assert workers[0].weights == [("full", 2, 0), ("full", 2, 1)]
 
 
 def test_where_a_round_replaces_the_weights_its_frames_serve_everybody(cluster, plan_of):
@@ -352,7 +518,19 @@ def test_where_a_round_replaces_the_weights_its_frames_serve_everybody(cluster, 
         worker.push_all()
     newcomer = job.connect(0).join()
     newcomer.pull()
-    assert newcomer.weights == [("round", 1)]
+    assert newcomer.weights == news(version=1)
+
+
+def test_within_a_round_a_puller_gets_each_shard_at_its_own_version(cluster):
+    job = cluster()
+    first, second = job.started()
+    for worker in (first, second):
+        worker.push(1)
+    first.weights.clear()
+    first.pull(0)
+    assert first.weights == [("round", 1, 1)], "version 0 of the other shard it has"
+    first.pull()
+    assert first.weights[1:] == [("full", 0, 0), ("full", 1, 1)]
 
 
 def test_a_worker_that_has_the_newest_weights_gets_nothing(cluster):
@@ -377,11 +555,11 @@ def test_a_slow_reader_gets_no_more_broadcasts_before_it_pulls(cluster):
     for worker in workers:
         worker.push_all()
     # A push shows that the worker has the newest weights after all: it follows again.
-    assert workers[1].weights[-1] == ("round", 1)
+    assert workers[1].weights[-2:] == news(version=1)
     job.handle(PeerBehind(workers[1].name))
     assert workers[1].name not in {m.peer for m in job.world.members.values() if m.synced}
     workers[1].pull(0)
-    assert workers[1].weights[-1] == ("round", 1)
+    assert workers[1].weights[-2:] == news(version=1)
 
 
 @pytest.mark.parametrize("pulls", [False, True])
@@ -394,7 +572,8 @@ def test_a_worker_that_came_back_follows_the_rounds_once_it_has_pulled(cluster, 
         again.pull()
     first.push_all()
     assert job.version == 1
-    assert again.weights == ([("full", 0), ("round", 1)] if pulls else [])
+    whole = [("full", 0, 0), ("full", 0, 1)]
+    assert again.weights == (whole + news(version=1) if pulls else [])
 
 
 # ---- status

@@ -1,0 +1,230 @@
+"""How rounds end: shards are reduced, the round commits, every contribution has its one verdict.
+
+    eager (bsp without quorum)     a shard closes as soon as every member has said it; the round
+                                   commits with its last shard
+    whole (every other rule)       all shards close together, for the contributions that are
+                                   complete then; the others wait for a later round, while they may
+
+Which ranks are members, when a round closes and what may still be applied are `psq.clock`'s
+decisions. A commit is the only place where a verdict "applied" is born, but for the end of a server
+that is told to stop: what was reduced by then counts, and is said to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+from psq import clock
+from psq_proto.messages import MAX_LIST_ITEMS, ErrorCode, MessageType, Verdict, clip_text
+from psq_server.state.events import Broadcast, Committed, Reduce, ShardReduced
+from psq_server.state.members import NO_LINEAGE, Member, Resolved
+from psq_server.state.round import Contribution
+from psq_server.state.world import World
+
+__all__ = ["abandon_round", "advance", "on_shard_reduced", "reject_late", "repeat_verdict"]
+
+
+def advance(world: World, shards: Iterable[int] | None = None) -> None:
+    """Give the reducer what may be reduced now.
+
+    Args:
+        world: everything.
+        shards: the shards about which something was said; None: all.
+    """
+    if world.job is None or not world.has_weights or world.round.all_closed:
+        return
+    if not world.job.consistency.eager:
+        _close_whole(world)
+        return
+    for shard in world.round.shards if shards is None else shards:
+        if shard not in world.round.closed and _is_said(world, shard):
+            rate = world.round.rate[1] if world.round.rate else 0.0
+            _reduce(world, shard, world.round.close(shard), rate)
+
+
+def _is_said(world: World, shard: int) -> bool:
+    """Whether every member has said this shard."""
+    said = world.round.sayers(shard)
+    return clock.closes(clock.members(world.need_job().world_size, world.finished, said), said)
+
+
+def _reduce(world: World, shard: int, payloads: tuple[memoryview, ...], rate: float) -> None:
+    world.out.append(Reduce(world.round.number, shard, payloads, rate))
+
+
+def _close_whole(world: World) -> None:
+    """Close all shards for the contributions that are complete, if it is time to."""
+    complete = world.round.complete
+    if not _is_time(world, complete):
+        return
+    world.due_s = None
+    world.round.take(complete)
+    rate = _newest_rate(world.round.closing)
+    for shard in world.round.shards:
+        _reduce(world, shard, world.round.close_taken(shard), rate)
+
+
+def _is_time(world: World, complete: tuple[int, ...]) -> bool:
+    """Whether the round may close now; if only its deadline is in the way, `due_s` is that."""
+    job = world.need_job()
+    closes = partial(
+        clock.closes,
+        clock.members(job.world_size, world.finished, complete),
+        complete,
+        _bases(world),
+        round=world.round.number,
+        consistency=job.consistency,
+    )
+    world.due_s = None
+    if closes(overdue=False):
+        return True
+    if not closes(overdue=True):
+        return False
+    patience_s = clock.deadline(world.durations_s, job.consistency.deadline_mads)
+    if patience_s is None:
+        return False
+    due_s = world.round.opened_s + patience_s
+    if world.now_s < due_s:
+        world.due_s = due_s
+    return world.now_s >= due_s
+
+
+def _bases(world: World) -> dict[int, int]:
+    """The version that each rank computes from at least.
+
+    A rank that has left is not among them: who comes in its place gets the newest weights.
+    """
+    begun = {rank: mine.base for rank, mine in world.round.items()}
+    at_least = {rank: member.base for rank, member in world.members.items() if not member.gone}
+    return at_least | begun
+
+
+def _newest_rate(taken: Mapping[int, Contribution]) -> float:
+    """The learning rate of whoever computed from the newest weights; of several, the first."""
+    named = [(-mine.base, rank, mine.rate) for rank, mine in taken.items() if mine.rate is not None]
+    return min(named)[2] if named else 0.0
+
+
+# ---- commit
+
+
+def on_shard_reduced(world: World, event: ShardReduced) -> None:
+    """One shard has its next version: everybody gets it; with the last one the round commits."""
+    open_round = world.round
+    assert event.round == open_round.number, (event.round, open_round.number)
+    assert open_round.closed.get(event.shard, event.frame) is None, event.shard
+    open_round.closed[event.shard] = event.frame
+    world.versions[event.shard] = event.round + 1
+    world.last_frames[event.shard] = event.frame
+    world.server_s += event.reduce_s
+    committed = open_round.is_reduced
+    if committed:
+        _commit(world)
+    followers = tuple(
+        m.peer for m in world.members.values() if m.synced and m.peer is not None and not m.gone
+    )
+    if followers:
+        news = Broadcast(followers, event.round + 1, (event.frame,), (event.shard,))
+        world.out.append(news)
+    if committed:
+        advance(world)
+
+
+def _commit(world: World) -> None:
+    """Version r becomes r + 1."""
+    closed = world.round
+    world.version += 1
+    world.round = closed.following(world.now_s)
+    world.counts.rounds += 1
+    staleness: list[int] = []
+    for rank, mine in sorted(closed.closing.items()) if closed.whole else closed.items():
+        if mine.counts:
+            staleness.append(closed.number - mine.base)
+        _settle(world, world.members[rank], mine, world.version)
+    world.server_s = 0.0
+    world.note_opened()
+    world.out.append(Committed(world.version, tuple(staleness)))
+    world.progressed()
+    _reject_stale(world)
+
+
+def _reject_stale(world: World) -> None:
+    """Reject what waited for a round that may take it, and waited in vain."""
+    consistency = world.need_job().consistency
+    for rank, mine in list(world.round.items()):
+        if clock.may_apply(mine.base, world.version, consistency):
+            continue
+        world.round.drop(rank)
+        world.counts.pushes["late"] += 1
+        reject_late(world, world.members[rank], mine.base)
+
+
+def reject_late(world: World, member: Member, seq: int) -> None:
+    """Tell a rank that rounds went on without this contribution, and may not take it any more."""
+    reason = (
+        f"rank {member.rank} pushed round {seq}, which was closed without it: "
+        f"this server is at round {world.round.number}"
+    )
+    resolve(world, member, Verdict("rejected", reason), seq, world.version)
+
+
+def _settle(world: World, member: Member, mine: Contribution, version: int) -> None:
+    """Resolve a contribution as what it came to: all of it counts, or some, or nothing."""
+    rejected = mine.uncounted(world.round.shards)
+    if not mine.counts:
+        resolve(world, member, Verdict("rejected", clip_text(mine.reason)), mine.base, version)
+        return
+    member.last_applied = mine.base
+    world.counts.skipped += not (mine.counted or rejected)
+    if len(rejected) > MAX_LIST_ITEMS:
+        _refuse_too_many(world, member, len(rejected))
+        return
+    reason = mine.reason if rejected else ""
+    verdict = Verdict("applied", clip_text(reason), world.server_s, rejected)
+    resolve(world, member, verdict, mine.base, version)
+
+
+def _refuse_too_many(world: World, member: Member, count: int) -> None:
+    """A verdict cannot name so many shards: the worker must begin a new residual."""
+    member.lineage = NO_LINEAGE
+    peer = world.peers.get(member.peer) if member.peer is not None else None
+    if peer is not None:
+        text = (
+            f"{count} shards of rank {member.rank} do not count, a verdict names "
+            f"{MAX_LIST_ITEMS} at most: start this worker again"
+        )
+        world.end_conversation(peer, ErrorCode.PAYLOAD, text)
+
+
+def resolve(world: World, member: Member, verdict: Verdict, seq: int, version: int) -> None:
+    """Say what became of a contribution, and remember it to say it again."""
+    member.resolved = Resolved(seq, verdict, version)
+    member.base = max(member.base, version)
+    repeat_verdict(world, member)
+
+
+def repeat_verdict(world: World, member: Member) -> None:
+    """Say this rank's last verdict (again)."""
+    last = member.resolved
+    assert last is not None, member.rank
+    world.tell(
+        member,
+        MessageType.VERDICT,
+        last.verdict,
+        seq=last.seq,
+        round=last.seq,
+        version=last.version,
+    )
+
+
+def abandon_round(world: World, reason: str) -> None:
+    """Resolve what the open round holds: what was reduced counts, the rest does not."""
+    abandoned = world.round
+    world.round = type(abandoned)(abandoned.number, abandoned.shards, world.now_s)
+    for rank, mine in (*abandoned.items(), *sorted(abandoned.closing.items())):
+        mine.reason = mine.reason or reason
+        version = abandoned.number + 1 if mine.counted else abandoned.number
+        if not mine.counted:
+            mine.nothing.clear()
+        _settle(world, world.members[rank], mine, version)
