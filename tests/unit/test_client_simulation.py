@@ -6,7 +6,7 @@ applied, each once.
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -88,8 +88,8 @@ class Server:
                 self._send((peer,), [frame])
             case state.Broadcast(peers, _, frames):
                 self._send(peers, frames)
-            case state.SendFull(peers, version):
-                self._send(peers, self._full(version))
+            case state.SendFull(peers, versions):
+                self._send(peers, self._full(versions))
             case state.Adopt(plan):
                 self.plan, self.reducer = plan, Reducer(plan)
             case state.Initialize(shard, part, values):
@@ -111,13 +111,18 @@ class Server:
             if wire.peer in peers:
                 wire.down.extend(bytes(frame) for frame in frames)
 
-    def _full(self, version: int) -> list[bytearray]:
-        whole = [self.reducer.full(shard) for shard in range(len(self.plan.layout.shards))]
+    def _full(self, versions: Mapping[int, int]) -> list[bytearray]:
+        whole = {shard: self.reducer.full(shard) for shard in versions}
         return [
             self._weights(
-                body, shard=shard, version=version, flags=Flags.FULL, codec=full.wire_id, part=part
+                body,
+                shard=shard,
+                version=versions[shard],
+                flags=Flags.FULL,
+                codec=full.wire_id,
+                part=part,
             )
-            for shard, full in enumerate(whole)
+            for shard, full in whole.items()
             for part, body in enumerate(full.parts)
         ]
 
