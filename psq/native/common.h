@@ -7,6 +7,7 @@
 //   codec.h/.inl  codecs: the table's types, the kernels          bind_codec.cpp  their Python face
 //   optim.h/.inl  optimizers: the table's types, the kernels      bind_optim.cpp  their Python face
 //   server.h/.inl a parameter server's step: those kernels, piece by piece       bind_server.cpp  its Python face
+//   sum.inl       the sum of its payloads
 //   bind.h        checked views of Python buffers, class Level    module.cpp      cpuid, NB_MODULE
 //
 // Rules, and why

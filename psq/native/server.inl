@@ -1,18 +1,18 @@
 // A parameter server's step, in pieces that stay in the first cache: every vector is read from memory once.
 //
-//   decode and add the payloads by rank, to scratch   u = Adam(scratch / n) or scratch / n   x -= u, or scratch = -u
+//   scratch = the sum of the payloads, by rank   u = Adam(scratch / n) or scratch / n   x -= u, or scratch = -u
 //   encode the answer from x, or from scratch and the residual; a delta is decoded again and added to x
 //
-// The stages are the kernels of codec.inl and optim.inl, so the bits are theirs. A piece is as many whole blocks of both
+// The stages are the kernels of sum.inl, codec.inl and optim.inl, so the bits are theirs. A piece is as many whole blocks of both
 // formats as fill kPiece values. While one piece is worked on, the next one's vectors are fetched, each in another
-// stage, for memory takes only so many requests at a time: x between payloads, m and v by Adam, the residual by the
+// stage, for memory takes only so many requests at a time: x before the payloads, m and v by Adam, the residual by the
 // encoder. (Measured: x in Adam's loop too costs a delta 0.1 to 0.15 of memory's speed; larger pieces cost 0.05.)
 
 namespace {
 
 constexpr size_t kPiece = 1024;
-// Of many payloads each piece is a short read somewhere else in memory: longer ones cost less (at 32, 15 to 25 %).
-constexpr size_t kMany = 16, kPieceOfMany = 4096;
+// Of many payloads each piece is a short read somewhere else in memory: longer ones cost less.
+constexpr size_t kMany = 12, kPieceOfMany = 8192;
 
 // A payload from value `from` of its segment on, a multiple of the block and of 512 (codec.h).
 PSQ_INLINE size_t scale_offset(const PsqFormat& format, size_t from) {
@@ -20,22 +20,11 @@ PSQ_INLINE size_t scale_offset(const PsqFormat& format, size_t from) {
 }
 PSQ_INLINE size_t word_offset(const PsqFormat& format, size_t from) { return from / 8 * size_t(format.bits); }
 
-PSQ_INLINE void fetch(const void* from, size_t bytes) {
-  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch((const uint8_t*)from + at);
-}
+}  // namespace
 
-// scratch = the sum of what the payloads say.
-PSQ_INLINE void decode_sum(const PsqServerStep& s, size_t from, size_t numel, float* scratch) {
-  const size_t scale_at = scale_offset(s.uplink, from), word_at = word_offset(s.uplink, from);
-  const size_t bytes = word_offset(s.uplink, numel), share = numel / s.payload_count;
-  for (size_t i = 0; i < s.payload_count; ++i) {
-    const PsqPayload& p = s.payloads[i];
-    const uint8_t* words = p.words + word_at;
-    fetch(words + bytes, bytes);
-    fetch(s.x + from + numel + i * share, share * sizeof(float));
-    codec_decode({p.scales + scale_at, words, scratch, numel, s.uplink, i > 0});
-  }
-}
+#include "sum.inl"
+
+namespace {
 
 // The mean message as it is: subtracted from x, or negated into out.
 PSQ_INLINE void add_loop(const float* sum, float scale, bool subtract, float* out, float* x, size_t numel) {
@@ -89,7 +78,8 @@ void server_step(const PsqServerStep& s) {
     const size_t count = at_most(span, s.numel - from);
     for (size_t at = 0; at < count; at += piece) {
       const size_t here = at_most(piece, count - at);
-      decode_sum(s, from + at, here, s.scratch + at);
+      fetch(s.x + from + at + here, at_most(here, kPiece) * sizeof(float));
+      payload_sum(s, from + at, here, s.scratch + at);
       direct(s, from + at, here, s.scratch + at);
     }
     reply(s, from, count, s.scratch);

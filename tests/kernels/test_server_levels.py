@@ -26,6 +26,7 @@ ADAMS = {
     "amsgrad-decay": AdamConfig(amsgrad=True, weight_decay=0.1),
 }
 UPLINKS = ("sign", "log:k=6,block=256", "uniform:bits=4,block=8192", "bf16", "fp32", "log:block=0")
+HALVES = ("log:k=0", "log:k=2", "uniform:bits=8", "lloyd-max:bits=1", "lloyd-max:bits=3")
 ANSWERS = ("none", "weights", "delta", "delta-ef")
 
 
@@ -132,6 +133,12 @@ def test_one_to_eight_contributions(uplink, count):
 @pytest.mark.parametrize("uplink", UPLINKS)
 def test_a_crowd_of_contributions(uplink):
     assert_same(make_step((9001, 40), uplink=uplink, count=17, adam=AdamConfig()))
+
+
+@pytest.mark.parametrize("uplink", [*codec_specs(), *(f"{name},block=256" for name in HALVES)])
+@pytest.mark.parametrize("count", [4, 6, 13])
+def test_however_many_are_summed_together_the_order_is_that_of_ranks(uplink, count):
+    assert_same(make_step((9100, 300), uplink=uplink, count=count, answer="none"))
 
 
 def test_the_sum_is_taken_by_rank_and_multiplied_by_the_rounded_inverse():
