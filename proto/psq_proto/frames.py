@@ -166,11 +166,12 @@ def _misfit(header: Header, body_len: int) -> str:
     kind = header.type
     limit = MAX_PAYLOAD_BYTES if kind in DATA_TYPES else MAX_CONTROL_BYTES
     empty = kind is MessageType.PULL or bool(int(header.flags) & _SKIP)
-    least = 0 if kind in _MAY_BE_EMPTY else 1
     if empty and body_len:
         return f"{kind.name} has no body here, got {body_len} bytes"
-    if not empty and not least <= body_len <= limit:
-        return f"{kind.name} must have a body of {least}..{limit} bytes, got {body_len}"
+    if not empty and not 0 < body_len <= limit:
+        least = 0 if kind in _MAY_BE_EMPTY else 1
+        if body_len < least or body_len > limit:
+            return f"{kind.name} must have a body of {least}..{limit} bytes, got {body_len}"
     if kind is MessageType.INIT and body_len % 4:
         return f"INIT holds 4-byte floats, got {body_len} bytes"
     if kind is MessageType.PROBE and header.part > body_len:

@@ -179,6 +179,21 @@ class Sessions(RuleBasedStateMachine):
                 self.try_send("server", T.WELCOME, WELCOME, {})
             self.everything_is_delivered()
 
+    @rule(times=st.integers(1, 2), job=st.sampled_from([b"plan", b"another plan"]))
+    def the_worker_asks_for_the_job(self, times: int, job: bytes) -> None:
+        steps = {State.IDLE: 2, State.GREETED: 1}.get(self.worker.state, 0)
+        self.both_do_what_comes_next(nonce=9, lineage=1, steps=steps)
+        for _ in range(times if self.worker.state is State.COOKIED else 0):
+            self.try_send("worker", T.PLAN, b"", {})
+            self.everything_is_delivered()
+            self.the_server_tells_the_job(job)
+            self.everything_is_delivered()
+
+    @rule(part=st.integers(0, 4))
+    def the_worker_measures_the_link(self, part: int) -> None:
+        if self.worker.may_send(T.PROBE):
+            self.try_send("worker", T.PROBE, b"four", {"part": part})
+
     @rule()
     def the_server_offers_a_cookie(self) -> None:
         self.offer_cookie()
