@@ -1,0 +1,199 @@
+"""The systems that are compared: how each is started, and the bytes its step must move.
+
+A system is one server machine and W worker machines, or W workers alone. Its processes are started
+here and told apart by name; what each does stands in a file of its own beside this one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from peers.processes import Child, Running, Site
+from peers.shapes import numel, shapes_of
+from peers.venvs import Venv, python_of
+from peers.wire import Transfer, power_sgd_bytes, ring, through_servers
+
+from psq.codec import ShardCodec, get_codec
+from psq.link import wire_bytes
+from psq.plan import Plan
+from psq.recipe import Recipe, preset
+from psq_proto.frames import HEADER_BYTES
+
+HERE = Path(__file__).parent
+SERVER = "server"
+TORCH = Venv("torch", ("torch==2.13.0", "numpy"))
+F32, HALF = 4, 2
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all systems of a comparison share."""
+
+    size: str
+    workers: int
+    site: Site
+    cache: Path
+
+    @property
+    def machines(self) -> list[str]:
+        return [f"worker{rank}" for rank in range(self.workers)]
+
+    @property
+    def numel(self) -> int:
+        return sum(map(numel, shapes_of(self.size)))
+
+
+@dataclass(frozen=True)
+class System:
+    """One row.
+
+    Attributes:
+        text: what it is, for the table's legend.
+        start: starts all of it; on an error what it has started is in `running` all the same.
+        transfers: the bytes of one step.
+        quiet: it does nothing between steps, so others may be measured while it waits.
+    """
+
+    name: str
+    text: str
+    start: Callable[[Setup, Running], None]
+    transfers: Callable[[Setup], list[Transfer]]
+    quiet: bool = True
+
+
+def machines(workers: int) -> list[str]:
+    """Every machine that some system uses."""
+    return [SERVER, *(f"worker{rank}" for rank in range(workers))]
+
+
+# ---- psq
+
+
+@dataclass(frozen=True)
+class Psq:
+    """A recipe, and where its servers are: one on a machine of its own, or beside the workers."""
+
+    recipe: str
+    uplink: str | None = None
+    downlink: str | None = None
+    beside: int = 0
+
+    def start(self, setup: Setup, running: Running) -> None:
+        endpoints = [self._server(setup, running, machine) for machine in self._hosts(setup)]
+        env = {"PSQ_RECIPE": self.recipe}
+        env |= {"PSQ_UPLINK": self.uplink} if self.uplink else {}
+        env |= {"PSQ_DOWNLINK": self.downlink} if self.downlink else {}
+        argv = [sys.executable, str(HERE / "psq_worker.py"), "--connect", ",".join(endpoints)]
+        running.ready(workers(setup, running, argv, env))
+
+    def transfers(self, setup: Setup) -> list[Transfer]:
+        names = [(f"p{i}", shape) for i, shape in enumerate(shapes_of(setup.size))]
+        plan = Plan.of(names, self._recipe(), setup.workers)
+        up, down = (
+            _message_bytes(plan, codec)
+            for codec in (plan.recipe.uplink.codec, plan.recipe.downlink.codec)
+        )
+        hosts = self._hosts(setup)
+        share = [1 / len(hosts)] * len(hosts)
+        return through_servers(
+            [up * s for s in share], [down * s for s in share], hosts, setup.machines
+        )
+
+    def _recipe(self) -> Recipe:
+        return preset(self.recipe).with_codecs(uplink=self.uplink, downlink=self.downlink)
+
+    def _hosts(self, setup: Setup) -> list[str]:
+        return setup.machines[: self.beside] or [SERVER]
+
+    def _server(self, setup: Setup, running: Running, machine: str) -> str:
+        bind = f"tcp://{setup.site.address(machine)}:0"
+        argv = [sys.executable, "-m", "psq_server", "--bind", bind, "--insecure-plaintext"]
+        server = running.add(Child(setup.site, machine, f"server@{machine}", argv, {}))
+        line = server.line()
+        server.import_kb = server.peak_kb()
+        return next(w for w in line.split() if w.startswith("endpoint=")).removeprefix("endpoint=")
+
+
+def _message_bytes(plan: Plan, codec: str) -> int:
+    payloads = (ShardCodec(get_codec(codec), shard).nbytes for shard in plan.layout.shards)
+    return sum(wire_bytes(HEADER_BYTES + nbytes) for nbytes in payloads)
+
+
+# ---- torch
+
+
+@dataclass(frozen=True)
+class Torch:
+    """`torch_ddp.py` with a hook."""
+
+    hook: str
+
+    def start(self, setup: Setup, running: Running) -> None:
+        python = python_of(TORCH, setup.cache)
+        argv = [str(python), str(HERE / "torch_ddp.py"), "--hook", self.hook]
+        env = {"GLOO_SOCKET_IFNAME": setup.site.interface()}
+        store = ["--store", f"{setup.site.address('worker0')}:0"]
+        first = workers(setup, running, [*argv, *store], env, ranks=[0])
+        store = ["--store", first[0].hear("at")["at"]]
+        others = workers(setup, running, [*argv, *store], env, ranks=range(1, setup.workers))
+        running.ready(first + others)
+
+    def transfers(self, setup: Setup) -> list[Transfer]:
+        kind, _, rank = self.hook.partition(":")
+        if kind == "powersgd":
+            nbytes = power_sgd_bytes(shapes_of(setup.size), int(rank))
+        else:
+            nbytes = setup.numel * (HALF if kind in ("bf16", "fp16") else F32)
+        return ring(nbytes, setup.machines)
+
+
+def workers(
+    setup: Setup,
+    running: Running,
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    *,
+    ranks: Sequence[int] | None = None,
+) -> list[Child]:
+    """Start these ranks (all by default), each on its machine."""
+    job = ["--size", setup.size, "--world-size", str(setup.workers)]
+    return [
+        running.add(
+            Child(
+                setup.site,
+                f"worker{rank}",
+                f"worker{rank}",
+                [*argv, *job, "--rank", str(rank)],
+                env,
+            )
+        )
+        for rank in (range(setup.workers) if ranks is None else ranks)
+    ]
+
+
+def _system(name: str, text: str, how: Psq | Torch, *, quiet: bool = True) -> System:
+    return System(name, text, how.start, how.transfers, quiet)
+
+
+PSQ_1BIT = ("server-adam", "sign", "delta:sign")
+SYSTEMS = {
+    system.name: system
+    for system in (
+        _system("psq", "psq, 1 bit up and down, Adam on the server", Psq(*PSQ_1BIT)),
+        _system("psq-default", "psq, its default recipe", Psq("server-adam")),
+        _system("psq-qadam", "psq, recipe qadam-1bit", Psq("qadam-1bit")),
+        _system("psq-s1", "psq, the server beside worker 0", Psq(*PSQ_1BIT, beside=1)),
+        _system("psq-s2", "psq, 2 servers beside workers", Psq(*PSQ_1BIT, beside=2)),
+        _system("psq-s4", "psq, 4 servers beside workers", Psq(*PSQ_1BIT, beside=4)),
+        _system("ddp-fp32", "torch DDP over gloo", Torch("none")),
+        _system("gloo-fp32", "bare gloo all-reduce of buckets in place", Torch("plain")),
+        _system("ddp-bf16", "torch DDP, bf16 hook", Torch("bf16")),
+        _system("ddp-fp16", "torch DDP, fp16 hook", Torch("fp16")),
+        _system("powersgd-1", "torch DDP, PowerSGD rank 1", Torch("powersgd:1")),
+        _system("powersgd-2", "torch DDP, PowerSGD rank 2", Torch("powersgd:2")),
+        _system("powersgd-4", "torch DDP, PowerSGD rank 4", Torch("powersgd:4")),
+    )
+}
