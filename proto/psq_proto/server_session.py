@@ -242,9 +242,10 @@ class ServerSession(Conversation):
         self.join, self.plan_body = None, b""
 
     def _take_plan(self, header: Header, body: memoryview) -> None:
+        if not body.nbytes:
+            return
         digest = digest64(body)
         if digest != header.plan:
             msg = f"PLAN has digest {digest:016x}, its header says {header.plan:016x}"
             raise RemotePlanError(msg)
-        if body.nbytes:
-            self.plan, self.plan_body = digest, bytes(body)
+        self.plan, self.plan_body = digest, bytes(body)

@@ -223,13 +223,14 @@ def cookied(worker: WorkerSession, server: ServerSession) -> None:
     worker.receive(server.send_cookie(4))
 
 
+@pytest.mark.parametrize("plan_body", [b"", b"a guess"])
 def test_a_worker_that_does_not_know_the_job_is_told_and_then_joins(
-    server: ServerSession, join: Joiner
+    server: ServerSession, join: Joiner, plan_body: bytes
 ) -> None:
-    asking = WorkerSession(rank=1, plan_body=b"")
+    asking = WorkerSession(rank=1, plan_body=plan_body)
     cookied(asking, server)
-    header, body = server.receive(asking.send(T.PLAN, asking.plan_body))
-    assert (header.plan, bytes(body)) == (digest64(b""), b"")
+    assert bytes(server.receive(asking.send(T.PLAN, b"")).body) == b""
+    assert (server.plan, server.plan_body) == (0, b"")
     assert (asking.state, server.state) == (State.COOKIED, State.COOKIED)
     header, body = asking.receive(server.send_job(b"the job"))
     assert (header.plan, bytes(body), asking.state) == (
