@@ -170,7 +170,7 @@ def test_a_recipe_that_does_not_exist_is_refused_before_anything_starts(
 @pytest.mark.parametrize("command", [["launch"], ["worker"]])
 @pytest.mark.parametrize(
     "words",
-    [["--consistency", "ssp:2"], ["--overlap"], ["--residual", "bf16"]],
+    [["--consistency", "ssp:2"], ["--residual", "bf16"]],
 )
 def test_a_setting_that_nothing_acts_upon_yet_is_refused_not_ignored(call, command, words):
     code, _, err = call(psq, *command, *words)

@@ -65,7 +65,6 @@ def check_available(told: WorkerConfig, servers: int = 1) -> None:
     wanted = {
         "connect": len(told.endpoints) > 1,
         "consistency": told.consistency != "bsp",
-        "overlap": told.overlap,
         "residual": told.residual != "f32",
     }
     for name in (name for name, is_wanted in wanted.items() if is_wanted):
