@@ -20,10 +20,10 @@ rule changes this module and not the machinery around it.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal, TypeVar, cast, get_args
+from typing import Final, Literal, cast, get_args
 
 from psq.errors import ConfigError
 
@@ -39,14 +39,10 @@ __all__ = [
     "closes",
     "deadline",
     "may_apply",
-    "may_step",
     "members",
     "parse_consistency",
-    "reducible",
-    "staleness",
 ]
 
-KeyT = TypeVar("KeyT")
 ConsistencyKind = Literal["bsp", "ssp", "asp"]
 
 MAX_STALENESS: Final = 1000
@@ -227,21 +223,3 @@ def _median(values: Iterable[float]) -> float:
     ordered = sorted(values)
     middle = len(ordered) // 2
     return (ordered[middle] + ordered[~middle]) / 2
-
-
-def staleness(step: int, have_version: int) -> int:
-    """How many rounds the weights of `have_version` are behind for step `step`."""
-    return max(0, step - have_version)
-
-
-def may_step(step: int, have_version: int, *, max_staleness: int = 0) -> bool:
-    """Whether a worker that has these weights may make step `step` (0 = synchronous)."""
-    return staleness(step, have_version) <= max_staleness
-
-
-def reducible(
-    ranks: Iterable[int], staged: Mapping[int, Collection[KeyT]], shards: Sequence[KeyT]
-) -> tuple[KeyT, ...]:
-    """The shards that every one of `ranks` has staged, in the order of `shards`."""
-    held = [staged.get(rank, ()) for rank in ranks]
-    return tuple(shard for shard in shards if all(shard in owned for owned in held))

@@ -134,9 +134,7 @@ class Plan:
         Raises:
             ConfigError: there is nothing to cut, or not enough for so many servers.
         """
-        uplink = self.recipe.uplink
-        up, down = get_codec(uplink.codec), get_codec(self.recipe.downlink.codec)
-        return cut(self.tensors, (up.nbytes, down.nbytes), self.servers, uplink.every)
+        return _cut(self)
 
     @cached_property
     def owned(self) -> tuple[Shard, ...]:
@@ -172,7 +170,9 @@ class Plan:
         try:
             plan = _from_plain(_unpack(body))
             _check_numel(plan)
-            _ = plan.layout  # what cannot be cut is refused here, not where it is first used
+            # What cannot be cut is refused here, not where it is first used; but a plan of some
+            # hundred bytes may have 65,536 shards, so nothing keeps them before its worker joins.
+            _cut(plan)
         except LocalError as error:
             msg = f"the plan that came cannot be run here: {error}"
             raise RemotePlanError(msg) from error
@@ -268,6 +268,12 @@ def _tensor(entry: Any) -> tuple[str, tuple[int, ...]]:
         f"a tensor is [name, shape] with up to {MAX_DIMENSIONS} positive sizes, got {entry!r:.200}"
     )
     raise ConfigError(msg)
+
+
+def _cut(plan: Plan) -> Layout:
+    uplink = plan.recipe.uplink
+    up, down = get_codec(uplink.codec), get_codec(plan.recipe.downlink.codec)
+    return cut(plan.tensors, (up.nbytes, down.nbytes), plan.servers, uplink.every)
 
 
 def _check_numel(plan: Plan) -> None:

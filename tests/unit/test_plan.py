@@ -1,5 +1,7 @@
 """psq.plan: equal plans are equal bytes, others are told apart in words or refused."""
 
+import tracemalloc
+
 import msgpack
 import pytest
 from hypothesis import given
@@ -146,6 +148,16 @@ def test_a_consistency_is_kept_as_its_canonical_text():
 def test_a_model_too_small_for_its_servers_is_refused_when_it_comes():
     with pytest.raises(RemotePlanError, match="too few for 2 servers: start 1 or fewer"):
         Plan.parse(plan(servers=2).body)
+
+
+def test_a_plan_that_came_keeps_no_shards_before_they_are_wanted():
+    body = plan([("w", (1 << 34,))], recipe="qadam-1bit").body
+    tracemalloc.start()
+    made = Plan.parse(body)
+    kept_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept_bytes < 100_000
+    assert len(made.layout.shards) == 1 << 14
 
 
 def test_the_bytes_of_a_plan_are_what_they_were():
