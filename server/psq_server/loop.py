@@ -24,7 +24,7 @@ from psq.plan import Plan
 from psq_proto.frames import Buffer
 from psq_server.line_log import LineLog
 from psq_server.outbox import Outbox
-from psq_server.saving import save_weights
+from psq_server.saving import metadata_of, part_path, save_weights
 from psq_server.signals import Signals
 from psq_server.state import (
     Action,
@@ -326,21 +326,17 @@ class Loop:
     def _write_weights(self, version: int) -> None:
         if self._save is None:
             return
-        held = self._hold()
-        metadata = {
-            "run_id": self._state.settings.run_id.hex(),
-            "version": str(version),
-            "plan": f"{held.plan.digest:016x}",
-            "recipe": held.plan.recipe.name,
-        }
+        held, settings = self._hold(), self._state.settings
+        path = part_path(self._save, held.plan.server, held.plan.servers)
+        metadata = metadata_of(held.plan, settings.run_id, version)
         try:
-            size_bytes = save_weights(self._save, held.reducer.weights(), metadata)
+            size_bytes = save_weights(path, held.reducer.weights(), metadata)
         except StateError as error:
             # The workers are told goodbye all the same: what they did cannot be saved by waiting.
             self._failure = error
             self._log.write("error", "not-saved", {"text": str(error)})
             return
-        self._saved = str(self._save)
+        self._saved = str(path)
         self._log.write(
             "info", "saved", {"path": self._saved, "bytes": size_bytes, "version": version}
         )

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -30,9 +30,10 @@ from psq.codec import ShardCodec, get_codec
 from psq.errors import RemotePayloadError, UsageError
 from psq.feedback import SERVER_RANK, stream_seed
 from psq.kernels import AdamCoefficients, Buffer, Floats, ServerStep
-from psq.layout import PART_NUMEL, Shard, part_count
-from psq.optim import per_shard
+from psq.layout import PART_NUMEL, Layout, Shard, part_count
+from psq.optim import Adam, per_shard
 from psq.plan import Plan
+from psq_server.slices import slice_name
 
 __all__ = ["Full", "Reducer"]
 
@@ -47,8 +48,18 @@ class Full:
     parts: tuple[NDArray[np.uint8], ...]
 
 
+def _local(plan: Plan) -> Layout:
+    """This server's shards, one behind the other: offsets are in its vectors, not in the job's."""
+    shards: list[Shard] = []
+    offset = 0
+    for shard in plan.owned:
+        shards.append(replace(shard, offset=offset))
+        offset += shard.numel
+    return replace(plan.layout, shards=tuple(shards), owners=(plan.server,) * len(shards))
+
+
 class Reducer:
-    """All of a job's weights on this server, and the optimizer that moves them.
+    """A job's weights, as far as this server has them, and the optimizer that moves them.
 
     Args:
         plan: the job.
@@ -59,25 +70,28 @@ class Reducer:
     """
 
     def __init__(self, plan: Plan, *, seed: int = 0) -> None:
-        recipe, layout = plan.recipe, plan.layout
+        recipe, local = plan.recipe, _local(plan)
         uplink, downlink = get_codec(recipe.uplink.codec), get_codec(recipe.downlink.codec)
         self._recipe = recipe
-        self._layout = layout
+        self._layout = local
+        self._shares = plan.servers > 1
         self._seed = seed
-        self._uplinks = [ShardCodec(uplink, shard) for shard in layout.shards]
-        self._downlinks = [ShardCodec(downlink, shard) for shard in layout.shards]
-        self._rounds = [0] * len(layout.shards)
-        self._missing = {(s.index, p) for s in layout.shards for p in range(part_count(s.numel))}
-        self._x = np.zeros(layout.numel, np.float32)
+        self._shards = {shard.index: shard for shard in local.shards}
+        self._uplinks = {shard.index: ShardCodec(uplink, shard) for shard in local.shards}
+        self._downlinks = {shard.index: ShardCodec(downlink, shard) for shard in local.shards}
+        self._rounds = dict.fromkeys(self._shards, 0)
+        self._missing = {(s.index, p) for s in local.shards for p in range(part_count(s.numel))}
+        self._x = np.zeros(local.numel, np.float32)
         self._state: dict[str, Floats] = {"x": self._x}
         self._residual = None
         if recipe.downlink.kind == "delta" and recipe.downlink.error_feedback:
-            self._residual = self._state["residual"] = np.zeros(layout.numel, np.float32)
-        self._adams = None
+            self._residual = self._state["residual"] = np.zeros(local.numel, np.float32)
+        self._adams: dict[int, Adam] | None = None
         if recipe.apply.adam is not None:
-            self._adams, moments = per_shard(recipe.apply.adam, layout)
+            adams, moments = per_shard(recipe.apply.adam, local)
+            self._adams = dict(zip(self._shards, adams, strict=True))
             self._state |= moments
-        self._scratch = np.empty(max(shard.numel for shard in layout.shards), np.float32)
+        self._scratch = np.empty(max(shard.numel for shard in local.shards), np.float32)
 
     @property
     def has_weights(self) -> bool:
@@ -95,10 +109,10 @@ class Reducer:
         Raises:
             RemotePayloadError: no such part, another length, or a value that is not finite.
         """
-        if not 0 <= shard < len(self._layout.shards):
-            msg = f"initial weights for shard {shard}: there are {len(self._layout.shards)}"
+        cut = self._shards.get(shard)
+        if cut is None:
+            msg = f"initial weights for shard {shard}, which this server does not have"
             raise RemotePayloadError(msg)
-        cut = self._layout.shards[shard]
         if not 0 <= part < part_count(cut.numel):
             msg = f"initial weights part {part} of shard {shard}: it has {part_count(cut.numel)}"
             raise RemotePayloadError(msg)
@@ -181,7 +195,7 @@ class Reducer:
         "delta": views of x itself, in parts, to be sent before the next `reduce`; "weights": the
         last broadcast, made again.
         """
-        cut = self._layout.shards[shard]
+        cut = self._shards[shard]
         x = self._of(self._x, cut)
         if self._recipe.downlink.kind == "weights":
             payload = np.empty(self.payload_nbytes(shard), np.uint8)
@@ -192,16 +206,28 @@ class Reducer:
         return Full(get_codec("fp32").wire_id, parts)
 
     def weights(self) -> dict[str, Floats]:
-        """The weights by parameter name, shaped; views of x, which in "delta" the workers hold."""
+        """The weights by parameter name, shaped; views of x, which in "delta" the workers hold.
+
+        Of a server that shares the job with others: what it has of each parameter, flat, by
+        `slice_name`.
+        """
+        if self._shares:
+            return self._slices()
         return {
             tensor.name: self._x[tensor.offset : tensor.offset + tensor.numel].reshape(tensor.shape)
             for tensor in self._layout.tensors
         }
 
-    @property
-    def rounds(self) -> int:
-        """Rounds the first shard has seen; between rounds all shards have the same number."""
-        return self._rounds[0]
+    def _slices(self) -> dict[str, Floats]:
+        slices: dict[str, Floats] = {}
+        for shard in self._layout.shards:
+            x = self._of(self._x, shard)
+            for segment in shard.segments:
+                name = self._layout.tensors[segment.tensor].name
+                stop = segment.offset + segment.numel
+                key = slice_name(name, segment.start, segment.start + segment.numel)
+                slices[key] = x[segment.offset : stop]
+        return slices
 
     def state_arrays(self) -> dict[str, Floats]:
         """x, moments and residual, f32[numel] by name, not copied."""
@@ -224,7 +250,7 @@ class Reducer:
         adam: AdamCoefficients | None,
         out: NDArray[np.uint8],
     ) -> ServerStep:
-        cut, downlink = self._layout.shards[shard], self._downlinks[shard]
+        cut, downlink = self._shards[shard], self._downlinks[shard]
         vectors = {name: self._of(array, cut) for name, array in self._state.items()}
         return ServerStep(
             uplink=self._uplinks[shard].codec.format,
@@ -241,7 +267,7 @@ class Reducer:
 
     def _repeat(self, shard: int, out: NDArray[np.uint8]) -> None:
         """Answer a round in which nobody said anything: the weights again, or no change."""
-        codec, x = self._downlinks[shard], self._of(self._x, self._layout.shards[shard])
+        codec, x = self._downlinks[shard], self._of(self._x, self._shards[shard])
         if self._recipe.downlink.kind == "weights":
             codec.encode(x, out, seed=self._stream(shard))
         else:

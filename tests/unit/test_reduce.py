@@ -89,7 +89,7 @@ def test_there_are_no_weights_until_the_last_part():
 @pytest.mark.parametrize(
     ("shard", "part", "values", "message"),
     [
-        (9, 0, b"", "there are 2"),
+        (9, 0, b"", "which this server does not have"),
         (0, 5, b"", "part 5 of shard 0: it has 1"),
         (0, 0, bytes(12), "has 12 bytes, the layout says"),
         (1, 0, b"\x00\x00\xc0\x7f" * 158_196, "hold NaN or Inf"),
@@ -293,3 +293,42 @@ def test_a_recipe_has_only_the_state_it_needs(recipe, adam, names):
 def test_the_reducer_runs_without_torch():
     code = "import sys, psq_server.reduce; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# ---- several servers
+
+
+def test_servers_that_share_a_job_do_together_what_one_does():
+    plans = [
+        Plan.of(SPECS, preset("server-adam").with_codecs(uplink="sign"), 2, servers=2, server=s)
+        for s in (0, 1)
+    ]
+    layout = plans[0].layout
+    x = random_values(layout.numel, seed=9)
+    messages = [random_values(layout.numel, seed=s) for s in (1, 2)]
+    got: dict[int, bytes] = {}
+    for plan in plans:
+        reducer = Reducer(plan)
+        assert reducer.state_arrays()["x"].size == sum(shard.numel for shard in plan.owned)
+        for shard in plan.owned:
+            assert shard.numel <= PART_NUMEL
+            values = x[shard.offset : shard.offset + shard.numel]
+            reducer.init(shard.index, 0, values.tobytes())
+            payloads = [pushed(plan, shard, message) for message in messages]
+            got[shard.index] = reducer.reduce(shard.index, payloads, LR).tobytes()
+    assert sorted(got) == list(range(len(layout.shards))), "every shard is somebody's"
+    for shard in layout.shards:
+        one = Plan.of([("s", (shard.numel,))], plans[0].recipe, 2)
+        if len(shard.segments) > 1:
+            continue  # scales of several segments: another plan
+        reducer = Reducer(one)
+        reducer.init(0, 0, x[shard.offset : shard.offset + shard.numel].tobytes())
+        payloads = [pushed(plans[0], shard, message) for message in messages]
+        assert reducer.reduce(0, payloads, LR).tobytes() == got[shard.index]
+
+
+def test_a_server_refuses_initial_weights_of_anothers_shard():
+    plan = Plan.of(SPECS, preset("fp32"), 2, servers=2)
+    others = next(i for i, owner in enumerate(plan.layout.owners) if owner == 1)
+    with pytest.raises(RemotePayloadError, match="which this server does not have"):
+        Reducer(plan).init(others, 0, bytes(4))
