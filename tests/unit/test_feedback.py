@@ -224,3 +224,46 @@ def test_stream_seeds_are_fixed_for_ever():
         for shard in range(8)
     }
     assert len(seeds) == 4 * 4 * 8 * 8
+
+
+@pytest.mark.parametrize("codec", ["sign", "lloyd-max:bits=4", "log:k=3", "bf16", "fp32"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_payload_tells_of_a_gradient_that_is_not_finite(codec, value):
+    plan = Plan.of(SPECS, preset("server-adam").with_codecs(uplink=codec), 1)
+    worker = Compressor(plan, 0)
+    for shard in plan.layout.shards:
+        payload = np.zeros(worker.nbytes(shard.index), np.uint8)
+        segments = [np.full(segment.numel, 0.5, np.float32) for segment in shard.segments]
+        worker.compress(shard.index, segments, LR, payload)
+        assert worker.payload_finite(shard.index, payload)
+        segments[-1][-1] = value
+        worker.compress(shard.index, segments, LR, payload)
+        assert not worker.payload_finite(shard.index, payload)
+
+
+def test_of_a_shard_that_is_not_finite_what_is_finite_waits_in_the_residual():
+    plan = Plan.of([("a", (3000,))], preset("server-adam").with_codecs(uplink="sign"), 1)
+    worker = Compressor(plan, 0)
+    payload = np.zeros(worker.nbytes(0), np.uint8)
+    gradient = np.random.default_rng(0).standard_normal(3000, np.float32)
+    worker.compress(0, [gradient], LR, payload)
+    before = worker.state_arrays()["residual"].copy()
+    sick = gradient.copy()
+    sick[1500] = np.nan  # in the second of three blocks
+    worker.compress(0, [sick], LR, payload)
+    assert worker.restore(0, payload)
+    after = worker.state_arrays()["residual"]
+    np.testing.assert_array_equal(after[1024:2048], before[1024:2048])
+    for block in (slice(0, 1024), slice(2048, 3000)):
+        np.testing.assert_allclose(after[block], (before + gradient)[block], atol=1e-6)
+
+
+def test_a_shard_forgets_its_residual_alone():
+    plan = Plan.of([("a", (600, 600))], preset("server-adam").with_codecs(uplink="fp32"), 1)
+    worker = Compressor(plan, 0)
+    residual = worker.state_arrays()["residual"]
+    residual.fill(1.0)
+    worker.forget(0)
+    first = plan.layout.shards[0].numel
+    assert not residual[:first].any()
+    assert (residual[first:] == 1.0).all()
