@@ -18,8 +18,8 @@ from psq_worker.cli import (
     ABOUT_MESSAGES,
     FOR_SERVER,
     SAID_BY_LAUNCHER,
+    first_metrics_port,
     flag_words,
-    metrics_port,
     psq,
     script_words,
     worker,
@@ -282,10 +282,10 @@ def test_plain_adam_gets_what_was_typed_but_nothing_about_messages(call):
 
 
 def test_each_server_has_a_metrics_port_and_there_must_be_so_many():
-    assert metrics_port(Given(), 4) == 0
-    assert metrics_port(Given({"metrics_port": "65532"}), 4) == 65532
+    assert first_metrics_port(ServerConfig(), 4) == 0
+    assert first_metrics_port(ServerConfig(metrics_port=65532), 4) == 65532
     with pytest.raises(ConfigError, match="4 servers take 4 ports from 65533 on"):
-        metrics_port(Given({"metrics_port": "65533"}), 4)
+        first_metrics_port(ServerConfig(metrics_port=65533), 4)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,12 @@ from psq.metrics import Metrics, Totals
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
-COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+COMPOSE_TEXT = (DEPLOY / "compose.yaml").read_text()
+COMPOSE = yaml.safe_load(COMPOSE_TEXT)
 SERVICES = COMPOSE["services"]
 OURS = {name: it for name, it in SERVICES.items() if it["image"].startswith("psq-")}
 BUILT = {name: it for name, it in OURS.items() if "build" in it}
+SERVERS = {name: service for name, service in OURS.items() if name.startswith("server")}
 WORKERS = {name: service for name, service in OURS.items() if name.startswith("worker")}
 
 
@@ -143,8 +145,9 @@ def test_everything_copied_into_the_build_exists_and_is_not_ignored():
             assert f"!{source}" in allowed, source
 
 
-def test_server_is_checked_saved_and_reached_where_its_flags_say():
-    server = SERVICES["server"]
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_server_is_checked_saved_and_reached_where_its_flags_say(name):
+    server = SERVICES[name]
     flags = dict(flag.removeprefix("--").partition("=")[::2] for flag in server["command"])
     check = " ".join(server["healthcheck"]["test"])
     assert f"http://127.0.0.1:{flags['metrics-port']}/healthz" in check
@@ -172,9 +175,23 @@ def test_ranks_count_from_zero_and_the_default_job_is_complete():
     assert {worker["environment"]["PSQ_WORLD_SIZE"] for worker in WORKERS.values()} == {size}
 
 
-def test_workers_start_when_the_server_is_healthy():
+def test_workers_start_when_every_server_that_is_asked_for_is_healthy():
     for worker in WORKERS.values():
-        assert worker["depends_on"] == {"server": {"condition": "service_healthy"}}
+        assert worker["depends_on"].keys() == SERVERS.keys()
+        for name, how in worker["depends_on"].items():
+            assert how["condition"] == "service_healthy"
+            assert how.get("required", True) == ("profiles" not in SERVERS[name])
+
+
+def test_servers_differ_in_nothing_but_their_ports_and_are_reached_by_their_names():
+    first, second = SERVERS["server"], SERVERS["server-1"]
+    assert first["command"] == second["command"]
+    assert not set(first["ports"]) & set(second["ports"])
+    said = re.search(r"PSQ_CONNECT=(\S+) and `--profile two-servers`", COMPOSE_TEXT)[1]
+    config = WorkerConfig(connect=said)
+    assert config.endpoints == tuple(f"tcp://{name}:5555" for name in SERVERS)
+    for worker in WORKERS.values():
+        assert worker["environment"]["PSQ_CONNECT"] == "${PSQ_CONNECT:-tcp://server:5555}"
 
 
 def test_server_s_flags_and_workers_variables_exist():
@@ -201,11 +218,15 @@ def test_command_lines_use_flags_and_variables_that_exist(path, programs):
     assert set(re.findall(r"\bPSQ_[A-Z_]+", text)) <= set(known_variables())
 
 
-def test_prometheus_scrapes_the_server_where_compose_puts_it():
+def test_prometheus_scrapes_the_servers_where_compose_puts_them():
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     [job] = config["scrape_configs"]
+    found = [name for dns in job["dns_sd_configs"] for name in dns["names"]]
     assert job["static_configs"] == [{"targets": ["server:9464"]}]
-    assert "--metrics-port=9464" in SERVICES["server"]["command"]
+    assert ["server", *found] == list(SERVERS)
+    assert job["dns_sd_configs"][0]["port"] == 9464
+    for server in SERVERS.values():
+        assert "--metrics-port=9464" in server["command"]
 
 
 def test_dashboard_draws_only_metrics_that_exist():

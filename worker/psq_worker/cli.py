@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -115,6 +116,9 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     check_script(given, script)
     config = given.resolve(LaunchConfig).config
     told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
+    # The launcher binds, whatever address others are to bind.
+    local = Given({**given.values, "bind": DEFAULT_ENDPOINT}, given.file)
+    told_server = local.resolve(ServerConfig).config
     servers = server_count(config.servers, config.workers)
     check_job(told)  # fails before anything is started
     check_available(told, servers)
@@ -122,7 +126,8 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     commands = Commands(
         config.workers,
         servers,
-        metrics_port=metrics_port(given, servers),
+        save=told_server.save,
+        metrics_port=first_metrics_port(told_server, servers),
         server_words=flag_words(given, ServerConfig, only=FOR_SERVER),
         worker_words=(*flag_words(given, WorkerConfig), *words),
     )
@@ -174,6 +179,21 @@ def baseline(given: Given) -> None:
     from psq_worker.runner import run_baseline  # noqa: PLC0415 - imports torch
 
     run_baseline(config)
+
+
+@psq.command("merge-weights", epilog=EPILOG, short_help="Make one file of servers' parts.")
+@click.argument("parts", nargs=-1, required=True, metavar="PART...")
+@click.option("-o", "--output", required=True, metavar="FILE", help="Where the weights go.")
+def merge_weights(parts: tuple[str, ...], output: str) -> None:
+    """Make one file of the weights that each of several servers saved of its share.
+
+    The parts are named as NAME.server0-of-2.safetensors; all of them are needed, in any order. They
+    are left as they are.
+    """
+    from psq_worker.merging import merge_weights as merge  # noqa: PLC0415 - --help needs no numpy
+
+    size_bytes = merge([Path(part) for part in parts], Path(output))
+    click.echo(f"{output}: {size_bytes:,} bytes, of {len(parts)} parts", err=True)
 
 
 @psq.command(short_help="Say whether this machine can run psq.")
@@ -258,14 +278,13 @@ def need(*modules: str) -> None:
             raise ConfigError(msg)
 
 
-def metrics_port(given: Given, servers: int) -> int:
+def first_metrics_port(told: ServerConfig, servers: int) -> int:
     """The port of the first server's metrics; the next ones are the other servers'.
 
     Raises:
         ConfigError: there are not so many ports.
     """
-    said = Given({**given.values, "bind": DEFAULT_ENDPOINT}, given.file)  # the launcher binds
-    port = said.resolve(ServerConfig).config.metrics_port
+    port = told.metrics_port
     if port and port + servers - 1 > MAX_PORT:
         msg = (
             f"metrics_port: {servers} servers take {servers} ports from {port} on, and there are "

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from psq_worker.board import Board
@@ -46,6 +48,8 @@ class Commands:
     Attributes:
         workers: how many.
         servers: how many.
+        save: the file that the weights go to, if anywhere; several servers leave their parts beside
+            it, which become one file at the end.
         metrics_port: of server 0; the next numbers are the other servers'. 0 lets each take a free
             one.
         server_words: flags for each psq-server, beside its address and the number of workers.
@@ -55,6 +59,7 @@ class Commands:
 
     workers: int
     servers: int = 1
+    save: str | None = None
     metrics_port: int = 0
     server_words: tuple[str, ...] = ()
     worker_words: tuple[str, ...] = ()
@@ -91,7 +96,7 @@ def launch(commands: Commands, view: View, env: Mapping[str, str]) -> Board:
     ranks = [f"rank {rank}" for rank in range(commands.workers)]
     servers = server_names(commands.servers)
     watch = Watch(board, view, ranks, servers)
-    with Children(watch.on_line) as children:
+    with _merging(commands, view), Children(watch.on_line) as children:
         for number, name in enumerate(servers):
             command = _server_command(commands, number)
             children.start(name, command, _without_pin(env), outlives=True)
@@ -101,6 +106,23 @@ def launch(commands: Commands, view: View, env: Mapping[str, str]) -> Board:
         watch.wait_trained(children)
         watch.wait_end(children)
     return board
+
+
+@contextmanager
+def _merging(commands: Commands, view: View) -> Iterator[None]:
+    """However a job of several servers ends: make one file of the weights they saved."""
+    if commands.save is None or commands.servers == 1:
+        yield
+        return
+    from psq_worker.merging import Parts  # noqa: PLC0415 - numpy, for this alone
+
+    parts = Parts(Path(commands.save), commands.servers)
+    try:
+        yield
+    finally:
+        merged = parts.merge()
+        if merged is not None:
+            view.say("", f"weights of {commands.servers} servers in {merged}")
 
 
 def run_one(name: str, command: Sequence[str], view: View, env: Mapping[str, str]) -> Board:
