@@ -1,12 +1,13 @@
-"""The thin shell around `machine`: the link, the clock, the waits, the thread that says "alive".
+"""The thin shell around the machines: links, clock, waits, and the thread that says "alive".
 
     join -> [begin -> (payload, push, poll) of each shard | skip -> finish]* -> leave
 
-Inside `join`, `poll` and `finish` the calling thread drives the machine and weights are handed to
-the hooks; in between the process computes, and a thread keeps sending heartbeats. The thread shares
-link and machine under a lock that it only ever tries to take, and puts aside what it receives (at
-most `INBOX_FRAMES`; the rest stays in libzmq's queue), so nothing is applied behind the caller's
-back. Every wait is named on the log and ends.
+A job has one or several servers, each with some of the shards, its own rounds and versions. There
+is a `Machine` for each; they share the calling thread, one poll and one lock. Inside `join`, `poll`
+and `finish` the calling thread drives them and weights are handed to the hooks; in between the
+process computes, and a thread keeps sending heartbeats. That thread only ever tries to take the
+lock, and puts aside what it receives, so nothing is applied behind the caller's back. Every wait is
+named on the log and ends.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import logging
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -24,20 +24,25 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from psq.client.machine import Hooks, Machine
+from psq.client.channel import Channel
+from psq.client.hooks import Hooks
+from psq.client.machine import Machine
 from psq.client.pulse import Pulse
-from psq.client.round import RoundResult
+from psq.client.round import RoundResult, merge
 from psq.client.waits import Patience, Wait
+from psq.clock import parse_consistency
 from psq.errors import ConfigError, GaveUpError, PsqError
-from psq.link import WorkerLink
+from psq.link import WorkerLinks
 from psq.plan import Plan
-from psq_proto.messages import NONE, Leave, MessageType, clip_text
+from psq_proto.messages import Leave, clip_text
 
-__all__ = ["INBOX_FRAMES", "Client"]
+__all__ = ["Client"]
 
-INBOX_FRAMES: Final = 256
 HURRIED_LINGER_S: Final = 0.5  # after Ctrl-C or an error the process should be gone within 2 s
-_TYPE_OFFSET: Final = 5
+LOOK_S: Final = 0.1  # between two looks at the links while computing, where servers may run ahead
+PUSHES_PER_LOOK: Final = 16  # as often the links are looked at while pushing
+CATCH_UP_LIMIT: Final = 8  # looks at what has come after the end of a step
+MAX_SERVERS_NAMED: Final = 4
 
 _log = logging.getLogger("psq.client")
 
@@ -51,13 +56,14 @@ class Client:
         endpoints: the server's address, or one for each server of the job, in their order.
         plan: what is trained.
         rank: this worker's number.
-        hooks: see `psq.client.machine.Hooks`; called inside `join`, `poll` and `finish` only.
+        hooks: see `Hooks`; called inside `join`, `poll` and `finish` only.
         patience: how it waits.
         rng: jitter, nonces and the lineage come from it.
         clock: seconds, monotonic.
 
     Raises:
-        ConfigError: the rank is not in the plan, or the endpoint is no address.
+        ConfigError: the rank is not in the plan, an endpoint is no address, or there are not as
+            many as the plan has servers.
     """
 
     def __init__(  # noqa: PLR0913 - a client gets its world as arguments
@@ -73,102 +79,149 @@ class Client:
     ) -> None:
         self.plan = plan
         self.rank = rank
+        self.waited_s = 0.0  # what blocked `join` and `finish`, in all
         self._patience = patience or Patience()
         self._clock = clock
+        self._in_step = parse_consistency(plan.consistency).max_staleness == 0
         addresses = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
-        if len(addresses) != 1:
-            msg = f"a job has one server, got {len(addresses)} addresses"
+        if len(addresses) != plan.servers:
+            msg = (
+                f"the job has {plan.servers} server(s), got {len(addresses)} address(es): "
+                "list every server once, in the job's order"
+            )
             raise ConfigError(msg)
-        self._link = WorkerLink(addresses[0])
-        self._machine = Machine(
-            plan,
-            rank,
-            hooks,
-            heartbeat_s=self._patience.heartbeat_s,
-            rng=rng or random.Random(),  # noqa: S311 - jitter and names, no secrets
-            is_lent=self._link.is_lent,
-        )
-        self._blocked = False
-        self._inbox: deque[memoryview] = deque()
+        rng = rng or random.Random()  # noqa: S311 - jitter and names, no secrets
+        self._links = WorkerLinks(addresses)
+        try:
+            self._channels = self._open_channels(hooks, rng)
+        except BaseException:
+            self._links.close(0.0)
+            raise
+        self._machines = [channel.machine for channel in self._channels]
+        self._owners = [self._channels[owner] for owner in plan.layout.owners]
+        self._unseen_pushes = 0
         self._lock = threading.Lock()
-        self._pulse = Pulse(self._beat, self._patience.heartbeat_s)
+        beat_s = self._patience.heartbeat_s
+        self._pulse = Pulse(self._beat, beat_s if self._in_step else min(LOOK_S, beat_s))
+
+    def _open_channels(self, hooks: Hooks, rng: random.Random) -> list[Channel]:
+        channels: list[Channel] = []
+        for index, link in enumerate(self._links.links):
+            plan = self.plan.for_server(index)
+            machine = Machine(
+                plan,
+                self.rank,
+                hooks,
+                heartbeat_s=self._patience.heartbeat_s,
+                rng=rng,
+                is_lent=link.is_lent,
+            )
+            name = f"server {index} at {link.endpoint}" if self.plan.servers > 1 else ""
+            channels.append(Channel(machine, link, name, len(plan.owned), self._clock))
+        return channels
 
     @property
     def version(self) -> int:
-        """The version of the weights in the replica; -1 before `join`."""
-        return self._machine.replica.version
+        """The version of the weights in the replica, of its oldest shard; -1 before `join`."""
+        return min(machine.replica.version for machine in self._machines)
 
     @property
     def versions(self) -> Sequence[int]:
         """The version of each shard; -1 before its first weights."""
-        return self._machine.replica.versions
+        merged: dict[int, int] = {}
+        for machine in self._machines:
+            merged |= machine.replica.versions
+        return tuple(merged[shard] for shard in sorted(merged))
 
     @property
     def sent_bytes(self) -> int:
         """Bytes sent so far, as on the wire (see `psq.link`)."""
-        return self._link.sent_bytes
+        return sum(link.sent_bytes for link in self._links.links)
 
     @property
     def received_bytes(self) -> int:
         """Bytes received so far, as on the wire."""
-        return self._link.received_bytes
+        return sum(link.received_bytes for link in self._links.links)
 
     @property
     def resent_frames(self) -> int:
         """Frames sent again because a connection lost them."""
-        return self._machine.resent_frames
+        return sum(machine.resent_frames for machine in self._machines)
 
     @property
     def resets(self) -> int:
-        """How often the residual had to start again from zero."""
-        return self._machine.resets
+        """How often a residual had to start again from zero."""
+        return sum(machine.resets for machine in self._machines)
 
     def join(self) -> int:
-        """Join the job and take the weights; blocks until the server has some.
+        """Join the job and take the weights; blocks until every server has some.
 
         Returns:
             The version of the weights: how many rounds the job has behind it.
 
         Raises:
-            GaveUpError: the server did not answer in time, or ended the job.
-            RefusedError, RemotePlanError, RemoteVersionError: it turned this worker away, and says
+            GaveUpError: a server did not answer in time, or ended the job.
+            RefusedError, RemotePlanError, RemoteVersionError: one turned this worker away, and says
                 why.
             FencedError: another process has this rank.
         """
         with self._lock:
-            self._pump(lambda: self._machine.joined and self.version != NONE, self._patience)
+            self._pump(self._ready, self._patience)
         self._pulse.start()
         return self.version
 
     def begin(self, rate: float) -> int:
-        """Open the next round, with the learning rate this worker asks for; returns its number."""
+        """Open the next step, with the learning rate this worker asks for.
+
+        Under bsp a server that is ahead of the others, because it has this worker's contribution
+        already from a process before, sits the step out: see `takes_part`.
+
+        Returns:
+            The step's number: the lowest version of the weights.
+        """
         with self._lock:
-            return self._machine.begin(rate).number
+            step = self.version
+            for machine in self._machines:
+                if machine.replica.version == step or not self._in_step:
+                    machine.begin(rate)
+        return step
+
+    def takes_part(self, shard: int) -> bool:
+        """Whether this step says something of a shard: one that does not is not to be pushed."""
+        return self._owners[shard].machine.round is not None
 
     def payload(self, shard: int) -> NDArray[np.uint8]:
         """Where to encode a shard: u8[nbytes], the very bytes that `push` will send."""
         with self._lock:
-            return self._machine.frames.payload(shard)
+            return self._owners[shard].machine.frames.payload(shard)
 
     def said(self, shard: int) -> NDArray[np.uint8]:
         """What was pushed last, for `Hooks.restore`."""
-        return self._machine.frames.said(shard)
+        return self._owners[shard].machine.frames.said(shard)
 
     def push(self, shard: int) -> None:
-        """Send a shard that was encoded into `payload`; never blocks. Cost: one CRC pass."""
+        """Send a shard that was encoded into `payload`; never blocks. Cost: one CRC pass.
+
+        What has come meanwhile is put aside now and then, and looked at in `poll` or `finish`.
+        """
         with self._lock:
-            self._machine.push(shard)
-            self._flush()
+            channel = self._owners[shard]
+            channel.machine.push(shard)
+            channel.flush()
+            self._unseen_pushes += 1
+            if self._unseen_pushes >= PUSHES_PER_LOOK:
+                self._unseen_pushes = 0
+                for each in self._channels:
+                    each.put_aside()
 
     def skip(self, shard: int | None = None) -> None:
-        """Contribute nothing to a shard, or to every shard that nothing was said of yet."""
+        """Say nothing of a shard, or of every shard that nothing was said of yet."""
         with self._lock:
-            self._machine.skip(shard)
-            self._flush()
-
-    def takes_part(self, shard: int) -> bool:
-        """Whether this step says something of a shard: one that does not is not to be pushed."""
-        return self._machine.round is not None and 0 <= shard < len(self.plan.layout.shards)
+            channels = self._channels if shard is None else (self._owners[shard],)
+            for channel in channels:
+                if shard is not None or channel.machine.round is not None:
+                    channel.machine.skip(shard)
+                    channel.flush()
 
     def poll(self) -> None:
         """Send what is due and take in what has come, weights included; never blocks.
@@ -177,105 +230,146 @@ class Client:
             as `finish`, but for the wait.
         """
         with self._lock:
-            self._flush()
-            self._inbox.extend(self._link.drain())
-            self._take_in()
+            self._unseen_pushes = 0
+            for channel in self._channels:
+                channel.flush()
+                channel.take_aside()
+            self._look(0.0)
 
     def finish(self) -> RoundResult:
-        """Wait for the verdict and for the next weights.
+        """Wait for the verdicts and for the weights after the step.
+
+        Of every shard something must have been said. Refused shards are restored (`Hooks.restore`).
+        Where servers may run ahead, all that they have sent by then is taken in as well.
 
         Raises:
-            as `join`, and RemotePayloadError: the server sent weights that do not fit the plan, or
-            says that a push does not; RemoteProtocolError: it came back without its state.
+            UsageError: no step is open, or a shard was neither pushed nor skipped.
+            as `join`, and RemotePayloadError: a server sent weights that do not fit the plan;
+            RemoteProtocolError: it came back without its state.
         """
         with self._lock:
-            self._pump(lambda: self._machine.round_over, self._patience)
-            return self._machine.end_round()
+            taking = [machine for machine in self._machines if machine.round is not None]
+            for machine in taking or self._machines:
+                machine.check_said()
+            self._pump(self._over, self._patience)
+            if not self._in_step:
+                self._catch_up()
+            return merge([machine.end_round() for machine in taking], self.version)
 
     def leave(self, reason: Literal["done", "error", "interrupted"], text: str = "") -> None:
-        """Tell the server that this worker goes, and close the link. Safe to call twice.
+        """Tell the servers that this worker goes, and close the links. Safe to call twice.
 
-        With "done" it waits up to `Patience.farewell_s` until the server has taken note, joining
-        again to say it if the connection broke just now; else it lets go within half a second.
+        With "done" it waits up to `Patience.farewell_s` until all have taken note, joining again to
+        say it if a connection broke just now; else it lets go within half a second.
         """
-        if self._link.closed:
+        if self._links.closed:
             return
         self._pulse.stop()
         hurried = reason != "done"
         with self._lock:
             try:
-                self._machine.leave(Leave(reason, clip_text(text)))
+                for machine in self._machines:
+                    machine.leave(Leave(reason, clip_text(text)))
                 if not hurried:
                     self._say_goodbye()
                 else:
-                    with suppress(PsqError):  # an interrupt may have left anything half done
-                        self._flush()
+                    self._wave()
             finally:
-                self._link.close(HURRIED_LINGER_S if hurried else None)
+                self._links.close(HURRIED_LINGER_S if hurried else None)
 
     def _say_goodbye(self) -> None:
         bounded = replace(self._patience, give_up_after_s=self._patience.farewell_s)
         try:
-            self._pump(lambda: self._machine.left, bounded)
+            self._pump(lambda: all(machine.left for machine in self._machines), bounded)
         except GaveUpError as error:
             _log.warning("left without the server's answer: %s", error)
 
+    def _wave(self) -> None:
+        for channel in self._channels:
+            with suppress(PsqError):  # an interrupt may have left anything half done
+                channel.flush()
+
+    # ---- waiting
+
+    def _ready(self) -> bool:
+        return all(machine.joined and machine.settled for machine in self._machines)
+
+    def _over(self) -> bool:
+        return all(machine.settled for machine in self._machines)
+
     def _pump(self, done: Callable[[], bool], patience: Patience) -> None:
         """Send what is due and take in what comes, until `done` or patience ends."""
-        machine = self._machine
-        machine.forget_status()
+        for machine in self._machines:
+            machine.forget_status()
         wait = Wait(self._clock(), patience)
         while True:
-            self._take_in()
+            for channel in self._channels:
+                channel.take_aside()
             if done():
                 return
-            self._flush()
+            for channel in self._channels:
+                channel.flush()
             if done():  # to find nobody there may be the end of a goodbye
                 return
             self._report(wait)
-            now_s = self._clock()
-            due_s = machine.due_s
-            if self._blocked and due_s <= now_s:
-                due_s = wait.due_s  # it is due already and waits for room
-            self._link.wait(max(0.0, min(wait.due_s, due_s) - now_s), room=self._blocked)
-            self._inbox.extend(self._link.drain())
+            self._look(self._pause_s(wait, self._clock()))
 
-    def _take_in(self) -> None:
-        while self._inbox:
-            self._machine.receive(self._inbox.popleft(), self._clock())
+    def _look(self, timeout_s: float) -> bool:
+        """Take in what has come, or comes within this time; returns whether anything had."""
+        blocked = [index for index, channel in enumerate(self._channels) if channel.blocked]
+        before_s = self._clock() if timeout_s else 0.0
+        ready = self._links.wait(timeout_s, blocked if timeout_s else ())
+        if timeout_s:
+            self.waited_s += self._clock() - before_s
+        for index in ready:
+            self._channels[index].take_in()
+        return bool(ready)
 
-    def _flush(self) -> None:
-        """Send until nothing is due or the link has no room."""
-        now_s = self._clock()
-        self._blocked = False
-        while (frame := self._machine.next_frame(now_s)) is not None:
-            if not self._link.send(frame):
-                self._machine.not_sent(now_s)
-                self._blocked = True
-                return
-            self._machine.sent(now_s)
+    def _pause_s(self, wait: Wait, now_s: float) -> float:
+        """How long nothing has to be done, unless something comes."""
+        due_s = wait.due_s
+        for channel in self._channels:
+            if not channel.blocked or channel.machine.due_s > now_s:
+                due_s = min(due_s, channel.machine.due_s)
+            # else it is due already and waits for room
+        return max(0.0, due_s - now_s)
+
+    def _catch_up(self) -> None:
+        for _ in range(CATCH_UP_LIMIT):
+            if not self._look(0.0):
+                break
+        self._pump(self._over, self._patience)  # the last look may have ended amid a full shard
 
     def _report(self, wait: Wait) -> None:
-        while self._machine.notes:
-            _log.warning("%s", self._machine.notes.popleft())
-        words = wait.check(
-            self._clock(), self._machine.waited_for() or f"server {self._link.endpoint}"
-        )
+        for channel in self._channels:
+            while channel.machine.notes:
+                note = channel.machine.notes.popleft()
+                _log.warning("%s%s", f"{channel.name}: " if channel.name else "", note)
+        words = wait.check(self._clock(), self._waited_for())
         if words:
             _log.warning("%s", words)
 
+    def _waited_for(self) -> str:
+        """Whom this worker waits for, in words."""
+        if len(self._channels) == 1:
+            [only] = self._channels
+            return only.machine.waited_for() or f"server {only.link.endpoint}"
+        open_ = [each for each in self._channels if not each.machine.at_rest]
+        words = [
+            f"{each.name}: {each.machine.waited_for()}".removesuffix(": ")
+            for each in open_[:MAX_SERVERS_NAMED]
+        ]
+        more = len(open_) - len(words)
+        return "; ".join(words) + (f"; and {more} more servers" if more else "")
+
     def _beat(self) -> None:
-        """A heartbeat from the thread, if nobody is at work on the link."""
+        """Heartbeats from the thread, if nobody is at work on the links."""
         if not self._lock.acquire(blocking=False):
             return
         try:
-            if self._link.closed or not self._machine.joined:
-                return
-            self._flush()
-            for frame in self._link.drain(INBOX_FRAMES - len(self._inbox)):
-                if len(frame) > _TYPE_OFFSET and frame[_TYPE_OFFSET] == MessageType.STATUS:
-                    self._machine.answered_unseen()
-                else:
-                    self._inbox.append(frame)
+            for channel in self._channels:
+                if not channel.link.closed and channel.machine.joined:
+                    channel.flush()
+                    channel.put_aside()
         finally:
             self._lock.release()

@@ -15,7 +15,7 @@ __all__ = ["PushFrames"]
 
 
 class PushFrames:
-    """A frame per shard, allocated once: room for the header, then the payload.
+    """A frame per shard that a server owns, allocated once: room for the header, then the payload.
 
     libzmq reads a large frame straight from its buffer, some time after it was sent. As a rule it
     is done long before the buffer is needed again, because the round ended in between; where it is
@@ -23,19 +23,19 @@ class PushFrames:
     let go.
 
     Args:
-        plan: the job.
+        plan: the job, as that server sees it.
         is_lent: whether somebody still reads a buffer.
     """
 
     def __init__(self, plan: Plan, is_lent: Callable[[bytearray], bool]) -> None:
         codec = get_codec(plan.recipe.uplink.codec)
-        sizes = [
-            sum(codec.nbytes(segment.numel) for segment in shard.segments)
-            for shard in plan.layout.shards
-        ]
+        sizes = {
+            shard.index: sum(codec.nbytes(segment.numel) for segment in shard.segments)
+            for shard in plan.owned
+        }
         self._is_lent = is_lent
-        self._frames = [bytearray(HEADER_BYTES + nbytes) for nbytes in sizes]
-        self._payloads = [_payload_of(frame) for frame in self._frames]
+        self._frames = {shard: bytearray(HEADER_BYTES + size) for shard, size in sizes.items()}
+        self._payloads = {shard: _payload_of(frame) for shard, frame in self._frames.items()}
 
     def payload(self, shard: int) -> NDArray[np.uint8]:
         """Where to encode a shard: u8[nbytes], free to be written."""

@@ -1,21 +1,24 @@
-"""A worker's side of a job as a pure state machine: frames in, frames out.
+"""A worker's side of its conversation with one server as a pure state machine: frames in and out.
 
     join:   HELLO -> COOKIE -> PLAN, JOIN -> WELCOME -> [INIT ...] PULL -> WEIGHTS
-    round:  PUSH ... -> VERDICT -> WEIGHTS
+    round:  PUSH ... -> WEIGHTS ... VERDICT
     end:    LEAVE -> BYE, or any answer to something sent after it
 
 What to send follows from the state, not from a script: `next_frame` makes whatever the present
 state calls for, `receive` takes in what comes. So a connection that breaks at any point needs no
 path of its own: the server answers STALE_EPOCH, the session is back at its start, the same rules
-join again with the same lineage, WELCOME and STATUS tell what arrived, and the rest is sent again,
-byte for byte.
+join again with the same lineage, STATUS tells what arrived, and the rest is sent again, byte for
+byte.
 
 Rules it keeps, with the reason:
+- What became of a contribution is known from its VERDICT alone. If STATUS says that there was one
+  and it never came, something of the contribution is said again: the server repeats its verdict.
 - A shard that STATUS calls missing is sent again only if that STATUS answers a heartbeat sent after
   the shard was: the stream is in order, so then it was lost. An older answer proves nothing.
-- A rejected push goes back into the residual, and the round goes on with a SKIP: the other workers
-  wait for this rank's word, not for its gradient.
-- Weights reach `Hooks.weights` once per shard and version (see `replica`).
+- A round is over when its verdict is known and every shard has reached the version that the verdict
+  names. Then, and only then, the refused shards go back into the residual, each once.
+- Weights reach `Hooks.weights` once per shard and version (see `replica`). A delta whose base was
+  lost asks for the weights in full.
 
 Never here: a clock, a socket, a thread, a log, randomness of its own. Queues are bounded by the
 number of shards.
@@ -27,17 +30,14 @@ import os
 import platform
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
-
-import numpy as np
-from numpy.typing import NDArray
 
 import psq
 from psq.client.frames import PushFrames
+from psq.client.hooks import Hooks
 from psq.client.replica import ReplicaVersions
-from psq.client.round import Round, RoundResult
+from psq.client.round import Round
 from psq.client.waits import Backoff, name_ranks
 from psq.codec import get_codec
 from psq.errors import (
@@ -74,7 +74,7 @@ from psq_proto.messages import (
 )
 from psq_proto.session import State, WorkerSession
 
-__all__ = ["ALONE_S", "FAREWELL_BEAT_S", "Hooks", "Machine"]
+__all__ = ["ALONE_S", "FAREWELL_BEAT_S", "Machine"]
 
 FAREWELL_BEAT_S: Final = 0.1
 """Between two heartbeats of a worker that has said goodbye: their answer lets it go."""
@@ -82,29 +82,15 @@ ALONE_S: Final = 0.5
 """Without a connection for so long after its goodbye, a worker takes it that the server ended: one
 that is still there would have been found again."""
 
-
-@dataclass(frozen=True, slots=True)
-class Hooks:
-    """What is asked of whoever owns the numbers.
-
-    Attributes:
-        initial: the f32 values of a shard, for the server's first weights (asked of rank 0 only).
-        weights: put a WEIGHTS frame's body into the replica.
-        restore: the server did not take this shard: fold what was said back into the residual.
-        reset: the residuals of these shards have a history that is not the server's: forget them.
-    """
-
-    initial: Callable[[int], NDArray[np.float32]]
-    weights: Callable[[Header, memoryview], None]
-    restore: Callable[[int], None]
-    reset: Callable[[Sequence[int]], None]
+MAX_SHARDS_NAMED: Final = 8
+_TYPE_OFFSET: Final = 5
 
 
 class Machine:
     """See the module's docstring.
 
     Args:
-        plan: what is trained.
+        plan: what is trained, as this server sees it.
         rank: this worker's number.
         hooks: see `Hooks`.
         heartbeat_s: between two signs of life.
@@ -146,15 +132,17 @@ class Machine:
         self._nonce = rng.getrandbits(64)
         self._backoff = Backoff(rng)
         self._resolved = NONE
+        self._shards = tuple(shard.index for shard in plan.owned)
         self._outbox: deque[bytearray] = deque()
-        self._initial: Iterator[bytearray] = iter(())
+        self._initial: Iterator[bytearray] | None = None
         self._hello_at_s = self._beat_at_s = 0.0
-        self._unanswered = 0
+        self._beats = self._answers = 0  # heartbeats sent, and those answered, since WELCOME
         self._pull = False
-        self._weights_since_status = False
+        self._gap_version = NONE
+        self._progress = False
         self._status: Status | None = None
         self._leave: Leave | None = None
-        self._old_answers_at_leave = 0
+        self._leave_fence = 0
         self._alone_since_s: float | None = None
 
     @property
@@ -168,6 +156,20 @@ class Machine:
         if self._alone_since_s is not None:
             return self._alone_since_s + ALONE_S
         return self._beat_at_s if self.joined else self._hello_at_s
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is waited for: weights are there, and the round, if any, is over."""
+        if self.round is None:
+            return self.replica.version != NONE
+        return bool(self.round.outcome) and self.replica.version >= self.round.target
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nobody need wait for this server."""
+        if self._leave is not None:
+            return self.left
+        return self.joined and self.settled
 
     def waited_for(self) -> str:
         """What the worker waits for, if it waits, in words; empty for the server itself."""
@@ -186,39 +188,43 @@ class Machine:
         if self.round is not None or self.replica.version == NONE:
             msg = "a round begins after join, and after the round before has ended"
             raise UsageError(msg)
-        if self.joined:
-            self._outbox.clear()  # copies of a round that is over: their buffers are needed now
-        self._weights_since_status = False
-        self.round = Round(self.replica.version, rate)
+        self._drop_pushes()  # copies of a round that is over: their buffers are needed now
+        self._progress = False
+        self.round = Round(self.replica.version, rate, self._shards, fence=self._beats)
         return self.round
 
     def push(self, shard: int) -> None:
         """Say a shard: what its payload buffer holds now."""
         current = self._open()
-        current.pushed.add(shard)
-        self._queue_push(shard, current)
+        current.push(shard)
+        if not current.outcome:  # else the contribution is rejected already, this shard with it
+            self._queue_push(shard, current)
 
     def skip(self, shard: int | None = None) -> None:
-        """Contribute nothing to a shard, or to every shard of the round."""
+        """Say nothing of a shard, or of every shard that nothing was said of yet."""
         current = self._open()
-        if shard is not None:
-            msg = f"shard {shard} cannot be skipped alone: this server knows whole rounds only"
+        new = current.skip(shard)
+        if not current.outcome:
+            self._queue_skips(new, current)
+
+    def check_said(self) -> None:
+        """A round ends only if something was said of every shard.
+
+        Raises:
+            UsageError: of one nothing was said.
+        """
+        unsaid = self._open().unsaid()
+        if unsaid:
+            msg = f"{_name_shards(unsaid)} of this step neither pushed nor skipped: do either"
             raise UsageError(msg)
-        current.skipped = True
-        current.pushed.clear()
-        self._queue_skip(current)
 
-    @property
-    def round_over(self) -> bool:
-        """Whether the verdict is known and the weights after the round are all there."""
+    def end_round(self) -> Round:
+        """Close the round that is over: what was refused goes back into the residual."""
         current = self._open()
-        return current.outcome is not None and self.replica.version > current.number
-
-    def end_round(self) -> RoundResult:
-        """Close the round that is over."""
-        result = self._open().result(self.replica.version)
+        for shard in current.rejected():
+            self._hooks.restore(shard)
         self.round = None
-        return result
+        return current
 
     def leave(self, leave: Leave) -> None:
         """Say goodbye as soon as possible; `left` tells when the server has taken note."""
@@ -272,15 +278,19 @@ class Machine:
 
     def _queue_work(self) -> None:
         """Initial weights first, then the wish for weights, then the goodbye."""
-        initial = next(self._initial, None)
-        if initial is not None:
-            self._outbox.append(initial)
-        elif self._leave is not None:
+        if self._initial is not None:
+            initial = next(self._initial, None)
+            if initial is not None:
+                self._outbox.append(initial)
+                return
+            self._initial = None
+        if self._leave is not None:
             self._outbox.append(self.session.send(MessageType.LEAVE, self._leave))
-            self._old_answers_at_leave = self._unanswered
+            self._leave_fence = self._beats
             self._beat_at_s = 0.0  # a heartbeat follows: its answer says that the goodbye arrived
         elif self._pull:
             self._pull = False
+            self._progress = True  # the answer is under way, until a STATUS shows that it is not
             have = self.replica.version
             version = NO_VERSION if have == NONE else have
             self._outbox.append(self.session.send(MessageType.PULL, version=version))
@@ -288,11 +298,11 @@ class Machine:
     def _queue_heartbeat(self) -> None:
         beat = Heartbeat(self.replica.version, max(0, self.replica.version))
         self._outbox.append(self.session.send(MessageType.HEARTBEAT, beat))
-        self._unanswered += 1
+        self._beats += 1
 
     def _queue_push(self, shard: int, current: Round) -> None:
         """While not joined nothing is queued: after WELCOME a STATUS will call it missing."""
-        current.old_answers = self._unanswered
+        current.fence = self._beats
         if self.session.state is not State.JOINED:
             return
         frame = self.frames.to_seal(shard)
@@ -308,24 +318,35 @@ class Machine:
         )
         self._outbox.append(frame)
 
-    def _queue_skip(self, current: Round) -> None:
-        current.old_answers = self._unanswered
+    def _queue_skips(self, shards: Iterable[int], current: Round) -> None:
+        """Say nothing of these shards, each by its name.
+
+        Only a contribution without any payload is skipped in one message: such a SKIP speaks of all
+        shards not said yet, and a shard whose PUSH came damaged would be among them.
+        """
+        current.fence = self._beats
         if self.session.state is not State.JOINED:
             return
-        frame = self.session.send(
-            MessageType.PUSH,
-            flags=Flags.SKIP,
-            seq=current.number,
-            round=current.number,
-            version=current.number,
-            rate=current.rate,
-            shard=NO_SHARD,
-        )
-        self._outbox.append(frame)
+        for shard in (NO_SHARD,) if current.skipped_whole else shards:
+            frame = self.session.send(
+                MessageType.PUSH,
+                flags=Flags.SKIP,
+                seq=current.number,
+                round=current.number,
+                version=current.number,
+                rate=current.rate,
+                shard=shard,
+            )
+            self._outbox.append(frame)
+
+    def _drop_pushes(self) -> None:
+        if self._outbox:
+            kept = [frame for frame in self._outbox if frame[_TYPE_OFFSET] != MessageType.PUSH]
+            self._outbox = deque(kept)
 
     def _initial_frames(self) -> Iterator[bytearray]:
         """INIT frames of every shard, made one at a time so that only one is in memory."""
-        for shard in self._plan.layout.shards:
+        for shard in self._plan.owned:
             values = self._hooks.initial(shard.index)
             for part in range(part_count(shard.numel)):
                 body = values[part * PART_NUMEL : (part + 1) * PART_NUMEL].data.cast("B")
@@ -335,7 +356,7 @@ class Machine:
 
     def answered_unseen(self) -> None:
         """A STATUS came that nobody will look at: one heartbeat fewer is under way."""
-        self._unanswered = max(0, self._unanswered - 1)
+        self._answers += 1
 
     def receive(self, frame: memoryview, now_s: float) -> None:
         """Take in one frame.
@@ -366,7 +387,7 @@ class Machine:
             case Status():
                 self._on_status(body)
             case Verdict():
-                self._on_verdict(header.seq, body)
+                self._on_verdict(header, body)
             case StaleEpoch():
                 self._outbox.clear()
                 self._hello_at_s = now_s
@@ -379,7 +400,8 @@ class Machine:
 
     def _on_cookie(self, now_s: float) -> None:
         self._hello_at_s = now_s + self._backoff.next_s()
-        pending = self.round.number if self.round is not None else NONE
+        said = self.round is not None and (self.round.pushed or self.round.skipped)
+        pending = self.round.number if self.round is not None and said else NONE
         join = Join(self._lineage, self._resolved, pending, platform.node(), os.getpid())
         self._outbox.clear()
         self._outbox.append(self.session.send(MessageType.PLAN, self._plan.body))
@@ -389,89 +411,81 @@ class Machine:
         self._backoff.reset()
         self._nonce = self._rng.getrandbits(64)
         self._outbox.clear()
-        self._unanswered = 0
+        self._beats = self._answers = 0
         self._beat_at_s = now_s  # at once: its answer says what arrived
         self._pull = True
-        self._initial = self._initial_frames() if welcome.init_wanted else iter(())
+        self._initial = self._initial_frames() if welcome.init_wanted else None
         if welcome.mode == "reset" and self._resolved != NONE:
-            self._hooks.reset(range(len(self._plan.layout.shards)))
+            self._hooks.reset(self._shards)
             self.resets += 1
             self.notes.append("the server does not know this residual: it starts again from zero")
         if self.round is not None:
-            self.round.old_answers = 0
-            if welcome.last_applied >= self.round.number:
-                self._applied(self.round, 0.0)
+            self.round.fence = 0
 
     def _on_status(self, status: Status) -> None:
         self._status = status
-        self._unanswered = max(0, self._unanswered - 1)
+        self._answers += 1
         if self.session.state is State.LEAVING:
-            self._old_answers_at_leave -= 1
-            self.left = self._old_answers_at_leave < 0
+            self.left = self._answers > self._leave_fence
             return
         current = self.round
-        if current is None:
-            self._pull_if_behind(status, 0)
-        elif current.old_answers:
-            current.old_answers -= 1
-        else:
+        if current is not None and self._answers > current.fence:
             self._settle(current, status)
-            self._pull_if_behind(status, current.number + 1)
+        self._pull_if_behind(status, 0 if current is None else current.target)
 
     def _settle(self, current: Round, status: Status) -> None:
         """Act on a STATUS that knows of everything this round has sent."""
-        if status.round < current.number:
+        if status.round < current.number or status.resolved > current.number:
             msg = (
-                f"the server is at round {status.round}, this worker at round {current.number}: "
+                f"the server is at round {status.round} and has resolved {status.resolved} of this "
+                f"rank, this worker is at round {current.number}: "
                 "the server came back with an older state; start the job again"
             )
             raise RemoteProtocolError(msg)
-        if status.round > current.number:
-            # It closed with this worker's contribution in it, as every round does: only the
-            # verdict was lost.
-            self._applied(current, 0.0)
-        elif current.outcome is None and status.missing and not self._outbox:
-            self._send_again(current, status)
+        if current.outcome or self._outbox:
+            return
+        if status.resolved == current.number:
+            self._ask_again(current)
+        else:
+            self._send_again(current, status.missing)
 
-    def _send_again(self, current: Round, status: Status) -> None:
-        lost = current.lost(status.missing)
-        if current.skipped:
-            self._queue_skip(current)
+    def _ask_again(self, current: Round) -> None:
+        """The verdict was lost: anything of the contribution makes the server repeat it."""
+        if current.pushed:
+            self._queue_push(min(current.pushed), current)
+        else:
+            self._queue_skips(sorted(current.skipped)[:1], current)
+        self.resent_frames += 1
+
+    def _send_again(self, current: Round, missing: Iterable[int]) -> None:
+        lost = [shard for shard in missing if shard in current.pushed]
+        skips = [shard for shard in missing if shard in current.skipped]
         for shard in lost:
             self._queue_push(shard, current)
-        self.resent_frames += len(lost) + current.skipped
+        if skips:
+            self._queue_skips(skips, current)
+        self.resent_frames += len(lost) + (1 if current.skipped_whole and skips else len(skips))
 
     def _pull_if_behind(self, status: Status, target: int) -> None:
         """Ask for weights that the server has and that are not under way."""
-        if self.replica.version < target <= status.version and not self._weights_since_status:
+        if self.replica.version < target <= status.version and not self._progress:
             self._pull = True
-        self._weights_since_status = False
+        self._progress = False
 
-    def _on_verdict(self, seq: int, verdict: Verdict) -> None:
+    def _on_verdict(self, header: Header, verdict: Verdict) -> None:
         current = self.round
-        if current is None or seq != current.number or current.outcome is not None:
-            return
-        if verdict.outcome == "applied":
-            self._applied(current, verdict.server_s)
-            return
-        if current.skipped:
-            if current.refusal:
-                return  # several of its shards may be refused; the first answer counted
-            msg = f"the server rejected round {current.number}: {verdict.reason}"
-            raise RemoteProtocolError(msg)
-        self.notes.append(f"push of round {current.number} rejected: {verdict.reason}")
-        current.refusal = verdict.reason or "rejected"
-        self._outbox.clear()
-        current.rejected = tuple(sorted(current.pushed))
-        for shard in current.rejected:
-            self._hooks.restore(shard)
-        self.skip()
-
-    def _applied(self, current: Round, server_s: float) -> None:
-        """What this round said counted; the first to say so is believed."""
-        if current.outcome is None:
-            current.outcome, current.server_s = "applied", server_s
-            self._resolved = current.number
+        if current is None or header.seq != current.number or current.outcome:
+            return  # repeated, or of a round before
+        current.take(verdict, header.version)
+        self._resolved = current.number
+        lost = current.rejected()
+        if verdict.outcome == "rejected":
+            self._drop_pushes()
+            self.notes.append(f"round {current.number} rejected: {verdict.reason}")
+        elif lost:
+            self.notes.append(
+                f"round {current.number}: {_name_shards(lost)} rejected: {verdict.reason}"
+            )
 
     def _on_error(self, error: Error) -> None:
         if error.code == ErrorCode.WIRE:
@@ -490,7 +504,22 @@ class Machine:
             raise GaveUpError(msg)
 
     def _on_weights(self, header: Header, body: memoryview) -> None:
-        self._weights_since_status = True
-        if self.replica.wants(header, body.nbytes):
+        replica = self.replica
+        if replica.wants(header, body.nbytes):
+            self._progress = True
             self._hooks.weights(header, body)
-            self.replica.took(header)
+            replica.took(header)
+            if replica.version >= self._gap_version:
+                self._gap_version = NONE
+        elif replica.misses(header):
+            self._pull = self._pull or self._gap_version == NONE  # once for each gap
+            self._gap_version = max(self._gap_version, header.version)
+        elif Flags.FULL in header.flags:
+            self._progress = True  # an answer to PULL, on its way to the shards that lack something
+
+
+def _name_shards(shards: list[int]) -> str:
+    named = ", ".join(map(str, shards[:MAX_SHARDS_NAMED]))
+    more = len(shards) - MAX_SHARDS_NAMED
+    word = "shard" if len(shards) == 1 else "shards"
+    return f"{word} {named}{f' and {more} more' if more > 0 else ''}"

@@ -1,13 +1,15 @@
 """Which version of the weights each shard of a replica has, and which WEIGHTS frame may be applied.
 
 A delta applied twice, or to the wrong version, is a wrong weight for ever. So every frame is judged
-here before a byte of it is decoded: apply it, or leave it because the shard has it already. Pure
-bookkeeping: no I/O, no arrays.
+here before a byte of it is decoded: apply it, or leave it because the shard has it already. Shards
+move one by one: between two rounds some are a version ahead of others. Pure bookkeeping: no I/O, no
+arrays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from psq.codec import get_codec
 from psq.errors import RemotePayloadError
@@ -18,32 +20,43 @@ from psq_proto.messages import NONE, Flags
 
 __all__ = ["ReplicaVersions"]
 
+_DELTA: Final = int(Flags.DELTA)
+
 
 class ReplicaVersions:
-    """The version of every shard, NONE (-1) before its first weights."""
+    """The version of every shard that a server owns, NONE (-1) before its first weights.
+
+    Args:
+        plan: the job, as that server sees it.
+    """
 
     def __init__(self, plan: Plan) -> None:
-        self._numels = [shard.numel for shard in plan.layout.shards]
-        self._versions = [NONE] * len(self._numels)
+        self._plan = plan
+        self._numels = {shard.index: shard.numel for shard in plan.owned}
+        self._versions = dict.fromkeys(self._numels, NONE)
+        self._lowest, self._at_lowest = NONE, len(self._versions)
         self._parts: dict[int, tuple[int, set[int]]] = {}
         downlink = plan.recipe.downlink
         self._kind = downlink.kind
         self._codec = get_codec(downlink.codec)
         self._dense_id = get_codec("fp32").wire_id
-        self._sizes = [
-            sum(self._codec.nbytes(segment.numel) for segment in shard.segments)
-            for shard in plan.layout.shards
-        ]
+        coded = {self._codec.wire_id}
+        self._delta_ids = coded if self._kind == "delta" else set()
+        self._full_ids = {self._dense_id} | (coded if self._kind != "delta" else set())
+        self._sizes = {
+            shard.index: sum(self._codec.nbytes(segment.numel) for segment in shard.segments)
+            for shard in plan.owned
+        }
 
     @property
     def version(self) -> int:
         """The version that every shard has reached."""
-        return min(self._versions)
+        return self._lowest
 
     @property
-    def versions(self) -> Sequence[int]:
+    def versions(self) -> dict[int, int]:
         """The version of each shard."""
-        return tuple(self._versions)
+        return dict(self._versions)
 
     def wants(self, header: Header, body_bytes: int) -> bool:
         """Whether this WEIGHTS frame is to be applied.
@@ -56,40 +69,58 @@ class ReplicaVersions:
         """
         self._check(header, body_bytes)
         have = self._versions[header.shard]
-        if Flags.DELTA in header.flags:
+        if int(header.flags) & _DELTA:
             return have != NONE and header.version == have + 1
-        version, parts = self._parts.get(header.shard, (NONE, set()))
+        version, parts = self._parts.get(header.shard, (NONE, ()))
         if version == header.version:
             return header.part not in parts
         return header.version > max(have, version)
 
+    def misses(self, header: Header) -> bool:
+        """Whether this frame, which is not wanted, shows that one before it was lost."""
+        have = self._versions[header.shard]
+        return bool(int(header.flags) & _DELTA) and have != NONE and header.version > have + 1
+
     def took(self, header: Header) -> None:
         """Note that this frame, which `wants` allowed, is in the weights now."""
+        shard = header.shard
         if not self._is_dense(header):
-            self._versions[header.shard] = header.version
+            self._parts.pop(shard, None)
+            self._set(shard, header.version)
             return
-        version, parts = self._parts.get(header.shard, (NONE, set()))
+        version, parts = self._parts.get(shard, (NONE, set()))
         if version != header.version:
             parts = set()
         parts.add(header.part)
-        self._parts[header.shard] = (header.version, parts)
-        self._versions[header.shard] = NONE  # half of one version and half of another is neither
-        if len(parts) == part_count(self._numels[header.shard]):
-            del self._parts[header.shard]
-            self._versions[header.shard] = header.version
+        if len(parts) == part_count(self._numels[shard]):
+            self._parts.pop(shard, None)
+            self._set(shard, header.version)
+        else:
+            self._parts[shard] = (header.version, parts)
+            self._set(shard, NONE)  # half of one version and half of another is neither
+
+    def _set(self, shard: int, version: int) -> None:
+        """Keep the lowest version at hand: it is asked for far more often than it changes."""
+        before, self._versions[shard] = self._versions[shard], version
+        if before == version:
+            return
+        if version < self._lowest:
+            self._lowest, self._at_lowest = version, 1
+            return
+        self._at_lowest += (version == self._lowest) - (before == self._lowest)
+        if not self._at_lowest:
+            versions: Sequence[int] = tuple(self._versions.values())
+            self._lowest = min(versions)
+            self._at_lowest = versions.count(self._lowest)
 
     def _is_dense(self, header: Header) -> bool:
-        return Flags.FULL in header.flags and header.codec == self._dense_id
+        return not int(header.flags) & _DELTA and header.codec == self._dense_id
 
     def _check(self, header: Header, body_bytes: int) -> None:
-        if header.shard >= len(self._numels):
-            msg = f"weights of shard {header.shard} came, the plan has {len(self._numels)} shards"
-            raise RemotePayloadError(msg)
-        delta = Flags.DELTA in header.flags
-        allowed = {self._codec.wire_id} if delta == (self._kind == "delta") else set()
-        if not delta:
-            allowed.add(self._dense_id)
-        if header.codec not in allowed:
+        if header.shard not in self._numels:
+            raise RemotePayloadError(self._foreign(header.shard))
+        delta = int(header.flags) & _DELTA
+        if header.codec not in (self._delta_ids if delta else self._full_ids):
             kind = "a delta" if delta else "weights"
             msg = (
                 f"shard {header.shard} came as {kind} in codec {header.codec:#06x}, "
@@ -103,6 +134,13 @@ class ReplicaVersions:
                 f"the plan says {expected}"
             )
             raise RemotePayloadError(msg)
+
+    def _foreign(self, shard: int) -> str:
+        count = len(self._plan.layout.shards)
+        if shard >= count:
+            return f"weights of shard {shard} came, the plan has {count} shards"
+        owner = self._plan.layout.owners[shard]
+        return f"weights of shard {shard} came from server {self._plan.server}, {owner} owns it"
 
     def _expected_bytes(self, header: Header) -> int:
         if not self._is_dense(header):

@@ -1,23 +1,33 @@
-"""One contribution on its way: what was sent, what the server said about it."""
+"""One contribution on its way to one server: what was said of each shard, what became of it.
+
+A contribution is named by `number`, the version of the weights that it was computed from. Of every
+shard that the server owns something is said once: a payload, or nothing (a skip). The verdict comes
+for the whole of it and names the shards that were refused; only it says what counts, and silence
+says nothing. Pure bookkeeping: no I/O, no arrays.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["Round", "RoundResult"]
+from psq.errors import UsageError
+from psq_proto.messages import Verdict
+
+__all__ = ["Round", "RoundResult", "merge"]
 
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """How a round ended for this worker.
+    """How a step ended for this worker.
 
     Attributes:
-        applied: the server counted what this worker said (a skip it asked for is something said).
-        reason: why not, in the server's words; empty when applied.
-        version: the version of the weights after the round.
-        server_s: what the server's own work took; 0 where a broken connection lost the answer.
-        rejected: the shards that were pushed and did not count, ascending; what they said is back
+        applied: something of what this worker said counts (a skip it asked for is something said).
+        reason: why not, or why not all of it, in a server's words; empty when all counts.
+        version: the version of the weights after the step; of several servers, the lowest.
+        server_s: what the server's own work took; of several, the longest.
+        rejected: the shards that were pushed and do not count, ascending; what they said is back
             in the residual.
     """
 
@@ -30,34 +40,88 @@ class RoundResult:
 
 @dataclass(slots=True)
 class Round:
-    """The state of one round; its `seq` is `number` too, while rounds are synchronous.
+    """The state of one contribution.
 
     Attributes:
-        number: it turns version `number` of the weights into `number` + 1.
+        number: its name, and its `seq`: the version it was computed from.
         rate: the learning rate this worker asks for.
-        pushed: the shards handed over so far.
-        skipped: this worker contributes nothing.
-        outcome: the verdict, once it is known.
-        refusal: why what was pushed first was rejected; the round goes on with a skip.
-        server_s, rejected: see `RoundResult`.
-        old_answers: answers still to come to heartbeats that were sent before the last push: what
-            such an answer calls missing may have arrived since.
+        shards: what the server owns: something is to be said of each.
+        pushed, skipped: the shards of which something was said so far.
+        skipped_whole: nothing was pushed, and one message says so of all shards.
+        outcome: the verdict; empty until it is known.
+        refused: the shards that the verdict names.
+        reason, server_s: see `RoundResult`.
+        target: the version that the weights must reach before the next step.
+        fence: how many heartbeats had been sent when something was said last; what the answers to
+            these call missing may have arrived since.
     """
 
     number: int
     rate: float
+    shards: Sequence[int]
     pushed: set[int] = field(default_factory=set)
-    skipped: bool = False
-    outcome: Literal["applied"] | None = None
-    refusal: str = ""
+    skipped: set[int] = field(default_factory=set)
+    skipped_whole: bool = False
+    outcome: Literal["", "applied", "rejected"] = ""
+    refused: tuple[int, ...] = ()
+    reason: str = ""
     server_s: float = 0.0
-    rejected: tuple[int, ...] = ()
-    old_answers: int = 0
+    target: int = 0
+    fence: int = 0
 
-    def lost(self, missing: tuple[int, ...]) -> list[int]:
-        """The shards that were pushed and did not arrive, given the server's missing ones."""
-        return [shard for shard in missing if shard in self.pushed]
+    def __post_init__(self) -> None:
+        """The next contribution is computed from a later version than this one."""
+        self.target = self.number + 1
 
-    def result(self, version: int) -> RoundResult:
-        """How it ended, once it has."""
-        return RoundResult(not self.refusal, self.refusal, version, self.server_s, self.rejected)
+    def push(self, shard: int) -> None:
+        """Note that a shard's payload is said."""
+        self._check_unsaid(shard)
+        self.pushed.add(shard)
+
+    def skip(self, shard: int | None) -> list[int]:
+        """Note that nothing is said of a shard, or of all that are left; returns which."""
+        if shard is not None:
+            self._check_unsaid(shard)
+        new = self.unsaid() if shard is None else [shard]
+        self.skipped_whole = shard is None and len(new) == len(self.shards)
+        self.skipped.update(new)
+        return new
+
+    def unsaid(self) -> list[int]:
+        """The shards of which nothing was said yet."""
+        return [k for k in self.shards if k not in self.pushed and k not in self.skipped]
+
+    def take(self, verdict: Verdict, version: int) -> None:
+        """What the server says of it, and its version after the round that took it."""
+        self.outcome, self.reason = verdict.outcome, verdict.reason
+        self.refused, self.server_s = verdict.rejected, verdict.server_s
+        self.target = max(self.target, version)
+
+    def rejected(self) -> list[int]:
+        """The shards that were pushed and do not count."""
+        lost = self.pushed if self.outcome == "rejected" else self.pushed.intersection(self.refused)
+        return sorted(lost)
+
+    @property
+    def counts(self) -> bool:
+        """Whether anything of it counts."""
+        return self.outcome == "applied" and (
+            not self.pushed or len(self.rejected()) < len(self.pushed)
+        )
+
+    def _check_unsaid(self, shard: int) -> None:
+        if shard in self.pushed or shard in self.skipped:
+            msg = f"shard {shard} was pushed or skipped already in this step"
+            raise UsageError(msg)
+
+
+def merge(rounds: Iterable[Round], version: int) -> RoundResult:
+    """How a step ended, given its contributions to one or several servers."""
+    ended = list(rounds)
+    return RoundResult(
+        applied=any(each.counts for each in ended),
+        reason=next((each.reason for each in ended if each.reason), ""),
+        version=version,
+        server_s=max((each.server_s for each in ended), default=0.0),
+        rejected=tuple(sorted(shard for each in ended for shard in each.rejected())),
+    )

@@ -169,7 +169,7 @@ def test_what_comes_while_computing_is_put_aside_for_finish(serve, clients, even
     second = make(server.endpoint, Numbers(), patience=CALM)
     clients.append(second)
     second.join()
-    eventually(lambda: first._inbox, "the FENCED")
+    eventually(lambda: first._channels[0]._inbox, "the FENCED")
     push_all(first)
     with pytest.raises(FencedError, match="another process holds rank 0") as fenced:
         first.finish()
@@ -182,7 +182,7 @@ def test_statuses_do_not_pile_up_while_computing(serve, clients, eventually):
     client.join()
     before = client.received_bytes
     eventually(lambda: client.received_bytes > before + 1000, "a few answers")
-    assert not client._inbox
+    assert not client._channels[0]._inbox
 
 
 def test_a_worker_of_another_model_hears_what_differs(serve, clients):

@@ -6,7 +6,9 @@ import random
 import numpy as np
 import pytest
 
-from psq.client.machine import ALONE_S, Hooks, Machine
+from psq.client.hooks import Hooks
+from psq.client.machine import ALONE_S, Machine
+from psq.client.round import merge
 from psq.codec import get_codec
 from psq.errors import (
     ConfigError,
@@ -18,6 +20,7 @@ from psq.errors import (
     RemoteProtocolError,
     UsageError,
 )
+from psq.layout import PART_NUMEL
 from psq.plan import Plan
 from psq.recipe import preset
 from psq_proto.frames import Header, decode_control, decode_frame, encode_frame
@@ -35,8 +38,14 @@ from psq_proto.messages import (
 )
 from psq_proto.session import ServerSession
 
-PLAN = Plan.of([("w", (600,))], preset("server-adam"), 2)
 NUMEL = 600
+PLAN = Plan.of([("w", (NUMEL,))], preset("server-adam"), 2)
+THREE = Plan.of(  # an fp32 uplink keeps shards at one part of f32
+    [(f"w{index}", (PART_NUMEL,)) for index in range(3)],
+    preset("server-adam").with_codecs(uplink="fp32"),
+    2,
+)
+LATE = Plan.of([("w", (NUMEL,))], preset("server-adam"), 2, consistency="ssp:4")
 WELCOME = Welcome(
     mode="continue",
     last_applied=-1,
@@ -50,16 +59,17 @@ WELCOME = Welcome(
 class Talk:
     """A machine, and a server's session that answers by hand."""
 
-    def __init__(self, rank: int = 1) -> None:
+    def __init__(self, rank: int = 1, plan: Plan = PLAN) -> None:
+        self.plan = plan
         self.calls: list[str] = []
         hooks = Hooks(
             initial=lambda _: np.ones(NUMEL, np.float32),
             weights=lambda header, _: self.calls.append(f"weights {header.version}"),
-            restore=lambda _: self.calls.append("restore"),
-            reset=lambda _: self.calls.append("reset"),
+            restore=lambda shard: self.calls.append(f"restore {shard}"),
+            reset=lambda shards: self.calls.append(f"reset {list(shards)}"),
         )
         self.machine = Machine(
-            PLAN,
+            plan,
             rank,
             hooks,
             heartbeat_s=1.0,
@@ -92,28 +102,42 @@ class Talk:
         self.flush()
         self.say(MessageType.WELCOME, dataclasses.replace(WELCOME, **changes))
 
-    def weights(self, version: int) -> None:
-        header = Header(
+    def weights(self, version: int, shard: int = 0) -> None:
+        header = self.header(version, shard, get_codec("fp32").wire_id, Flags.FULL)
+        self.hear(encode_frame(header, bytes(4 * self.plan.layout.shards[shard].numel)))
+
+    def delta(self, version: int, shard: int = 0) -> None:
+        codec = get_codec(self.plan.recipe.downlink.codec)
+        header = self.header(version, shard, codec.wire_id, Flags.DELTA)
+        self.hear(encode_frame(header, bytes(codec.nbytes(self.plan.layout.shards[shard].numel))))
+
+    def header(self, version: int, shard: int, codec: int, flags: Flags) -> Header:
+        return Header(
             MessageType.WEIGHTS,
             run_id=self.server.run_id,
             epoch=1,
-            plan=PLAN.digest,
-            codec=get_codec("fp32").wire_id,
-            flags=Flags.FULL,
+            plan=self.plan.digest,
+            codec=codec,
+            flags=flags,
             version=version,
+            shard=shard,
         )
-        self.hear(encode_frame(header, bytes(4 * NUMEL)))
 
     def join(self, version: int = 0) -> "Talk":
         self.welcome()
         self.flush()
         self.say(MessageType.STATUS, Status(version, version))
-        self.weights(version)
+        for shard in self.plan.owned:
+            self.weights(version, shard.index)
         return self
+
+    def verdict(self, version: int, verdict: Verdict, seq: int = 0) -> None:
+        self.say(MessageType.VERDICT, verdict, seq=seq, version=version)
 
     def push(self) -> "Talk":
         self.machine.begin(0.1)
-        self.machine.push(0)
+        for shard in self.plan.owned:
+            self.machine.push(shard.index)
         assert MessageType.PUSH in self.flush()
         return self
 
@@ -186,12 +210,12 @@ def test_a_round_needs_weights_and_a_beginning():
 
 def test_a_round_is_over_with_its_verdict_and_its_weights():
     talk = Talk().join(version=4).push()
-    assert not talk.machine.round_over
-    talk.say(MessageType.VERDICT, Verdict("applied", server_s=0.25), seq=4)
-    assert not talk.machine.round_over
+    assert not talk.machine.settled
+    talk.verdict(5, Verdict("applied", server_s=0.25), seq=4)
+    assert not talk.machine.settled
     talk.weights(5)
-    assert talk.machine.round_over
-    result = talk.machine.end_round()
+    assert talk.machine.settled
+    result = merge([talk.machine.end_round()], talk.machine.replica.version)
     assert (result.applied, result.version, result.server_s) == (True, 5, 0.25)
 
 
@@ -231,24 +255,57 @@ def test_a_skip_that_was_lost_is_said_again():
 
 def test_weights_that_do_not_come_are_pulled():
     talk = Talk().join().push()
-    talk.say(MessageType.VERDICT, Verdict("applied"), seq=0)
+    talk.verdict(1, Verdict("applied"))
     talk.beat()
     talk.say(MessageType.STATUS, Status(1, 1))
     assert talk.flush() == [MessageType.PULL]
 
 
-def test_a_lost_verdict_is_known_from_the_next_round():
-    talk = Talk().join().push()
-    talk.weights(1)
+def test_a_lost_verdict_is_asked_for_by_saying_one_shard_again():
+    talk = Talk(plan=THREE).join().push()
+    for shard in range(3):
+        talk.delta(1, shard)
     talk.beat()
-    talk.say(MessageType.STATUS, Status(1, 1))
-    assert talk.machine.round_over
+    talk.say(MessageType.STATUS, Status(1, 1, missing=(0, 1, 2), resolved=0))
+    assert not talk.machine.settled
+    assert talk.flush() == [MessageType.PUSH]
+    talk.verdict(1, Verdict("applied", "shard 2 is odd", rejected=(2,)))
+    assert talk.machine.settled
+    assert talk.machine.end_round().rejected() == [2]
+    assert talk.machine.resent_frames == 1
+
+
+def test_a_lost_verdict_on_a_skip_is_asked_for_with_the_skip():
+    talk = Talk(plan=THREE).join()
+    talk.machine.begin(0.1)
+    talk.machine.skip()
+    assert talk.flush() == [MessageType.PUSH]
+    talk.beat()
+    talk.say(MessageType.STATUS, Status(1, 1, resolved=0))
+    assert talk.flush() == [MessageType.PUSH, MessageType.PULL]
+
+
+def test_what_a_status_knows_of_a_round_that_it_is_older_than_is_ignored():
+    talk = Talk().join(version=4)
+    talk.beat()
+    talk.machine.begin(0.1)
+    talk.say(MessageType.STATUS, Status(3, 3, missing=(0,)))  # answers from before the round
+    talk.machine.push(0)
+    assert talk.flush() == [MessageType.PUSH]
+    assert talk.machine.resent_frames == 0
+
+
+def test_a_server_that_has_resolved_what_was_never_said_is_named():
+    talk = Talk().join().push()
+    talk.beat()
+    with pytest.raises(RemoteProtocolError, match="has resolved 5 of this rank, this worker is at"):
+        talk.say(MessageType.STATUS, Status(9, 9, resolved=5))
 
 
 def test_a_server_at_an_older_round_ends_the_worker_with_both_rounds_named():
     talk = Talk().join(version=7).push()
     talk.beat()
-    with pytest.raises(RemoteProtocolError, match="server is at round 3, this worker at round 7"):
+    with pytest.raises(RemoteProtocolError, match=r"server is at round 3 .* is at round 7"):
         talk.say(MessageType.STATUS, Status(3, 3))
 
 
@@ -268,7 +325,12 @@ def test_a_connection_without_a_join_is_joined_again_with_the_push_pending():
     assert talk.server.join.pending == 0
     talk.say(MessageType.WELCOME, dataclasses.replace(WELCOME, last_applied=0))
     talk.weights(1)
-    assert talk.machine.round_over
+    assert not talk.machine.settled  # that it was applied does not say which shards counted
+    assert talk.flush() == [MessageType.PULL, MessageType.HEARTBEAT]
+    talk.say(MessageType.STATUS, Status(1, 1, resolved=0))
+    assert talk.flush() == [MessageType.PUSH]
+    talk.verdict(1, Verdict("applied"))
+    assert talk.machine.settled
 
 
 def test_a_server_that_came_back_as_another_run_is_named():
@@ -292,7 +354,7 @@ def test_a_reset_forgets_the_residual_of_a_worker_that_has_one():
     talk.welcome(mode="reset")
     assert talk.calls == []  # it is new: there is nothing to forget
     talk = Talk().join().push()
-    talk.say(MessageType.VERDICT, Verdict("applied"), seq=0)
+    talk.verdict(1, Verdict("applied"))
     talk.weights(1)
     talk.machine.end_round()
     frame = ServerSession(run_id=b"r" * 16, epoch=1).answer(stale_of(talk))
@@ -300,7 +362,7 @@ def test_a_reset_forgets_the_residual_of_a_worker_that_has_one():
     talk.server = ServerSession(run_id=b"r" * 16, epoch=1)
     talk.server.incarnation = 5
     talk.welcome(mode="reset")
-    assert talk.calls[-1] == "reset"
+    assert talk.calls[-1] == "reset [0]"
     assert talk.machine.resets == 1
 
 
@@ -315,25 +377,121 @@ def stale_of(talk: Talk) -> RemoteProtocolError:
     return stale.value
 
 
-def test_a_rejected_push_is_restored_and_replaced_by_a_skip():
-    talk = Talk().join().push()
-    talk.say(MessageType.VERDICT, Verdict("rejected", "a scale is NaN"), seq=0)
-    talk.say(MessageType.VERDICT, Verdict("rejected", "expected SKIP"), seq=0)
-    assert talk.calls.count("restore") == 1
-    assert talk.flush() == [MessageType.PUSH]
-    talk.say(MessageType.VERDICT, Verdict("applied"), seq=0)
-    talk.weights(1)
-    result = talk.machine.end_round()
-    assert (result.applied, result.reason) == (False, "a scale is NaN")
+def test_refused_shards_are_restored_once_when_the_round_ends():
+    talk = Talk(plan=THREE).join().push()
+    talk.verdict(1, Verdict("applied", "shard 1: a scale is NaN", rejected=(1,)))
+    talk.verdict(1, Verdict("applied"))  # repeated, or forged: the first counts
+    for shard in range(3):
+        talk.delta(1, shard)
+    assert "restore 1" not in talk.calls  # its payload may have to be said again until then
+    ended = talk.machine.end_round()
+    assert [call for call in talk.calls if call.startswith("restore")] == ["restore 1"]
+    assert (ended.counts, ended.rejected()) == (True, [1])
+    assert any("shard 1 rejected: shard 1: a scale is NaN" in note for note in talk.machine.notes)
 
 
-def test_a_rejected_skip_is_an_error():
+def test_of_a_rejected_contribution_every_pushed_shard_is_restored_also_those_said_later():
+    talk = Talk(plan=THREE).join()
+    talk.machine.begin(0.1)
+    talk.machine.push(0)
+    talk.flush()
+    talk.verdict(3, Verdict("rejected", "too stale"))
+    talk.machine.push(1)
+    talk.machine.skip(2)
+    assert talk.flush() == []  # nobody takes them any more
+    for shard in range(3):
+        talk.weights(3, shard)
+    assert talk.machine.settled
+    ended = talk.machine.end_round()
+    assert (ended.counts, ended.rejected(), ended.reason) == (False, [0, 1], "too stale")
+    assert [call for call in talk.calls if call.startswith("restore")] == ["restore 0", "restore 1"]
+
+
+def test_a_rejected_skip_leaves_nothing_to_restore():
     talk = Talk().join()
     talk.machine.begin(0.1)
     talk.machine.skip()
     talk.flush()
-    with pytest.raises(RemoteProtocolError, match="rejected round 0: closed without it"):
-        talk.say(MessageType.VERDICT, Verdict("rejected", "closed without it"), seq=0)
+    talk.verdict(2, Verdict("rejected", "closed without it"))
+    talk.weights(2)
+    assert talk.machine.end_round().rejected() == []
+
+
+def test_a_round_ends_at_the_version_that_its_verdict_names():
+    talk = Talk(plan=LATE).join().push()
+    talk.verdict(3, Verdict("applied"))  # the server was two rounds ahead of this worker
+    for version in (1, 2):
+        talk.delta(version)
+        assert not talk.machine.settled
+    talk.delta(3)
+    assert talk.machine.settled
+
+
+def test_a_delta_that_was_lost_is_noticed_and_the_weights_are_pulled_once():
+    talk = Talk(plan=LATE).join().push()
+    talk.delta(2)
+    assert talk.flush() == [MessageType.PULL]
+    talk.delta(3)
+    assert talk.flush() == []
+    talk.verdict(1, Verdict("applied"))
+    assert not talk.machine.settled
+    talk.weights(3)
+    talk.delta(5)
+    assert talk.machine.settled
+    assert talk.flush() == [MessageType.PULL]  # another gap
+    assert [call for call in talk.calls if call.startswith("weights")] == ["weights 0", "weights 3"]
+
+
+def test_a_skip_beside_pushes_names_its_shards_because_a_push_may_be_lost():
+    talk = Talk(plan=THREE).join()
+    talk.machine.begin(0.1)
+    talk.machine.push(1)
+    talk.machine.skip()
+    frames = []
+    while (frame := talk.machine.next_frame(talk.now_s)) is not None:
+        frames.append(decode_frame(bytes(frame)).header)
+        talk.machine.sent(talk.now_s)
+    assert [(header.shard, header.flags) for header in frames] == [
+        (1, Flags.NONE),
+        (0, Flags.SKIP),
+        (2, Flags.SKIP),
+    ]
+
+
+def test_of_what_is_missing_only_what_was_said_is_said_again():
+    talk = Talk(plan=THREE).join()
+    talk.machine.begin(0.1)
+    talk.machine.push(0)
+    talk.machine.skip(1)
+    talk.flush()
+    talk.beat()
+    talk.say(MessageType.STATUS, Status(0, 0, missing=(0, 1, 2)))
+    assert talk.flush() == [MessageType.PUSH, MessageType.PUSH]
+    assert talk.machine.resent_frames == 2
+
+
+def test_a_shard_is_said_once_and_none_is_forgotten():
+    talk = Talk(plan=THREE).join()
+    talk.machine.begin(0.1)
+    talk.machine.push(0)
+    with pytest.raises(UsageError, match="shard 0 was pushed or skipped already"):
+        talk.machine.skip(0)
+    with pytest.raises(UsageError, match="shards 1, 2 of this step neither pushed nor skipped"):
+        talk.machine.check_said()
+    talk.machine.skip()
+    talk.machine.check_said()
+
+
+def test_copies_of_an_old_rounds_pushes_are_not_sent_and_other_frames_are():
+    talk = Talk().join().push()
+    talk.beat()
+    talk.say(MessageType.STATUS, Status(0, 0, missing=(0,)))  # queues the push again
+    talk.verdict(1, Verdict("applied"))
+    talk.weights(1)
+    talk.machine.end_round()
+    talk.machine.begin(0.1)
+    talk.now_s += 1.0
+    assert talk.flush() == [MessageType.HEARTBEAT]
 
 
 @pytest.mark.parametrize(

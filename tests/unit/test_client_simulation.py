@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from psq import layout
-from psq.client.machine import Hooks, Machine
+from psq.client.hooks import Hooks
+from psq.client.machine import Machine
 from psq.codec import ShardCodec, get_codec
 from psq.errors import FencedError
 from psq.feedback import Compressor
@@ -86,7 +87,7 @@ class Server:
         match action:
             case state.Send(peer, frame):
                 self._send((peer,), [frame])
-            case state.Broadcast(peers, _, frames):
+            case state.Broadcast(peers, _, frames, _):
                 self._send(peers, frames)
             case state.SendFull(peers, versions):
                 self._send(peers, self._full(versions))
@@ -143,7 +144,7 @@ class Worker:
         self.restored: list[int] = []
         down = get_codec(plan.recipe.downlink.codec)
         self.codecs = [ShardCodec(down, shard) for shard in plan.layout.shards]
-        self.done = False
+        self.done = self.pause = False
         hooks = Hooks(self._initial, self._weights, self._restore, self._reset)
         self.machine = Machine(
             plan,
@@ -159,9 +160,9 @@ class Worker:
         machine = self.machine
         if self.done or machine.replica.version < 0:
             return
-        if machine.round is not None and machine.round_over:
+        if machine.round is not None and machine.settled:
             machine.end_round()
-        if machine.round is not None:
+        if machine.round is not None or self.pause:
             return
         if machine.replica.version == ROUNDS:
             self.done = True
@@ -347,24 +348,27 @@ def test_a_process_that_takes_the_rank_over_fences_the_old_one_and_finishes():
         old.machine.receive(memoryview(fenced), world.now_s)
 
 
-def test_a_rejected_push_goes_back_into_the_residual_and_the_round_goes_on():
+def test_a_rejected_shard_goes_back_into_the_residual_and_the_others_count():
     world = World("server-adam", 1, seed=6)
     worker, wire = world.workers[0], world.wires[0]
     while worker.machine.round is None or worker.machine.round.number < 1:
         world.step()
-    numel = world.plan.layout.numel
     residual = worker.compressor.state_arrays()["residual"]
-    said = sum_of_said(worker) + residual.astype(np.float64)
-    break_a_scale(wire.up, worker)
-    while worker.machine.round is not None and worker.machine.round.number == 1:
+    said = sum_of_said(worker)
+    expected = residual.astype(np.float64)
+    broken = break_a_scale(wire.up, worker)
+    cut = world.plan.layout.shards[broken]
+    expected[cut.offset : cut.offset + cut.numel] += said[cut.offset : cut.offset + cut.numel]
+    worker.pause = True  # before the next step is compressed on top
+    while not worker.restored:
+        before = residual.copy()
         world.step()
-        if worker.machine.round is not None and worker.machine.round.skipped:
-            assert worker.restored == list(range(len(world.plan.layout.shards)))
-            np.testing.assert_allclose(residual, said, atol=1e-6)
-            assert residual.size == numel
+    assert worker.restored == [broken]
+    np.testing.assert_allclose(residual, expected, atol=1e-6)
+    assert (before != residual).any()
+    worker.pause = False
     world.run()
-    assert worker.restored == list(range(len(world.plan.layout.shards)))
-    assert world.server.state.counts.skipped == 1
+    assert worker.restored == [broken]
     assert world.server.state.counts.rounds == ROUNDS
 
 
@@ -378,12 +382,12 @@ def sum_of_said(worker: Worker) -> np.ndarray:
     return out.astype(np.float64)
 
 
-def break_a_scale(up: deque[bytes], worker: Worker) -> None:
+def break_a_scale(up: deque[bytes], worker: Worker) -> int:
     """Damage the next push as a broken worker would: with a good checksum."""
     worker.flush(0.0, 100)
     for index, frame in enumerate(up):
         header, body = decode_frame(frame)
         if header.type is MessageType.PUSH:
             up[index] = bytes(encode_frame(header, np.float32(np.nan).tobytes() + body[4:]))
-            return
+            return header.shard
     pytest.fail("no push was under way")
