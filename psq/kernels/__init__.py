@@ -15,8 +15,8 @@ from typing import Final
 from psq.errors import ConfigError
 from psq.kernels import reference
 from psq.kernels.formats import BLOCKS, GROUP, WHOLE, Family, Format
-from psq.kernels.interface import Kernels, ServerStep
-from psq.kernels.reference import Buffer, Floats
+from psq.kernels.interface import Kernels, ServerStep, WorkerStep
+from psq.kernels.reference import Buffer, Floats, Residual
 from psq.kernels.reference_optim import (
     AdamCoefficients,
     CorrectionCoefficients,
@@ -24,6 +24,7 @@ from psq.kernels.reference_optim import (
     adam_update_corrected,
 )
 from psq.kernels.reference_server import compose
+from psq.kernels.reference_worker import compose as compose_push
 
 try:
     from psq.kernels import _native
@@ -41,7 +42,9 @@ __all__ = [
     "Floats",
     "Format",
     "Kernels",
+    "Residual",
     "ServerStep",
+    "WorkerStep",
     "active",
     "all_finite",
     "available",
@@ -67,6 +70,9 @@ class _Reference:
 
     def server_step(self, step: ServerStep) -> None:
         compose(self, step)
+
+    def worker_step(self, step: WorkerStep) -> None:
+        compose_push(self, step)
 
 
 _active: Kernels | None = None

@@ -1,7 +1,7 @@
 # The native levels. What each method does is defined in the modules reference*.
 
-from psq.kernels.interface import ServerStep
-from psq.kernels.reference import Buffer, Floats
+from psq.kernels.interface import ServerStep, WorkerStep
+from psq.kernels.reference import Buffer, Floats, Residual
 from psq.kernels.reference_optim import AdamCoefficients, CorrectionCoefficients
 
 def levels() -> tuple[str, ...]: ...
@@ -17,7 +17,7 @@ class Level:
         parameter: int,
         block: int,
         values: Floats,
-        residual: Floats | None,
+        residual: Residual | None,
         payload: Buffer,
         start: int,
     ) -> None: ...
@@ -59,3 +59,4 @@ class Level:
         x: Floats | None = None,
     ) -> None: ...
     def server_step(self, step: ServerStep) -> None: ...
+    def worker_step(self, step: WorkerStep) -> None: ...

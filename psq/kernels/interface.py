@@ -1,6 +1,7 @@
 """What every level of kernels offers, and the arguments that have a shape of their own.
 
-Documented, and defined, in `reference`, `reference_optim` and `reference_server`.
+Documented, and defined, in `reference`, `reference_optim`, `reference_server` and
+`reference_worker`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from psq.kernels.formats import Format
-from psq.kernels.reference import Buffer, Floats
+from psq.kernels.reference import Buffer, Floats, Residual
 from psq.kernels.reference_optim import AdamCoefficients, CorrectionCoefficients
 
-__all__ = ["Kernels", "ServerStep"]
+__all__ = ["Kernels", "ServerStep", "WorkerStep"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,42 @@ class ServerStep:
     residual: Floats | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStep:
+    """One push of one shard by a worker. The native code reads the fields by name.
+
+    Vectors are C-contiguous and do not overlap; numel is the sum of the segments.
+
+    Attributes:
+        uplink: what the payload is written in.
+        gradients: f32, one array for each segment, in order.
+        starts: u32 for each segment: where the payload's random stream begins.
+        payload: u8 of the uplink's size, written; None: the direction goes to the residual.
+        residual: f32[numel] or bf16[numel] (uint16), updated; None: what is not said is lost.
+        adam: this step's numbers; None: the gradient is the direction.
+        correction: this step's numbers of the variance correction, with `third` its s; or None.
+        m: Adam's first moment, f32[numel], updated.
+        v: Adam's second moment, f32[numel], updated.
+        third: f32[numel], updated: with a correction s, else vmax (AMSGrad); or None.
+        weights: f32 like the gradients; needed where l2 or decay is not 0.
+        scratch: f32, at least as many as the largest segment has; its content means nothing.
+            Needed with Adam.
+    """
+
+    uplink: Format
+    gradients: Sequence[Floats]
+    starts: Sequence[int]
+    payload: Buffer | None
+    residual: Residual | None
+    adam: AdamCoefficients | None = None
+    correction: CorrectionCoefficients | None = None
+    m: Floats | None = None
+    v: Floats | None = None
+    third: Floats | None = None
+    weights: Sequence[Floats] | None = None
+    scratch: Floats | None = None
+
+
 class Kernels(Protocol):
     """The kernels of one level."""
 
@@ -69,7 +106,7 @@ class Kernels(Protocol):
         parameter: int,
         block: int,
         values: Floats,
-        residual: Floats | None,
+        residual: Residual | None,
         payload: Buffer,
         start: int,
     ) -> None: ...
@@ -117,3 +154,5 @@ class Kernels(Protocol):
     ) -> None: ...
 
     def server_step(self, step: ServerStep) -> None: ...  # noqa: D102
+
+    def worker_step(self, step: WorkerStep) -> None: ...  # noqa: D102

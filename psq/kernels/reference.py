@@ -52,9 +52,19 @@ from psq.kernels.quantizers import (
     quiet,
 )
 
-__all__ = ["Buffer", "Floats", "all_finite", "decode", "encode", "payload_finite"]
+__all__ = [
+    "Buffer",
+    "Floats",
+    "Residual",
+    "all_finite",
+    "decode",
+    "encode",
+    "expand",
+    "payload_finite",
+]
 
 Buffer: TypeAlias = Any  # of bytes: ndarray, memoryview, bytearray, bytes
+Residual: TypeAlias = Floats | NDArray[np.uint16]  # uint16: bf16, the upper halves of float32s
 
 CHUNK: Final = 8192
 WORD_BITS: Final = 32
@@ -67,7 +77,7 @@ def encode(  # noqa: PLR0913, PLR0917 - the native signature: a format unpacked,
     parameter: int,
     block: int,
     values: Floats,
-    residual: Floats | None,
+    residual: Residual | None,
     payload: Buffer,
     start: int,
 ) -> None:
@@ -79,7 +89,8 @@ def encode(  # noqa: PLR0913, PLR0917 - the native signature: a format unpacked,
         parameter: see family.
         block: see family.
         values: f32[n].
-        residual: f32[n], updated in place, or None.
+        residual: f32[n] or bf16[n] (uint16), updated in place, or None; what stays in a bf16 one
+            is rounded to nearest, ties to even.
         payload: u8[Format.payload_bytes(n)], written.
         start: u32, position of the first value in the random stream of `stochastic`.
 
@@ -92,16 +103,18 @@ def encode(  # noqa: PLR0913, PLR0917 - the native signature: a format unpacked,
     numel = values.size
     out = _payload(payload, form.payload_bytes(numel), writable=True)
     if residual is not None:
-        residual = _floats(residual, "residual", writable=True, numel=numel)
+        residual = _residual(residual, numel)
     with np.errstate(all="ignore"):
-        c = values.copy() if residual is None else values + residual
+        c = values.copy() if residual is None else values + expand(residual)
         if form.scale_count(numel) or family == Family.BF16:
             d, live = _encode_words(form, c, out, start)
         else:
             d, live = c, np.isfinite(c)
             out.view("<f4")[:] = quiet(c)
         if residual is not None:
-            residual[:] = np.where(live, c - d, residual)
+            rest = c - d
+            kept = rest if residual.dtype == np.float32 else quantize_bf16(rest)[0]
+            residual[:] = np.where(live, kept, residual)
 
 
 def decode(  # noqa: PLR0913, PLR0917 - the native signature
@@ -137,6 +150,13 @@ def decode(  # noqa: PLR0913, PLR0917 - the native signature
         else:
             d = received.view("<f4")
         out[:] = out + d if add else d
+
+
+def expand(residual: Residual) -> Floats:
+    """Return a residual's values, f32[n]."""
+    if residual.dtype == np.float32:
+        return cast("Floats", residual)
+    return (residual.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def all_finite(values: Floats) -> bool:
@@ -300,6 +320,19 @@ def _known(form: Format) -> Format:
         )
         raise ValueError(msg)
     return form
+
+
+def _residual(array: object, numel: int) -> Residual:
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint16:
+        return _floats(array, "residual", writable=True, numel=numel)
+    if array.ndim != 1 or not array.flags.c_contiguous or not array.flags.writeable:
+        kind = "writable, C-contiguous"
+        msg = f"residual must be a {kind} 1-D uint16 array, got {_describe(array)}"
+        raise TypeError(msg)
+    if array.size != numel:
+        msg = f"residual has {array.size} elements, must have {numel}: one for each of values"
+        raise ValueError(msg)
+    return array
 
 
 def _floats(array: object, name: str, *, writable: bool, numel: int | None = None) -> Floats:

@@ -60,13 +60,15 @@ void encode(const Level& level, int32_t family, int32_t bits, int32_t parameter,
   const View x(values, "values", View::kF32, View::kRead);
   const View out(payload, "payload", View::kU8, View::kWrite);
   std::optional<View> e;
+  bool half = false;  // the residual is bf16
   if (!residual.is_none()) {
-    e.emplace(residual, "residual", View::kF32, View::kWrite);
+    half = View::is_u16(residual);
+    e.emplace(residual, "residual", half ? View::kU16 : View::kF32, View::kWrite);
     e->need(x.numel(), "one for each of values");
   }
   out.need(payload_bytes(format, x.numel()), kPayloadWhy);
   uint8_t* words = out.u8() + scale_bytes(format, x.numel());
-  const PsqEncode call = {x.f32(), e ? e->f32() : nullptr, out.u8(), words, x.numel(), format, start};
+  const PsqEncode call = {x.f32(), e ? e->u8() : nullptr, out.u8(), words, x.numel(), format, start, half, PSQ_AHEAD};
   nb::gil_scoped_release released;
   level.kernels->codec.encode(call);
 }
@@ -78,7 +80,7 @@ void decode(const Level& level, int32_t family, int32_t bits, int32_t parameter,
   const View to(out, "out", View::kF32, View::kWrite);
   from.need(payload_bytes(format, to.numel()), kPayloadWhy);
   const uint8_t* words = from.u8() + scale_bytes(format, to.numel());
-  const PsqDecode call = {from.u8(), words, to.f32(), to.numel(), format, add};
+  const PsqDecode call = {from.u8(), words, to.f32(), to.numel(), format, add, PSQ_AHEAD};
   nb::gil_scoped_release released;
   level.kernels->codec.decode(call);
 }

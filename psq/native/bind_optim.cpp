@@ -27,6 +27,10 @@ PsqAdamCoefficients adam_coefficients_of(nb::tuple from) {
   return floats_of<PsqAdamCoefficients>(from, "coefficients");
 }
 
+PsqCorrectionCoefficients correction_coefficients_of(nb::tuple from) {
+  return floats_of<PsqCorrectionCoefficients>(from, "correction");
+}
+
 namespace {
 
 // Views of all the vectors, checked to be of g's size, for one call of one kernel.
@@ -81,7 +85,7 @@ void adam_update_corrected(const Level& self, nb::handle g, nb::handle m, nb::ha
                            nb::tuple coefficients, nb::tuple correction, nb::handle x) {
   AdamCall(g, m, v, out, s, "s", x)
       .run(self.kernels->optim.adam_corrected, adam_coefficients_of(coefficients),
-           floats_of<PsqCorrectionCoefficients>(correction, "correction"));
+           correction_coefficients_of(correction));
 }
 
 }  // namespace

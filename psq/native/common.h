@@ -2,12 +2,14 @@
 //
 // Files
 //   level_v2.cpp ... level_neon.cpp   one per instruction set: two #defines and #include "level.inl"
-//   level.inl     vec.inl + codec.inl + optim.inl + server.inl, then the level's one exported symbol: its table of functions
+//   level.inl     all the .inl files, then the level's one exported symbol: its table of functions
 //   vec.inl       16-lane vectors (F, I, U) over the compiler's vector extensions, the same on every level
 //   codec.h/.inl  codecs: the table's types, the kernels          bind_codec.cpp  their Python face
+//   quantize.inl, scale.inl, words.inl   what codec.inl is made of
 //   optim.h/.inl  optimizers: the table's types, the kernels      bind_optim.cpp  their Python face
 //   server.h/.inl a parameter server's step: those kernels, piece by piece       bind_server.cpp  its Python face
 //   sum.inl       the sum of its payloads
+//   worker.h/.inl a worker's push: its direction and codec, piece by piece      bind_worker.cpp  its Python face
 //   bind.h        checked views of Python buffers, class Level    module.cpp      cpuid, NB_MODULE
 //
 // Rules, and why
@@ -26,12 +28,14 @@
 #include "codec.h"
 #include "optim.h"
 #include "server.h"
+#include "worker.h"
 
 struct PsqKernels {
   const char* name;  // "v2", "v3", "v4", "neon"
   PsqCodecKernels codec;
   PsqOptimKernels optim;
   PsqServerKernels server;
+  PsqWorkerKernels worker;
 };
 
 extern "C" {

@@ -5,6 +5,7 @@
 #include "codec.inl"
 #include "optim.inl"
 #include "server.inl"
+#include "worker.inl"
 
 #define PSQ_CONCAT2(a, b) a##b
 #define PSQ_CONCAT(a, b) PSQ_CONCAT2(a, b)
@@ -12,4 +13,5 @@
 #define PSQ_STRING(a) PSQ_STRING2(a)
 
 extern "C" __attribute__((visibility("hidden"))) const PsqKernels PSQ_CONCAT(psq_kernels_, PSQ_LEVEL);
-const PsqKernels PSQ_CONCAT(psq_kernels_, PSQ_LEVEL) = {PSQ_STRING(PSQ_LEVEL), codec_kernels, optim_kernels, server_kernels};
+const PsqKernels PSQ_CONCAT(psq_kernels_, PSQ_LEVEL) = {PSQ_STRING(PSQ_LEVEL), codec_kernels, optim_kernels,
+                                                        server_kernels, worker_kernels};

@@ -65,7 +65,7 @@ bool is_format(const char* format, char code) {
 }  // namespace
 
 View::View(nb::handle object, const char* name, Type type, Access access) : name_(name) {
-  const char* expected = type == kF32 ? "float32" : "uint8";
+  const char* expected = type == kF32 ? "float32" : type == kU16 ? "uint16" : "uint8";
   const char* kind = access == kWrite ? "writable, C-contiguous" : "C-contiguous";
   const int flags = PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (access == kWrite ? PyBUF_WRITABLE : 0);
   if (PyObject_GetBuffer(object.ptr(), &buffer_, flags) != 0) {
@@ -74,13 +74,24 @@ View::View(nb::handle object, const char* name, Type type, Access access) : name
                  Py_TYPE(object.ptr())->tp_name);
     throw nb::python_error();
   }
-  if (buffer_.ndim != 1 || !is_format(buffer_.format, type == kF32 ? 'f' : 'B')) {
+  if (buffer_.ndim != 1 || !is_format(buffer_.format, type == kF32 ? 'f' : type == kU16 ? 'H' : 'B')) {
     PyErr_Format(PyExc_TypeError, "%s must be a %s 1-D %s array, got a %d-D %s of item format '%s'", name, kind,
                  expected, buffer_.ndim, Py_TYPE(object.ptr())->tp_name, buffer_.format ? buffer_.format : "B");
     PyBuffer_Release(&buffer_);
     throw nb::python_error();
   }
   numel_ = static_cast<size_t>(buffer_.len) / static_cast<size_t>(buffer_.itemsize);
+}
+
+bool View::is_u16(nb::handle object) {
+  Py_buffer buffer;
+  if (PyObject_GetBuffer(object.ptr(), &buffer, PyBUF_FORMAT | PyBUF_STRIDES) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const bool is = is_format(buffer.format, 'H');
+  PyBuffer_Release(&buffer);
+  return is;
 }
 
 void View::need(size_t numel, const char* why) const {
@@ -97,4 +108,5 @@ NB_MODULE(_native, m) {
   bind_codec(level);
   bind_optim(level);
   bind_server(level);
+  bind_worker(level);
 }

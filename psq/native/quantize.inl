@@ -153,7 +153,7 @@ struct Centroids<4> {
   static constexpr float kPoints[] = {0.1284f, 0.3880f, 0.6568f, 0.9423f, 1.2562f, 1.6180f, 2.0690f, 2.7326f};
 };
 
-// A size's place among the centroids: its level in the lowest kBits - 1 bits (above them multiples of 2^kBits), its point.
+// A size's place among the centroids: its level, in the lowest kBits - 1 bits below multiples of 2^kBits; its point.
 struct Place {
   NativeU level;
   NativeF point;
@@ -187,8 +187,8 @@ struct LloydMax {
     return {as_u(level), centroid(as_u(level))};
   }
   // Exponent and two more bits of the float unit / 9.28 + 1/8 number a bucket: 0 below 0.29, 1 below 0.58, 2 below
-  // 0.87, 3 below 1.16, 4 below 1.74, 5 below 2.32, 6 below 2.9, then 7. Each has one midpoint, so far from its ends that
-  // rounding cannot matter: one look-up and one comparison with it say what seven comparisons would.
+  // 0.87, 3 below 1.16, 4 below 1.74, 5 below 2.32, 6 below 2.9, then 7. Each has one midpoint, so far from its ends
+  // that rounding cannot matter: one look-up and one comparison with it say what seven comparisons would.
   PSQ_METHOD Place by_bucket(NativeF size) const {
     constexpr float kBounds[8] = {midpoint(1), midpoint(2), midpoint(3), midpoint(4),
                                   midpoint(5), midpoint(6), midpoint(7), __builtin_inff()};
@@ -275,6 +275,18 @@ PSQ_INLINE Pair<T> placed(const Q& q, Pair<T> size, Pair<S> sign, Pair<S>& top) 
   return {lo, placed(q, size.hi, sign.hi, top.hi)};
 }
 
+// Bits of a finite value rounded to bf16, to nearest even and to a finite one; their lower halves are not zero.
+template <class T>
+PSQ_INLINE auto rounded_to_bf16(T value) {
+  const auto sign = sign_of(as_u(value));
+  const auto size = as_i(as_u(value) ^ sign);
+  auto one = size, half = size, largest = size;
+  fill(one, int32_t(1));
+  fill(half, int32_t(0x7fff));
+  fill(largest, int32_t(0x7f7fffff));
+  return sign | as_u(minimum(size + half + ((size >> 16) & one), largest));
+}
+
 // No scale. Rounds to nearest even; a finite value stays finite; a NaN becomes the quiet one.
 struct Bf16 {
   static constexpr int kBits = 16;
@@ -284,11 +296,9 @@ struct Bf16 {
   PSQ_METHOD NativeF quantize(NativeF c, NativeU, NativeU& top) const {
     const NativeU sign = sign_of(as_u(c));
     const NativeI size = as_i(as_u(c) ^ sign);
-    const NativeI even = (size >> 16) & each(int32_t(1));
-    const NativeI rounded = minimum(size + each(int32_t(0x7fff)) + even, each(int32_t(0x7f7fffff)));
     const auto finite = less(size, each(int32_t(kInfinity)));
     const NativeU special = select(is_nan(size), each(kNaN), sign | each(kInfinity));
-    top = select(finite, sign | as_u(rounded), special) & each(0xffff0000u);
+    top = select(finite, rounded_to_bf16(c), special) & each(0xffff0000u);
     return as_f(top);
   }
   PSQ_METHOD NativeF value(NativeU top) const { return as_f(top & each(0xffff0000u)); }

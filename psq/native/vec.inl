@@ -29,6 +29,8 @@ typedef int32_t NativeI __attribute__((vector_size(PSQ_VECTOR_BYTES)));
 typedef uint32_t NativeU __attribute__((vector_size(PSQ_VECTOR_BYTES)));
 typedef float LooseF __attribute__((vector_size(PSQ_VECTOR_BYTES), aligned(1), may_alias));
 typedef uint32_t LooseU __attribute__((vector_size(PSQ_VECTOR_BYTES), aligned(1), may_alias));
+typedef uint16_t NativeH __attribute__((vector_size(PSQ_VECTOR_BYTES / 2)));
+typedef uint16_t LooseH __attribute__((vector_size(PSQ_VECTOR_BYTES / 2), aligned(1), may_alias));
 
 template <class T>
 struct Pair {
@@ -235,6 +237,27 @@ PSQ_INLINE U load_words(const uint8_t* from) {
   return row;
 }
 PSQ_INLINE void store(float* to, F row) { put(to, row); }
+
+// bf16: the upper halves of a row, the lower ones zero or lost.
+PSQ_INLINE void get_halves(NativeU& row, const void* from) {
+  row = __builtin_convertvector((NativeH) * (const LooseH*)from, NativeU) << 16;
+}
+PSQ_INLINE void put_halves(void* to, NativeU row) { *(LooseH*)to = __builtin_convertvector(row >> 16, NativeH); }
+template <class T>
+PSQ_INLINE void get_halves(Pair<T>& row, const void* from) {
+  get_halves(row.lo, from);
+  get_halves(row.hi, (const uint8_t*)from + sizeof(T) / 2);
+}
+template <class T>
+PSQ_INLINE void put_halves(void* to, Pair<T> row) {
+  put_halves(to, row.lo);
+  put_halves((uint8_t*)to + sizeof(T) / 2, row.hi);
+}
+PSQ_INLINE F load(const uint16_t* from) {
+  U row;
+  get_halves(row, from);
+  return as_f(row);
+}
 PSQ_INLINE void store_words(uint8_t* to, U row) { put(to, row); }
 
 // |row|, and the bits of a value.

@@ -12,7 +12,7 @@ from psq import kernels
 from psq.codec import get_codec
 from psq.codec.registry import all_codecs
 from psq.kernels import BLOCKS, Family, Format
-from psq.kernels.quantizers import CENTROIDS
+from psq.kernels.quantizers import CENTROIDS, quantize_bf16
 from psq.kernels.reference import _norm
 
 NATIVE = [name for name in kernels.available() if name != kernels.REFERENCE]
@@ -67,6 +67,60 @@ def test_every_codec_gives_the_bits_of_the_reference_at_every_length(other, spec
         values, residual = gradient(numel), gradient(numel) * np.float32(0.25)
         assert_same_bits(other, form, values, None)
         assert_same_bits(other, form, values, residual)
+
+
+@native
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_bf16_residual_gives_the_bits_of_the_reference_at_every_length(other, spec, gradient):
+    form = get_codec(spec).format
+    for numel in SIZES:
+        values, residual = gradient(numel), halves(gradient(numel))
+        payload, rest = np.empty(form.payload_bytes(numel), np.uint8), residual.copy()
+        other.encode(*form, values, rest, payload, 7)
+        expected_payload, expected_rest = np.empty_like(payload), residual.copy()
+        reference.encode(*form, values, expected_rest, expected_payload, 7)
+        assert payload.tobytes() == expected_payload.tobytes()
+        assert rest.tobytes() == expected_rest.tobytes()
+
+
+@native
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
+def test_a_bf16_residual_of_a_block_that_is_not_finite_stays(other, codec, bad, gradient):
+    values, residual = gradient(1300), halves(gradient(1300))
+    values[300] = bad
+    rests = []
+    for level in (other, reference):
+        rest, payload = residual.copy(), np.empty(codec.nbytes(1300), np.uint8)
+        level.encode(*codec.format, values, rest, payload, 7)
+        rests.append(rest)
+    assert rests[0].tobytes() == rests[1].tobytes()
+    if bad != 3e38:
+        assert rests[0][300] == residual[300]
+
+
+def halves(values):
+    """Upper halves of float32s: bf16, cut off."""
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def test_a_bf16_residual_is_what_f32_leaves_rounded_to_nearest(level, codec, gradient):
+    values, residual = gradient(3000), halves(gradient(3000))
+    wide = (residual.astype(np.uint32) << 16).view(np.float32)
+    ours, theirs = (np.empty(codec.nbytes(3000), np.uint8) for _ in range(2))
+    level.encode(*codec.format, values, residual, ours, 7)
+    level.encode(*codec.format, values, wide, theirs, 7)
+    assert ours.tobytes() == theirs.tobytes()
+    assert residual.tobytes() == quantize_bf16(wide)[0].astype(np.uint16).tobytes()
+
+
+def test_a_bf16_residual_of_another_length_or_layout_is_refused(level):
+    form, payload = get_codec("sign").format, np.zeros(132, np.uint8)
+    values = np.ones(600, np.float32)
+    with pytest.raises(ValueError, match="residual has 599 elements"):
+        level.encode(*form, values, np.zeros(599, np.uint16), payload, 0)
+    for wrong in (np.zeros((2, 300), np.uint16), frozen(np.zeros(600, np.uint16))):
+        with pytest.raises(TypeError, match="residual must be a writable, C-contiguous 1-D uint16"):
+            level.encode(*form, values, wrong, payload, 0)
 
 
 @native

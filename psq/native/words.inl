@@ -1,0 +1,151 @@
+// Groups and words: rows of codes to words and back, each row as soon as it is quantized.
+#include "scale.inl"
+
+namespace {
+
+// Quantizes one row, leaves the rest in the residual. This is the pass that runs in L1, and memory must not idle
+// meanwhile: it fetches what comes next.
+template <class Q, Feedback kFeedback>
+PSQ_INLINE U row_code(const Q& q, const float* values, Residual<kFeedback>* residual, U index, size_t ahead) {
+  __builtin_prefetch(values + ahead);
+  if (kFeedback != kForget) __builtin_prefetch(residual + PSQ_AHEAD, 1);
+  const F c = compensated<kFeedback>(values, residual);
+  U top;
+  const F d = quantized(q, c, index, top);
+  if constexpr (kFeedback != kForget) {
+    if constexpr (Q::kStatistic == kNone)
+      leave_where(residual, as_u(absolute(c)), c - d);
+    else
+      leave(residual, c - d);
+  }
+  return top;
+}
+
+// Rows of one group in order, with the quantizer of each: two where a block is half a group.
+template <class Q, int kParts, Feedback kFeedback>
+struct Rows {
+  const Q* parts;
+  const float* values;
+  Residual<kFeedback>* residual;
+  U index;
+  size_t ahead;
+  int row;
+
+  PSQ_METHOD U next() {
+    const U top = row_code<Q, kFeedback>(parts[kParts == 1 ? 0 : row >> 4], values, residual, index, ahead);
+    values += 16;
+    if (kFeedback != kForget) residual += 16;
+    index = index + splat(16u);
+    ++row;
+    return top;
+  }
+};
+
+// Lane l of word w holds bits [32 w, 32 w + 32) of the stream of the codes of rows 0..31, each least bit first.
+// The rows of a group, or (kWords) as many as fill so many words, where a word holds whole codes.
+template <class Q, int kWords = Q::kBits, class R>
+PSQ_INLINE void pack_group(R& rows, uint8_t* words) {
+  if constexpr (Q::kBits == 3) {
+    U word = splat(0u);
+    PSQ_ROLLED
+    for (int i = 0; i < 10; ++i) word = (word >> 3) | rows.next();
+    U straddler = rows.next();
+    store_words(words, (word >> 2) | (straddler << 1));
+    word = splat(0u);
+    U carried = straddler >> 31;
+    PSQ_ROLLED
+    for (int i = 0; i < 10; ++i) word = (word >> 3) | rows.next();
+    straddler = rows.next();
+    store_words(words + 64, (word >> 1) | carried | (straddler << 2));
+    word = splat(0u);
+    carried = straddler >> 30;
+    PSQ_ROLLED
+    for (int i = 0; i < 10; ++i) word = (word >> 3) | rows.next();
+    store_words(words + 128, word | carried);
+  } else {
+    PSQ_ROLLED
+    for (int w = 0; w < kWords; ++w) {
+      U word = splat(0u);
+      PSQ_ROLLED
+      for (int i = 0; i < 32 / Q::kBits; ++i) word = (word >> Q::kBits) | rows.next();
+      store_words(words + 64 * w, word);
+    }
+  }
+}
+
+// From codes to values: by arithmetic, or, where they fit one register, by looking them up: all the values of a scale,
+// or those without a sign.
+template <class Q>
+constexpr bool kIsSized = kIsLloydMax<Q>;
+template <int kWidth>
+constexpr bool kIsSized<Log<kWidth>> = true;
+
+enum Reading { kArithmetic, kTable, kSizeTable };
+template <class Q>
+constexpr Reading kReading = Q::kBits <= 4 && (1 << Q::kBits) <= kTableLanes             ? kTable
+                             : kIsSized<Q> && (1 << (Q::kBits - 1)) <= kTableLanes ? kSizeTable
+                                                                                   : kArithmetic;
+
+template <class Q, Reading = kReading<Q>>
+struct Reader {
+  Q quantizer;
+  PSQ_METHOD void set(const Q& q) { quantizer = q; }
+  PSQ_METHOD F value(U word, int left) const { return valued(quantizer, word << left); }
+};
+// Entry i is the value of code i's lowest bits: a look-up sees the bits above a code, too.
+template <class Q>
+struct Reader<Q, kTable> {
+  NativeF table;
+  PSQ_METHOD void set(const Q& q) { table = first(valued(q, lanes() << (32 - Q::kBits))); }
+  PSQ_METHOD F value(U word, int left) const { return look_up(table, as_i(word >> (32 - Q::kBits - left))); }
+};
+template <class Q>
+struct Reader<Q, kSizeTable> {
+  NativeF table;
+  PSQ_METHOD void set(const Q& q) { table = first(valued(q, (lanes() << (33 - Q::kBits)) >> 1)); }
+  PSQ_METHOD F value(U word, int left) const {
+    return as_f(as_u(look_up(table, as_i(word >> (32 - Q::kBits - left)))) ^ sign_of(word << left));
+  }
+};
+
+// Where decoded rows go, in order.
+template <class Q, int kParts, bool kAdd>
+struct Sink {
+  const Reader<Q>* parts;
+  float* out;
+  size_t ahead;
+  int row;
+
+  // The code's highest bit is bit 31 - left of the word.
+  PSQ_METHOD void put_next(U word, int left) {
+    __builtin_prefetch(out + ahead, 1);
+    const F d = parts[kParts == 1 ? 0 : row >> 4].value(word, left);
+    store(out, kAdd ? load(out) + d : d);
+    out += 16;
+    ++row;
+  }
+};
+
+template <class Q, int kWords = Q::kBits, class S>
+PSQ_INLINE void unpack_group(S& sink, const uint8_t* words) {
+  if constexpr (Q::kBits == 3) {
+    const U first = load_words(words), second = load_words(words + 64), third = load_words(words + 128);
+    PSQ_ROLLED
+    for (int i = 0; i < 10; ++i) sink.put_next(first, 29 - 3 * i);
+    sink.put_next((second << 31) | (first >> 1), 0);
+    PSQ_ROLLED
+    for (int i = 0; i < 10; ++i) sink.put_next(second, 28 - 3 * i);
+    sink.put_next((third << 30) | (second >> 2), 0);
+    PSQ_ROLLED
+    for (int i = 0; i < 10; ++i) sink.put_next(third, 27 - 3 * i);
+  } else {
+    PSQ_ROLLED
+    for (int w = 0; w < kWords; ++w) {
+      const U word = load_words(words + 64 * w);
+      PSQ_ROLLED
+      for (int i = 1; i <= 32 / Q::kBits; ++i) sink.put_next(word, 32 - Q::kBits * i);
+    }
+  }
+}
+
+}  // namespace

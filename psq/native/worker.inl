@@ -1,0 +1,72 @@
+// A worker's push, in pieces that stay in the first cache: every vector is read from memory once.
+//
+//   u = Adam(g), to scratch, or g itself      encode u + residual, or (nothing to say) residual += u
+//
+// The stages are the kernels of optim.inl and codec.inl, so the bits are theirs. A piece is as many whole blocks as
+// fill kPush values. Adam fetches its own state a piece ahead, the encoder the residual.
+
+namespace {
+
+constexpr size_t kPush = 1024;
+
+template <class T>
+PSQ_INLINE void absorb_row(const float* u, T* residual) {
+  const F c = load(u) + load(residual);
+  leave_where(residual, as_u(absolute(c)), c);
+}
+
+// residual += u where the sum is finite.
+template <class T>
+PSQ_OUTLINE void absorb(const float* u, T* residual, size_t numel) {
+  const size_t whole = numel & ~size_t(15), rest = numel - whole;
+  for (size_t i = 0; i < whole; i += 16) {
+    __builtin_prefetch(residual + i + PSQ_AHEAD, 1);
+    absorb_row(u + i, residual + i);
+  }
+  float last[16] = {};
+  T kept[16] = {};
+  __builtin_memcpy(last, u + whole, rest * sizeof(float));
+  __builtin_memcpy(kept, residual + whole, rest * sizeof(T));
+  absorb_row(last, kept);
+  __builtin_memcpy(residual + whole, kept, rest * sizeof(T));
+}
+
+PSQ_INLINE void worker_direct(const PsqWorkerStep& s, size_t from, size_t numel, float* out) {
+  float* third = s.third == nullptr ? nullptr : s.third + from;
+  float* x = s.x == nullptr ? nullptr : (float*)s.x + from;  // not written: PSQ_WRITE
+  const PsqCorrectionCoefficients none = {};
+  const PsqAdam step = {s.g + from, s.m + from, s.v + from, third, x, out, numel, *s.adam,
+                        s.corrected == nullptr ? none : *s.corrected, PSQ_WRITE, 1.0f, kPush};
+  s.corrected == nullptr ? adam(step) : adam_corrected(step);
+}
+
+PSQ_INLINE void worker_say(const PsqWorkerStep& s, size_t from, size_t numel, const float* u) {
+  uint8_t* residual = (uint8_t*)s.residual;
+  if (residual != nullptr) residual += from * (s.half ? sizeof(uint16_t) : sizeof(float));
+  if (s.scales == nullptr) {
+    s.half ? absorb(u, (uint16_t*)residual, numel) : absorb(u, (float*)residual, numel);
+    return;
+  }
+  uint8_t* scales = s.scales + (s.format.block == 0 ? 0 : from / s.format.block * 4);
+  uint8_t* words = s.words + from / 8 * size_t(s.format.bits);
+  codec_encode({u, residual, scales, words, numel, s.format, s.start + uint32_t(from), s.half,
+                s.adam == nullptr ? PSQ_AHEAD : 0});
+}
+
+void worker_step(const PsqWorkerStep& s) {
+  if (s.adam == nullptr) return worker_say(s, 0, s.numel, s.g);
+  const bool scaled = s.format.family != PSQ_BF16 && s.format.family != PSQ_FP32;
+  const size_t piece = s.format.block > kPush ? s.format.block : kPush;
+  // What can be said at a time.
+  const size_t span = s.scales != nullptr && scaled && s.format.block == 0 ? s.numel : piece;
+  for (size_t from = 0; from < s.numel; from += span) {
+    const size_t count = at_most(span, s.numel - from);
+    for (size_t at = 0; at < count; at += piece)
+      worker_direct(s, from + at, at_most(piece, count - at), s.scratch + at);
+    worker_say(s, from, count, s.scratch);
+  }
+}
+
+const PsqWorkerKernels worker_kernels = {worker_step};
+
+}  // namespace
