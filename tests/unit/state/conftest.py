@@ -48,8 +48,8 @@ SPECS = [("big", (1 << 20,)), ("small", (10,))]
 RECIPE = preset("server-adam").with_codecs(uplink="sign")
 
 
-def make_plan(world_size=2, *, specs=SPECS, recipe=RECIPE):
-    return Plan.of(specs, recipe, world_size)
+def make_plan(world_size=2, *, specs=SPECS, recipe=RECIPE, **settings):
+    return Plan.of(specs, recipe, world_size, **settings)
 
 
 def named(number):
@@ -64,6 +64,7 @@ class Worker:
         self.cluster, self.name, self.rank, self.plan = cluster, name, rank, plan
         self.session = WorkerSession(rank=rank, plan_body=plan.body)
         self.inbox = []
+        self.heard = []  # every message, with its header
         self.errors = []
         self.weights = []  # ("full" | "round", version, shard)
         self.nonce = 0
@@ -77,6 +78,7 @@ class Worker:
             self.errors.append(error)
             return
         self.inbox.append(message.body)
+        self.heard.append(message)
 
     def take(self, kind):
         """Every body of this class that came so far; they are taken out."""
@@ -103,7 +105,7 @@ class Worker:
         return self
 
     def init(self, *, values=None):
-        for shard in self.plan.layout.shards:
+        for shard in self.plan.owned:
             for part in range(part_count(shard.numel)):
                 numel = min(PART_NUMEL, shard.numel - part * PART_NUMEL)
                 body = bytes(4 * numel) if values is None else values
@@ -127,8 +129,8 @@ class Worker:
         return self.send(MessageType.PUSH, body, **{**header, **fields})
 
     def push_all(self, round_=None, **fields):
-        for shard in range(len(self.plan.layout.shards)):
-            self.push(shard, round_, **fields)
+        for shard in self.plan.owned:
+            self.push(shard.index, round_, **fields)
 
     def skip(self, round_=None, *, shard=NO_SHARD):
         number = self.cluster.version if round_ is None else round_
