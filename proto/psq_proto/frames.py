@@ -99,10 +99,15 @@ class Header:
 
     def __post_init__(self) -> None:
         """Refuse fields out of range and fields that this message type has no use for."""
-        _pack(self, 0)
+        _pack_into(bytearray(HEADER_BYTES), self, 0)
         fault = _misuse(self)
         if fault:
             raise UsageError(fault)
+
+
+_PUT: Final = tuple(getattr(Header, name).__set__ for name in Header.__slots__)
+_TYPES: Final = {int(known): known for known in MessageType}
+_FLAGS: Final = tuple(Flags(bits) for bits in range(_ALL_FLAGS + 1))
 
 
 class Frame(NamedTuple):
@@ -179,12 +184,13 @@ def _misfit(header: Header, body_len: int) -> str:
     return ""
 
 
-def _pack(header: Header, body_len: int, body_crc: int = 0) -> bytearray:
-    """The header's bytes with everything but the header CRC."""
-    packed = bytearray(HEADER_BYTES)
+def _pack_into(
+    target: bytearray | memoryview, header: Header, body_len: int, body_crc: int = 0
+) -> None:
+    """Write the header's bytes, with everything but the header CRC."""
     try:
         _LAYOUT.pack_into(
-            packed,
+            target,
             0,
             MAGIC,
             header.major,
@@ -209,7 +215,6 @@ def _pack(header: Header, body_len: int, body_crc: int = 0) -> bytearray:
     except (struct.error, TypeError, OverflowError) as error:
         msg = f"a header field is out of range ({error}): {header!r:.600}"
         raise UsageError(msg) from error
-    return packed
 
 
 def pack_header(header: Header) -> bytes:
@@ -218,16 +223,17 @@ def pack_header(header: Header) -> bytes:
     Raises:
         UsageError: a body of that length does not go with that header.
     """
-    return bytes(_pack_whole(header, header.body_len, header.body_crc))
+    packed = bytearray(HEADER_BYTES)
+    _pack_whole(memoryview(packed), header, header.body_len, header.body_crc)
+    return bytes(packed)
 
 
-def _pack_whole(header: Header, body_len: int, body_crc: int) -> bytearray:
+def _pack_whole(target: memoryview, header: Header, body_len: int, body_crc: int) -> None:
     fault = _misfit(header, body_len)
     if fault:
         raise UsageError(fault)
-    packed = _pack(header, body_len, body_crc)
-    _CRC.pack_into(packed, _CRC_OFFSET, crc32c(memoryview(packed)[:_CRC_OFFSET]))
-    return packed
+    _pack_into(target, header, body_len, body_crc)
+    _CRC.pack_into(target, _CRC_OFFSET, crc32c(target[:_CRC_OFFSET]))
 
 
 def seal(frame: bytearray | memoryview, header: Header) -> None:
@@ -243,7 +249,7 @@ def seal(frame: bytearray | memoryview, header: Header) -> None:
         msg = f"a frame needs {HEADER_BYTES} bytes for its header, got {view.nbytes}"
         raise UsageError(msg)
     body = view[HEADER_BYTES:]
-    view[:HEADER_BYTES] = _pack_whole(header, body.nbytes, crc32c(body))
+    _pack_whole(view, header, body.nbytes, crc32c(body))
 
 
 def encode_frame(header: Header, body: Buffer = b"") -> bytearray:
@@ -308,32 +314,30 @@ def _decode_header(view: memoryview) -> Header:
     if crc32c(view[:_CRC_OFFSET]) != header_crc:
         msg = "a header is damaged (CRC)"
         raise RemoteWireError(msg)
-    try:
-        known = MessageType(kind)
-    except ValueError:
+    known = _TYPES.get(kind)
+    if known is None:
         msg = f"unknown message type {kind}"
-        raise RemoteWireError(msg) from None
-    try:
-        return Header(
-            type=known,
-            codec=codec,
-            run_id=run_id,
-            epoch=epoch,
-            incarnation=incarnation,
-            rank=rank,
-            flags=Flags(flags),
-            seq=seq,
-            round=round_,
-            version=version,
-            rate=rate,
-            plan=plan,
-            shard=shard,
-            part=part,
-            body_len=body_len,
-            body_crc=body_crc,
-        )
-    except UsageError as error:
-        raise RemoteWireError(str(error)) from error
+        raise RemoteWireError(msg)
+    named = _FLAGS[flags] if flags < len(_FLAGS) else Flags(flags)
+    header = _unpacked(
+        (known, codec, run_id, epoch, incarnation, rank, named, seq, round_, version, rate, plan)
+        + (shard, part, body_len, body_crc, major)
+    )
+    fault = _misuse(header)
+    if fault:
+        raise RemoteWireError(fault)
+    return header
+
+
+def _unpacked(values: tuple[object, ...]) -> Header:
+    """A header of what was unpacked, in the order of its fields, none of them out of range.
+
+    It takes a third of the time that `Header` does, which would look at the ranges again.
+    """
+    header = object.__new__(Header)
+    for put, value in zip(_PUT, values, strict=True):
+        put(header, value)
+    return header
 
 
 def decode_control(frame: Frame) -> ControlBody:

@@ -107,6 +107,8 @@ class MessageType(IntEnum):
     ECHO = 75
     JOB = 76
 
+    __hash__ = int.__hash__  # Enum's own is a Python function, and every frame is looked up often
+
 
 DATA_TYPES: Final = frozenset(
     {

@@ -37,6 +37,8 @@ class State(Enum):
     FENCED = "fenced"
     CLOSED = "closed"
 
+    __hash__ = object.__hash__  # as in MessageType: the table is asked twice a frame
+
 
 OVER: Final = frozenset({State.FENCED, State.CLOSED})
 """The states that nothing leads out of."""
