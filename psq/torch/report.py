@@ -24,7 +24,8 @@ class StepReport:
         wire_s: waiting, for the network and for the other workers.
         server_s: the server's own work on the round, as it reports it, as far as it was waited for.
         decode_s: from payloads to weights.
-        exposed_s: wire_s + server_s: communication that neither computing nor coding could hide.
+        exposed_s: of these, what this process stood still in `step` for the network and others:
+            communication that neither computing nor coding has hidden.
         left_out: the shards whose gradients were not finite, ascending; they were not pushed.
         rejected: the shards that the server did not take, ascending.
         sent_bytes: on the wire since the step before, headers and heartbeats included.

@@ -299,14 +299,14 @@ class Worker:
         exchange.say_rest()
         encode_s, fault = watch.lap_s(), self._fault()
         self._table.zero_gradients(client.poll)
-        zeroing_s = watch.lap_s()
+        zeroing_s, stood_s = watch.lap_s(), client.waited_s
         result = exchange.finish()
-        exposed_s = watch.lap_s()
+        waited_s, stood_s = watch.lap_s(), client.waited_s - stood_s
         self._table.publish()
         if self._overlap is not None:
             self._overlap.reset()
         publish_s = watch.lap_s()
-        server_s = min(result.server_s, exposed_s)
+        server_s = min(result.server_s, waited_s)
         before_s, self._returned_s = self._returned_s, watch.now_s
         sent, received = client.sent_bytes, client.received_bytes
         before, self._counted = self._counted, (sent, received)
@@ -318,10 +318,10 @@ class Worker:
             lr=exchange.rate,
             compute_s=started_s - before_s - early_s + zeroing_s,
             encode_s=early_s + encode_s,
-            wire_s=exposed_s - server_s,
+            wire_s=waited_s - server_s,
             server_s=server_s,
             decode_s=exchange.decode_s + publish_s,
-            exposed_s=exposed_s,
+            exposed_s=stood_s,
             left_out=tuple(sorted(exchange.left_out)),
             rejected=result.rejected,
             sent_bytes=sent - before[0],

@@ -427,7 +427,6 @@ def test_times_in_backward_are_encoding_not_computing(join, monkeypatch):
     shards = len(worker.plan.layout.shards)
     assert 100.0 * shards <= report.encode_s < 110.0 * shards
     assert report.compute_s < 100.0
-    assert report.exposed_s == report.wire_s + report.server_s
     phases = ("compute_s", "encode_s", "wire_s", "server_s", "decode_s")
     total_s = sum(getattr(report, name) for name in phases)
     assert total_s == pytest.approx(worker._returned_s - began_s, abs=1e-6)

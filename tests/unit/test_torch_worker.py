@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -236,18 +237,65 @@ def test_a_gradient_too_large_to_be_added_up_costs_one_round_and_its_residual(jo
     assert np.isfinite(parameters(model)).all()
 
 
-def test_of_a_rejected_push_every_shard_goes_back_into_the_residual(join):
+def two_shards(join, **options):
+    """A worker whose weight is in both its shards; the first ends within it."""
+    torch.manual_seed(0)
     model = nn.Linear(600, 600)
-    worker = join(model, recipe=preset("server-adam").with_codecs(uplink="fp32"))
-    assert len(worker.plan.layout.shards) == 2
-    model(torch.ones(1, 600)).sum().backward()
-    model.weight.grad[0, 0] = 1e30
-    gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()]).numpy().copy()
-    assert not worker.step().applied
-    first = worker.plan.layout.shards[0].numel
+    worker = join(model, recipe=preset("server-adam").with_codecs(uplink="fp32"), **options)
+    first, second = worker.plan.layout.shards
+    assert second.numel > 0
+    return model, worker, first.numel
+
+
+def gradients(model: nn.Module) -> np.ndarray:
+    return torch.cat([p.grad.reshape(-1) for p in model.parameters()]).numpy().copy()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_shard_that_the_server_refuses_is_restored_alone_and_the_others_count(join, overlap):
+    model, worker, first = two_shards(join, overlap=overlap)
     residual = worker._compressor.state_arrays()["residual"]
+    residual[:] = 0.25
+    before = parameters(model)
+    scale = torch.ones(600, 600)
+    scale[-1, -1] = 1e30  # in the second shard
+    model.weight.register_hook(lambda grad: grad * scale)
+    model(torch.ones(1, 600)).sum().backward()
+    report = worker.step()
+    assert (report.applied, report.rejected, report.left_out) == (False, (1,), ())
+    assert "clip the gradients" in report.reason
+    changed = parameters(model) != before
+    assert changed[:first].all()
+    assert not changed[first:].any()
+    assert not residual.any()  # said, or exploded
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_shard_that_is_not_finite_is_left_out_alone_and_the_others_count(join, overlap, caplog):
+    model, worker, first = two_shards(join, overlap=overlap)
+    before = parameters(model)
+    scale = torch.ones(600, 600)
+    scale[-1, -1] = float("nan")  # in the second shard
+    handle = model.weight.register_hook(lambda grad: grad * scale)
+    model(torch.ones(1, 600)).sum().backward()
+    said = gradients(model)
+    report = worker.step()
+    assert (report.applied, report.rejected, report.left_out) == (False, (), (1,))
+    assert report.reason == "the gradient of 'weight' is not finite"
+    assert "rank 0 sits this round out for 1 of 2 shards" in caplog.text
+    assert (worker.skipped, worker.version) == (1, 1)
+    changed = parameters(model) != before
+    assert changed[:first].all()
+    assert not changed[first:].any()
+    residual = worker._compressor.state_arrays()["residual"]
+    waiting = np.where(np.isfinite(said), said, 0.0)
+    np.testing.assert_array_equal(residual[first:], waiting[first:])
     assert not residual[:first].any()
-    np.testing.assert_array_equal(residual[first:], gradient[first:])
+    handle.remove()
+    model(torch.ones(1, 600)).sum().backward()
+    assert worker.step().applied
+    assert (parameters(model) != before).all()
+    assert not residual.any()
 
 
 def test_a_reset_zeroes_the_residual_and_keeps_the_moments(join):
@@ -315,8 +363,27 @@ def test_reports_say_where_time_and_bytes_went(join):
     assert (report.step, report.version, report.applied, report.reason) == (0, 1, True, "")
     assert min(report.compute_s, report.encode_s, report.decode_s, report.server_s) > 0
     assert report.wire_s >= 0
+    assert 0 <= report.exposed_s <= report.wire_s + report.server_s + 1e-3  # two clocks
     assert report.sent_bytes >= worker.sent_bytes - before[0] > 4 * parameters(model).size
     assert report.received_bytes >= worker.received_bytes - before[1] > 4 * parameters(model).size
+
+
+def test_waiting_for_another_worker_is_exposed_communication(join, serve, eventually):
+    endpoint = serve().endpoint
+    reports = {}
+    said_s = []
+
+    def run(rank: int) -> None:
+        worker = join(make_model(), rank=rank, world_size=2, connect=endpoint)
+        if rank == 1:
+            eventually(lambda: said_s and time.perf_counter() > said_s[0] + 0.1, "a late push")
+        else:
+            said_s.append(time.perf_counter())
+        reports[rank] = worker.step()
+
+    in_two_threads(run)
+    assert 0.09 < reports[0].exposed_s <= reports[0].wire_s + reports[0].server_s + 1e-3
+    assert reports[1].exposed_s < 0.09
 
 
 def test_observers_hear_of_each_step(join, monkeypatch):
@@ -380,24 +447,15 @@ def train_two(join, recipe: str, steps: int, **options) -> list[nn.Module]:
     """Two workers in two threads, with different weights at first."""
     models = [make_model(seed) for seed in range(2)]
     endpoint = options["connect"]
-    failures: list[BaseException] = []
 
     def run(rank: int) -> None:
-        try:
-            worker = join(models[rank], recipe=recipe, rank=rank, world_size=2, connect=endpoint)
-            for step in range(steps):
-                part = slice(4 * rank, 4 * rank + 4)
-                loss_of(models[rank], step, part).backward()
-                worker.step()
-        except BaseException as error:  # noqa: BLE001 - told to the test below
-            failures.append(error)
+        worker = join(models[rank], recipe=recipe, rank=rank, world_size=2, connect=endpoint)
+        for step in range(steps):
+            part = slice(4 * rank, 4 * rank + 4)
+            loss_of(models[rank], step, part).backward()
+            worker.step()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures
+    in_two_threads(run)
     return models
 
 
@@ -410,6 +468,50 @@ def test_replicas_are_equal_byte_for_byte(join, serve, recipe):
         server_weights = server.loop._weights.reducer.weights()
         for name, parameter in first.named_parameters():
             assert parameter.detach().numpy().tobytes() == server_weights[name].tobytes()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("consistency", ["bsp", "ssp:2"])
+def test_replicas_of_two_servers_are_equal_too(join, serve, consistency, overlap):
+    endpoints = [serve().endpoint, serve().endpoint]
+    models = [wide(seed) for seed in range(2)]
+
+    def run(rank: int) -> None:
+        options = {"rank": rank, "world_size": 2, "connect": endpoints, "recipe": "qadam-1bit"}
+        worker = join(models[rank], consistency=consistency, overlap=overlap, **options)
+        assert worker.plan.servers == 2
+        assert set(worker.plan.layout.owners) == {0, 1}
+        for step in range(4):
+            loss_of(models[rank], step, slice(4 * rank, 4 * rank + 4)).backward()
+            report = worker.step()
+            assert report.applied, report
+            assert report.version == worker.version == step + 1 or consistency != "bsp"
+
+    in_two_threads(run)
+    if consistency == "bsp":
+        assert parameters(models[0]).tobytes() == parameters(models[1]).tobytes()
+
+
+def wide(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 800), nn.Tanh(), nn.Linear(800, 800), nn.Linear(800, 2))
+
+
+def in_two_threads(run) -> None:
+    failures: list[BaseException] = []
+
+    def guarded(rank: int) -> None:
+        try:
+            run(rank)
+        except BaseException as error:  # noqa: BLE001 - told to the test below
+            failures.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
 
 
 def test_two_workers_are_one_with_twice_the_batch(join, serve, adam):
