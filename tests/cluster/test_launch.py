@@ -390,13 +390,6 @@ def test_a_worker_that_is_killed_ends_all(folder):
         assert not living(children)
 
 
-def test_several_servers_are_refused_before_anything_starts(folder):
-    result = run(folder, "launch", "-s", "2", "endless.py")
-    assert result.returncode == 78
-    assert "several servers are not available in this version" in result.stderr
-    assert "server on" not in result.stderr
-
-
 def test_the_demo_leaves_a_picture_and_numbers(folder):
     flags = ["--task", "tiny:Tiny", "--steps", "8", "--eval-every", "4", "--lr", "0.05"]
     flags += ["--adam", "beta=0.5,weight_decay=0.3"]  # of both jobs

@@ -170,19 +170,12 @@ def test_a_recipe_that_does_not_exist_is_refused_before_anything_starts(
 @pytest.mark.parametrize("command", [["launch"], ["worker"]])
 @pytest.mark.parametrize(
     "words",
-    [["--consistency", "ssp:2"], ["--residual", "bf16"]],
+    [["--residual", "bf16"]],
 )
 def test_a_setting_that_nothing_acts_upon_yet_is_refused_not_ignored(call, command, words):
     code, _, err = call(psq, *command, *words)
     assert code == 78
     assert "is not available in this version" in err
-
-
-@pytest.mark.parametrize("command", ["launch", "demo"])
-def test_several_servers_are_refused_before_anything_starts(call, command):
-    code, _, err = call(psq, command, "-s", "2")
-    assert code == 78
-    assert "several servers are not available in this version" in err
 
 
 def test_debug_lets_the_error_itself_through():

@@ -121,7 +121,7 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     told_server = local.resolve(ServerConfig).config
     servers = server_count(config.servers, config.workers)
     check_job(told)  # fails before anything is started
-    check_available(told, servers)
+    check_available(told)
     words = [script, "--", *script_words(arguments)] if script is not None else []
     commands = Commands(
         config.workers,
@@ -153,7 +153,7 @@ def demo(given: Given) -> None:
     check_job(told)
     check_comparison(recipe_of(told))
     servers = server_count(config.servers, config.workers)
-    check_available(told, servers)
+    check_available(told)
     run_demo(
         told,
         servers=servers,

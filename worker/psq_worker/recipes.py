@@ -56,20 +56,15 @@ def check_comparison(recipe: Recipe) -> None:
         raise ConfigError(msg)
 
 
-def check_available(told: WorkerConfig, servers: int = 1) -> None:
+def check_available(told: WorkerConfig) -> None:
     """Refuse settings that this version knows and does not act upon yet.
 
     Raises:
         ConfigError: it names the setting.
     """
     wanted = {
-        "connect": len(told.endpoints) > 1,
-        "consistency": told.consistency != "bsp",
         "residual": told.residual != "f32",
     }
     for name in (name for name, is_wanted in wanted.items() if is_wanted):
         msg = f"{name}: {getattr(told, name)} is not available in this version: leave it out"
-        raise ConfigError(msg)
-    if servers > 1:
-        msg = f"servers: several servers are not available in this version, got {servers}: one will"
         raise ConfigError(msg)
