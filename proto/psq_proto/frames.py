@@ -320,8 +320,10 @@ def _decode_header(view: memoryview) -> Header:
         raise RemoteWireError(msg)
     named = _FLAGS[flags] if flags < len(_FLAGS) else Flags(flags)
     header = _unpacked(
-        (known, codec, run_id, epoch, incarnation, rank, named, seq, round_, version, rate, plan)
-        + (shard, part, body_len, body_crc, major)
+        (
+            *(known, codec, run_id, epoch, incarnation, rank, named, seq, round_, version, rate),
+            *(plan, shard, part, body_len, body_crc, major),
+        )
     )
     fault = _misuse(header)
     if fault:
