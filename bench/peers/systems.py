@@ -110,7 +110,7 @@ class Psq:
 
     def _server(self, setup: Setup, running: Running, machine: str) -> str:
         bind = f"tcp://{setup.site.address(machine)}:0"
-        argv = [sys.executable, "-m", "psq_server", "--bind", bind, "--insecure-plaintext"]
+        argv = [sys.executable, "-P", "-m", "psq_server", "--bind", bind, "--insecure-plaintext"]
         server = running.add(Child(setup.site, machine, f"server@{machine}", argv, {}))
         line = server.line()
         server.import_kb = server.peak_kb()
