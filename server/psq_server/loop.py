@@ -188,16 +188,30 @@ class Loop:
         """Work until the state machine says stop.
 
         Raises:
-            StateError: the weights could not be saved.
+            StateError: the weights could not be saved, or there is no room for them. Whatever is
+                raised, the workers are told that the server ends.
         """
         self._link.watch(self._signals.fd)
-        while self._ending is None:
-            self._turn()
+        try:
+            while self._ending is None:
+                self._turn()
+        except Exception as error:
+            self._fail(error)
+            raise
         self._outbox.flush()
         self._linger()
         if self._failure is not None:
             raise self._failure
         return self._ending
+
+    def _fail(self, error: Exception) -> None:
+        """Tell the workers that this process ends, so that they need not find out by silence."""
+        text = f"the server failed: {type(error).__name__}: {error}"
+        self._log.write("error", "failed", {"text": text})
+        self._byes = tuple(self._state.fail(text))
+        for bye in self._byes:
+            self._link.send(bye.peer, bye.frame)
+        self._linger()
 
     def _linger(self) -> None:
         """Keep the link until every worker has heard BYE and hung up, for FAREWELL_S at most.

@@ -56,6 +56,7 @@ from psq_server.state.events import (
     FrameReceived,
     PeerBehind,
     PeerGone,
+    Send,
     ShardReduced,
     StopRequested,
     Tick,
@@ -147,6 +148,10 @@ class ServerState:
         presence.end_if_due(world)
         self._story.append((now_s, label, " ".join(type(action).__name__ for action in world.out)))
         return world.out
+
+    def fail(self, text: str) -> list[Send]:
+        """The goodbyes of a process that cannot go on; later events do nothing."""
+        return presence.fail(self._world, text)
 
     def snapshot(self, now_s: float) -> Snapshot:
         """How things are now; changes nothing."""

@@ -23,7 +23,7 @@ from psq_proto.messages import (
 )
 from psq_proto.session import Message
 from psq_server.state.events import Echo, PeerBehind, PeerGone, Save, Send, Stop
-from psq_server.state.members import Peer, standing
+from psq_server.state.members import Member, Peer, standing
 from psq_server.state.rounds import abandon_round, advance
 from psq_server.state.waits import Wait, describe
 from psq_server.state.world import World
@@ -34,6 +34,7 @@ __all__ = [
     "STRANGER_S",
     "current_wait",
     "end_if_due",
+    "fail",
     "finish",
     "is_stalled",
     "note_seen",
@@ -55,7 +56,7 @@ STRANGER_S: Final = 30.0
 STOP_ROUND_S: Final = 2.0
 """How long a server that is told to stop waits for the end of a round that is half reduced."""
 
-EndReason = Literal["done", "stopped", "gave-up"]
+EndReason = Literal["done", "stopped", "gave-up", "failed"]
 
 
 def on_heartbeat(world: World, peer: Peer, message: Message) -> None:
@@ -151,10 +152,11 @@ def end_now(world: World) -> None:
 
 
 def end_if_due(world: World) -> None:
-    """End if that was wished, and the open round is whole again or has had its time."""
+    """End if that was wished, and the open round is whole again, or nobody is left to end it."""
     if world.ending is None or world.stopped:
         return
-    if not world.round.closed or world.now_s >= world.ending[1]:
+    nobody = all(member.gone or member.peer is None for member in world.members.values())
+    if not world.round.closed or nobody or world.now_s >= world.ending[1]:
         end_now(world)
 
 
@@ -193,15 +195,28 @@ def finish(world: World, exit_code: int, reason: EndReason, text: str) -> None:
     """Save, say BYE to everybody, stop."""
     if world.has_weights:
         world.out.append(Save(world.version))
-    byes: list[Send] = []
-    for peer in world.peers.joined():
-        member = world.member_of(peer)
-        bye = Send(peer.name, peer.session.send(MessageType.BYE, Bye(reason, clip_text(text))))
-        world.out.append(bye)
-        if member is not None and not member.gone:
-            byes.append(bye)
-    world.out.append(Stop(exit_code, reason, text, tuple(byes)))
+    byes = _say_bye(world, reason, text)
+    world.out.extend(bye for bye, _ in byes)
+    waited_for = tuple(bye for bye, member in byes if member is not None and not member.gone)
+    world.out.append(Stop(exit_code, reason, text, waited_for))
     world.stopped = True
+
+
+def fail(world: World, text: str) -> list[Send]:
+    """Say BYE to everybody, because this process cannot go on; nothing else can be relied on."""
+    world.stopped = True
+    return [bye for bye, _ in _say_bye(world, "failed", text)]
+
+
+def _say_bye(world: World, reason: EndReason, text: str) -> list[tuple[Send, Member | None]]:
+    """A BYE for each peer that speaks for a rank, and that rank."""
+    byes: list[tuple[Send, Member | None]] = []
+    for peer in world.peers.joined():
+        bye = Bye(reason, clip_text(text))
+        if peer.session.may_send(MessageType.BYE):
+            frame = peer.session.send(MessageType.BYE, bye)
+            byes.append((Send(peer.name, frame), world.member_of(peer)))
+    return byes
 
 
 # ---- waits
