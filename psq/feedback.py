@@ -1,13 +1,17 @@
 """The worker's side of a push: direction + residual -> payload, shard by shard.
 
     gradient recipes   c = g + e          straight from the tensors' own memory, no copy
-    Adam recipes       c = u + e          u from this worker's moments, in one shard of scratch
+    Adam recipes       c = u + e          u from this worker's moments, in the cache
     both               d = C(c);  e <- c - d;  push d         (no e without error feedback)
 
 The residual e is what the codec could not say this time, and is said later: the sum of all decoded
 pushes plus e is the sum of all directions, up to float32 addition. A push that the server did not
 apply is sent again byte for byte, or folded back with `restore`; d is lost only where no server
-would ever take it (`MAX_SCALE`).
+would ever take it (`MAX_SCALE`). A step may also say nothing at all (`absorb`): e <- u + e.
+
+The residual may be kept in bf16: 2 bytes a value instead of 4. What stays in it is then rounded to
+nearest, and the sum above holds up to 2^-8 of each residual there was; a direction below 2^-9 of
+the residual is lost by `absorb`.
 
 Each shard is compressed once in a step. A gradient with NaN or Inf must not reach the server, nor a
 worker's moments. Two ways to see to that, shard by shard:
@@ -22,25 +26,29 @@ gradient: a change of the rate re-weights what the residual still holds (no resc
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from psq import kernels
 from psq.codec import MAX_SCALE, ShardCodec, get_codec
-from psq.errors import RemotePayloadError, UsageError
-from psq.kernels import Buffer, Floats
+from psq.errors import ConfigError, RemotePayloadError, UsageError
+from psq.kernels import Buffer, Floats, Residual, WorkerStep
 from psq.layout import Shard
-from psq.optim import per_shard
+from psq.optim import Adam, per_shard
 from psq.plan import Plan
 
-__all__ = ["SERVER_RANK", "Compressor", "stream_seed"]
+__all__ = ["SERVER_RANK", "Compressor", "ResidualType", "stream_seed"]
 
 Segments: TypeAlias = Sequence[Floats]
+ResidualType: TypeAlias = Literal["f32", "bf16"]
 
 SERVER_RANK: Final = 0xFFFFFFFF  # the server's place in `stream_seed`: no worker has it
 _MASK: Final = 0xFFFFFFFFFFFFFFFF
+_RESIDUALS: Final = {"f32": np.float32, "bf16": np.uint16}
 
 
 def stream_seed(job_seed: int, rank: int, step: int, shard: int) -> int:
@@ -61,19 +69,23 @@ def stream_seed(job_seed: int, rank: int, step: int, shard: int) -> int:
 class Compressor:
     """One worker's moments and residual, and what turns gradients into payloads.
 
-    Memory in bytes: 4 numel (1 for the residual with error feedback; 2 or 3 for Adam's state), and
-    4 times the largest shard of scratch for Adam.
+    Memory in bytes: 4 numel for the residual with error feedback, half of it in bf16; 4 numel times
+    2 or 3 for Adam's state. Its scratch is addressed for the largest segment, but only a cache's
+    worth is touched, unless one scale spans a segment (block=0).
 
     Args:
         plan: the job.
         rank: this worker's.
         seed: the job's; only stochastic codecs use it.
+        residual_dtype: what the residual is kept in.
 
     Raises:
-        ConfigError: the recipe's Adam settings cannot run.
+        ConfigError: the recipe's Adam settings cannot run, or it has no residual to keep in bf16.
     """
 
-    def __init__(self, plan: Plan, rank: int, *, seed: int = 0) -> None:
+    def __init__(
+        self, plan: Plan, rank: int, *, seed: int = 0, residual_dtype: ResidualType = "f32"
+    ) -> None:
         recipe, layout = plan.recipe, plan.layout
         codec = get_codec(recipe.uplink.codec)
         self._rank = rank
@@ -81,15 +93,19 @@ class Compressor:
         self._shards = layout.shards
         self._codecs = [ShardCodec(codec, shard) for shard in layout.shards]
         self._steps = [0] * len(layout.shards)
-        self._state: dict[str, Floats] = {}
-        self._residual = None
+        self._state: dict[str, NDArray[Any]] = {}
+        self._residual: Residual | None = None
         if recipe.uplink.error_feedback:
-            self._residual = self._state["residual"] = np.zeros(layout.numel, np.float32)
+            self._residual = np.zeros(layout.numel, _dtype_of(residual_dtype))
+            self._state["residual"] = self._residual
+        elif residual_dtype != "f32":
+            msg = f"a {residual_dtype} residual: recipe {recipe.name!r} has no error feedback"
+            raise ConfigError(msg)
         self._adams = None
         if recipe.direction.adam is not None:
             self._adams, moments = per_shard(recipe.direction.adam, layout, plan.world_size)
             self._state |= moments
-            largest = max(shard.numel for shard in layout.shards)
+            largest = max(cut.numel for shard in layout.shards for cut in shard.segments)
             self._scratch = np.empty(largest, np.float32)
 
     def nbytes(self, shard: int) -> int:
@@ -123,18 +139,36 @@ class Compressor:
             UsageError: the learning rate is illegal, the arrays do not fit the shard's segments, or
                 weight decay has no weights.
 
-        Cost: one pass over gradient and residual; Adam recipes one more over m and v.
+        Cost: one pass over gradient, residual, and Adam's state where it is here.
         """
-        seed = stream_seed(self._seed, self._rank, self._steps[shard], shard)
-        codec, residual = self._codecs[shard], self._residual_of(shard)
         if self._adams is None:
-            codec.encode_segments(gradients, residual, payload, seed=seed)
+            seed = self._next_seed(shard)
+            residual = self._residual_of(shard)
+            self._codecs[shard].encode_segments(gradients, residual, payload, seed=seed)
         else:
-            direction = self._direction(shard, gradients, lr, weights)
-            if residual is None:
-                codec.encode(direction, payload, seed=seed)
-            else:
-                codec.encode_ef(direction, residual, payload, seed=seed)
+            self._step(shard, gradients, lr, payload, weights)
+        self._steps[shard] += 1
+
+    def absorb(
+        self, shard: int, gradients: Segments, lr: float, weights: Segments | None = None
+    ) -> None:
+        """Take a step that says nothing: its direction waits in the residual.
+
+        Args:
+            shard: its index.
+            gradients: as for `compress`; a value that is not finite leaves its residual alone.
+            lr: as for `compress`.
+            weights: as for `compress`.
+
+        Raises:
+            UsageError: as for `compress`, or there is no residual to wait in.
+
+        Cost: as `compress`.
+        """
+        if self._residual is None:
+            msg = "without error feedback a step cannot wait: there is no residual to wait in"
+            raise UsageError(msg)
+        self._step(shard, gradients, lr, None, weights)
         self._steps[shard] += 1
 
     def payload_finite(self, shard: int, payload: Buffer) -> bool:
@@ -167,9 +201,13 @@ class Compressor:
         if (np.isfinite(scales) & (np.abs(scales) > MAX_SCALE)).any():
             residual.fill(0.0)
             return False
-        said = np.empty_like(residual)
+        said = np.empty(residual.size, np.float32)
         codec.decode(payload, said)
-        np.add(residual, said, out=residual, where=np.isfinite(said))
+        form = codec.codec.format
+        fold = WorkerStep(
+            uplink=form, gradients=[said], starts=[0], payload=None, residual=residual
+        )
+        kernels.active().worker_step(fold)
         return True
 
     def forget(self, shard: int) -> None:
@@ -183,8 +221,11 @@ class Compressor:
         """Steps taken by the first shard; one that was left out of a step has taken one fewer."""
         return self._steps[0]
 
-    def state_arrays(self) -> dict[str, Floats]:
-        """Residual and moments, f32[numel] by name, not copied: with `steps` the whole state."""
+    def state_arrays(self) -> dict[str, NDArray[Any]]:
+        """Residual and moments by name, not copied: with `steps` the whole state.
+
+        All are f32[numel], but the residual is uint16[numel] where it is kept in bf16.
+        """
         return dict(self._state)
 
     def resume(self, steps: int) -> None:
@@ -193,27 +234,61 @@ class Compressor:
         for adam in self._adams or ():
             adam.resume(steps)
 
-    def _residual_of(self, shard: int) -> Floats | None:
+    def _residual_of(self, shard: int) -> Residual | None:
         if self._residual is None:
             return None
         cut = self._shards[shard]
         return self._residual[cut.offset : cut.offset + cut.numel]
 
-    def _direction(
-        self, shard: int, gradients: Segments, lr: float, weights: Segments | None
-    ) -> Floats:
-        assert self._adams is not None  # noqa: S101 - the caller looked
-        adam, cut = self._adams[shard], self._shards[shard]
+    def _next_seed(self, shard: int) -> int:
+        return stream_seed(self._seed, self._rank, self._steps[shard], shard)
+
+    def _step(
+        self,
+        shard: int,
+        gradients: Segments,
+        lr: float,
+        payload: Buffer | None,
+        weights: Segments | None,
+    ) -> None:
+        """One pass over a shard: its direction, then its payload or its residual."""
+        codec, cut = self._codecs[shard], self._shards[shard]
         for values in (gradients, weights):
             if values is not None:
                 _check_segments(cut, values)
-        direction = self._scratch[: cut.numel]
+        step = WorkerStep(
+            uplink=codec.codec.format,
+            gradients=gradients,
+            starts=codec.starts(self._next_seed(shard)),
+            payload=payload,
+            residual=self._residual_of(shard),
+        )
+        if self._adams is not None:
+            step = self._with_adam(step, self._adams[shard], lr, weights)
+        kernels.active().worker_step(step)
+
+    def _with_adam(
+        self, step: WorkerStep, adam: Adam, lr: float, weights: Segments | None
+    ) -> WorkerStep:
+        weights, state = adam.weights(weights), adam.state_arrays()
         adam.advance(lr)
-        for index, segment in enumerate(cut.segments):
-            out = direction[segment.offset : segment.offset + segment.numel]
-            x = None if weights is None else weights[index]
-            adam.write(gradients[index], out, start=segment.offset, x=x)
-        return direction
+        return dataclasses.replace(
+            step,
+            adam=adam.coefficients,
+            correction=adam.correction,
+            m=state["m"],
+            v=state["v"],
+            third=state.get("vmax", state.get("s")),
+            weights=weights,
+            scratch=self._scratch,
+        )
+
+
+def _dtype_of(residual_dtype: str) -> Any:
+    if residual_dtype not in _RESIDUALS:
+        msg = f"a residual cannot be kept in {residual_dtype!r}: choose f32 or bf16"
+        raise ConfigError(msg)
+    return _RESIDUALS[residual_dtype]
 
 
 def _check_segments(shard: Shard, values: Segments) -> None:

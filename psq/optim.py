@@ -3,7 +3,8 @@
     state   m, v (vmax for AMSGrad, s for the variance correction): one float32 each per value;
             and a step counter
     step    advance(lr), then write(...) over any cut of the vector; direction(...) does both.
-            A kernel that has Adam inside it takes the step's numbers from `coefficients` instead
+            A kernel that has Adam inside it takes the step's numbers from `coefficients` and
+            `correction` instead
 
 The result is a direction u, the thing subtracted from the weights; nothing here touches the weights
 themselves. The arithmetic is the kernel adam_update, defined in psq/kernels/reference_optim.py.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -33,6 +34,8 @@ __all__ = ["CORRECTION_START", "Adam", "per_shard", "state_names"]
 
 # The variance correction's first step: before it m holds too few gradients to tell noise from mean.
 CORRECTION_START: Final = 5
+
+_Weights = TypeVar("_Weights")
 
 
 def state_names(config: AdamConfig, workers: int = 1) -> tuple[str, ...]:
@@ -95,6 +98,24 @@ class Adam:
         """The numbers of the step that `advance` began."""
         return self._coefficients
 
+    @property
+    def correction(self) -> CorrectionCoefficients | None:
+        """Those of its variance correction; None where there is none."""
+        return self._correction if "s" in self._state else None
+
+    def weights(self, x: _Weights | None) -> _Weights | None:
+        """Return the weights where these settings need them, else None.
+
+        Raises:
+            UsageError: weight decay without x.
+        """
+        if self.config.weight_decay == 0.0:
+            return None
+        if x is None:
+            msg = "weight decay needs the current weights: pass x"
+            raise UsageError(msg)
+        return x
+
     def advance(self, lr: float) -> None:
         """Begin the next step.
 
@@ -135,11 +156,7 @@ class Adam:
 
         Cost: one pass; reads and writes m and v, reads g, writes out.
         """
-        if self.config.weight_decay == 0.0:
-            x = None
-        elif x is None:
-            msg = "weight decay needs the current weights: pass x"
-            raise UsageError(msg)
+        x = self.weights(x)
         stop = start + g.size
         m, v = self._state["m"][start:stop], self._state["v"][start:stop]
         if "s" in self._state:

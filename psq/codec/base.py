@@ -8,7 +8,8 @@ Laws, tested for each codec on every kernel level:
 
     nbytes(n) bytes exactly; encode writes all of them, decode takes any content
     decode(encode_ef(x, e)) + e' == x + e     exactly for log, uniform, bf16, fp32; otherwise to
-                                              half a unit in the last place of the larger term
+                                              half a unit in the last place of the larger term;
+                                              with e' in bf16 to 2^-8 of e'
     |c - decode(c)|^2 <= |c|^2                except stochastic, which is c on average instead, and
                                               sign:norm=l2, which only stays below 2 |c|^2
     encode(decode(p)) == p                    for log, uniform, bf16, fp32
@@ -22,7 +23,7 @@ from typing import ClassVar, Final
 
 from psq import kernels
 from psq.errors import RemotePayloadError
-from psq.kernels import BLOCKS, Buffer, Family, Floats, Format
+from psq.kernels import BLOCKS, Buffer, Family, Floats, Format, Residual
 
 __all__ = ["DEFAULT_BLOCK", "Codec", "random_start"]
 
@@ -76,15 +77,16 @@ class Codec:
         kernels.active().encode(*self.format, values, None, payload, self.start(seed))
 
     def encode_ef(
-        self, values: Floats, residual: Floats, payload: Buffer, *, seed: int = 0
+        self, values: Floats, residual: Residual, payload: Buffer, *, seed: int = 0
     ) -> None:
         """Quantize values + residual and leave in the residual what the payload does not carry.
 
-        One pass over memory, 12 bytes a value.
+        One pass over memory, 12 bytes a value; 8 with a residual in bf16.
 
         Args:
             values: f32[n], C-contiguous.
-            residual: f32[n], updated in place; untouched where a block is not finite.
+            residual: f32[n], updated in place; untouched where a block is not finite. Or uint16[n]:
+                bf16, in which what stays is rounded to nearest.
             payload: u8[nbytes(n)], written.
             seed: as for `encode`.
 

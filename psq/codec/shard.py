@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from psq.codec.base import Codec
 from psq.errors import RemotePayloadError, UsageError
-from psq.kernels import Buffer, Family, Floats
+from psq.kernels import Buffer, Family, Floats, Residual
 from psq.layout import Shard
 
 __all__ = ["MAX_SCALE", "ShardCodec"]
@@ -58,7 +58,7 @@ class ShardCodec:
         self.encode_segments(self._split(values), None, payload, seed=seed)
 
     def encode_ef(
-        self, values: Floats, residual: Floats, payload: Buffer, *, seed: int = 0
+        self, values: Floats, residual: Residual, payload: Buffer, *, seed: int = 0
     ) -> None:
         """Quantize values + residual, both f32[shard.numel]; the rest stays in the residual.
 
@@ -72,7 +72,7 @@ class ShardCodec:
     def encode_segments(
         self,
         values: Sequence[Floats],
-        residual: Floats | None,
+        residual: Residual | None,
         payload: Buffer,
         *,
         seed: int = 0,
@@ -81,7 +81,7 @@ class ShardCodec:
 
         Args:
             values: f32[segment.numel] for each segment, in order.
-            residual: f32[shard.numel], flat, updated in place; or None.
+            residual: f32[shard.numel], flat, updated in place; or bf16 (uint16); or None.
             payload: u8[nbytes], written.
             seed: of stochastic codecs; each segment draws from a stream of its own.
 
@@ -202,7 +202,7 @@ class ShardCodec:
             raise UsageError(msg)
         return view
 
-    def _check_flat(self, values: Floats) -> None:
+    def _check_flat(self, values: Residual) -> None:
         if values.size != self.shard.numel:
             msg = (
                 f"shard {self.shard.index} has {self.shard.numel} values, "

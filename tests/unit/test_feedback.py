@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from psq.codec import ShardCodec, get_codec
-from psq.errors import UsageError
+from psq.errors import ConfigError, UsageError
 from psq.feedback import SERVER_RANK, Compressor, stream_seed
 from psq.optim import Adam
 from psq.plan import Plan
@@ -182,6 +182,97 @@ def test_segments_that_are_not_the_layouts_do_not_reach_the_moments():
         with pytest.raises(UsageError, match="shard 0 has segments of"):
             compressor.compress(0, wrong, LR, payload)
     assert not compressor.state_arrays()["m"].any()
+
+
+@pytest.mark.parametrize("recipe", ["server-adam", "efficient-adam", "qadam-1bit"])
+def test_what_is_said_and_what_waits_is_the_sum_of_all_directions(recipe):
+    plan = make_plan(recipe, uplink="log:k=6")
+    compressor, said = Compressor(plan, 0), np.zeros(plan.layout.numel, np.float32)
+    meant = np.zeros(plan.layout.numel)
+    adam = plan.recipe.direction.adam
+    adam = Adam(adam, plan.layout.numel, workers=2) if adam else None
+    for step in range(6):
+        gradients = gradients_of(plan, seed=step)
+        direction = flat(gradients)
+        if adam is not None:
+            adam.direction(flat(gradients), LR, direction)
+        meant += direction
+        if step % 3 == 2:
+            said += decode_all(plan, compress_all(compressor, plan, gradients))
+            continue
+        before = compressor.state_arrays()["residual"].copy()
+        absorb_all(compressor, plan, gradients)
+        after = compressor.state_arrays()["residual"]
+        assert after.tobytes() == (before + direction).tobytes()
+    assert compressor.steps == 6
+    residual = compressor.state_arrays()["residual"]
+    np.testing.assert_allclose(said + residual, meant, atol=1e-5 * np.abs(meant).max())
+
+
+def absorb_all(compressor, plan, gradients):
+    for shard in plan.layout.shards:
+        compressor.absorb(shard.index, gradients[shard.index], LR)
+
+
+def test_a_step_that_waited_draws_no_number_twice():
+    plan = make_plan(uplink="uniform:bits=2,stochastic=true")
+    gradients = gradients_of(plan)
+    waited, resumed = Compressor(plan, 0), Compressor(plan, 0)
+    absorb_all(waited, plan, gradients)
+    resumed.state_arrays()["residual"][:] = waited.state_arrays()["residual"]
+    resumed.resume(1)
+    ours = compress_all(waited, plan, gradients)
+    theirs = compress_all(resumed, plan, gradients)
+    assert [p.tobytes() for p in ours] == [p.tobytes() for p in theirs]
+
+
+def test_without_error_feedback_no_step_can_wait():
+    plan = make_plan("fp32")
+    with pytest.raises(UsageError, match="without error feedback a step cannot wait"):
+        absorb_all(Compressor(plan, 0), plan, gradients_of(plan))
+
+
+def test_a_wait_with_other_segments_changes_nothing():
+    plan = make_plan("efficient-adam")
+    compressor, gradients = Compressor(plan, 0), gradients_of(plan)
+    with pytest.raises(UsageError, match="shard 0 has segments of"):
+        compressor.absorb(0, gradients[0][:-1], LR)
+    assert not any(array.any() for array in compressor.state_arrays().values())
+
+
+@pytest.mark.parametrize("recipe", ["server-adam", "efficient-adam"])
+@pytest.mark.parametrize("uplink", ["sign", "lloyd-max:bits=4,block=256"])
+def test_a_bf16_residual_conserves_what_is_meant_up_to_its_rounding(recipe, uplink):
+    plan = make_plan(recipe, uplink=uplink)
+    wide, narrow = Compressor(plan, 0), Compressor(plan, 0, residual_dtype="bf16")
+    gradients = gradients_of(plan)
+    said = [compress_all(compressor, plan, gradients) for compressor in (wide, narrow)]
+    assert [p.tobytes() for p in said[0]] == [p.tobytes() for p in said[1]]
+    kept, rounded = (c.state_arrays()["residual"] for c in (wide, narrow))
+    assert rounded.dtype == np.uint16
+    np.testing.assert_allclose(values_of(rounded), kept, rtol=2.0**-8)
+    assert (values_of(rounded) != kept).any()
+
+
+def values_of(residual):
+    return (residual.astype(np.uint32) << 16).view(np.float32)
+
+
+def test_a_rejected_payload_folds_back_into_a_bf16_residual():
+    plan = make_plan(uplink="sign")
+    compressor, gradients = Compressor(plan, 0, residual_dtype="bf16"), gradients_of(plan)
+    payloads = compress_all(compressor, plan, gradients)
+    assert all(compressor.restore(shard, payload) for shard, payload in enumerate(payloads))
+    residual = values_of(compressor.state_arrays()["residual"])
+    meant = flat(gradients)  # rounded twice
+    np.testing.assert_allclose(residual, meant, atol=2.0**-7 * np.abs(meant).max())
+
+
+def test_a_residual_that_cannot_be_had_is_refused():
+    with pytest.raises(ConfigError, match="has no error feedback"):
+        Compressor(make_plan("fp32"), 0, residual_dtype="bf16")
+    with pytest.raises(ConfigError, match="choose f32 or bf16"):
+        Compressor(make_plan(), 0, residual_dtype="f16")
 
 
 def test_a_resumed_worker_makes_the_same_payloads():
