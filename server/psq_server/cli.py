@@ -182,6 +182,7 @@ def _summary(loop: Loop, state: ServerState, ending: Ending, total_s: float) -> 
         "sent_bytes": totals.sent_bytes,
         "received_bytes": totals.received_bytes,
         "seconds": {phase: round(value, 6) for phase, value in seconds.items()},
+        "max_staleness": counts.max_staleness,
         "skipped": counts.skipped,
         "pushes": dict(counts.pushes),
         "joins": counts.joins,

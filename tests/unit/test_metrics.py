@@ -90,6 +90,18 @@ def test_every_phase_has_its_own_durations(phase):
     assert sum(key[0] == "psq_phase_seconds_sum" for key in samples) == 1
 
 
+def test_staleness_is_counted_in_rounds_once_there_is_any_to_tell():
+    metrics = make()
+    assert not any("applied_staleness" in key[0] for key in parse(metrics))
+    for steps in (0, 0, 3, 200):
+        metrics.observe_staleness(steps)
+    samples = parse(metrics)
+    assert samples["psq_applied_staleness_steps_bucket", ("le", "0.0")] == 2
+    assert samples["psq_applied_staleness_steps_bucket", ("le", "3.0")] == 3
+    assert samples["psq_applied_staleness_steps_count",] == 4
+    assert samples["psq_applied_staleness_steps_sum",] == 203
+
+
 def test_an_unknown_phase_is_a_mistake():
     with pytest.raises(KeyError):
         make().observe_phase("thinking", 1.0)

@@ -142,6 +142,7 @@ def _commit(world: World) -> None:
         if mine.counts:
             staleness.append(closed.number - mine.base)
         _settle(world, world.members[rank], mine, world.version)
+    world.counts.max_staleness = max([world.counts.max_staleness, *staleness])
     world.server_s = 0.0
     world.note_opened()
     world.out.append(Committed(world.version, tuple(staleness)))

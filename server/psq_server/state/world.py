@@ -57,6 +57,7 @@ class Counts:
     """What has happened so far."""
 
     rounds: int = 0
+    max_staleness: int = 0
     skipped: int = 0
     joins: int = 0
     resets: int = 0

@@ -243,3 +243,8 @@ def plan_of():
 @pytest.fixture(scope="session")
 def frame_bytes():
     return HEADER_BYTES
+
+
+@pytest.fixture(scope="session")
+def worker_kind():
+    return Worker

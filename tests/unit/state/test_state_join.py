@@ -18,6 +18,7 @@ from psq_proto.messages import (
     Status,
     Welcome,
 )
+from psq_proto.session import WorkerSession
 from psq_server.state import Adopt, Send
 
 
@@ -308,3 +309,43 @@ def test_garbage_from_a_joined_worker_leaves_it_joined(cluster):
     assert error.code == "wire"
     assert not error.fatal
     assert isinstance(worker.beat(0), Status)
+
+
+# ---- what is the job?
+
+
+def wish(job, rank=1):
+    """A connection that asks for the job's plan."""
+    worker = job.connect(rank)
+    worker.session = WorkerSession(rank=rank, plan_body=b"")
+    worker.hello()
+    worker.send(MessageType.PLAN)
+    return worker
+
+
+def jobs(worker):
+    return [bytes(m.body) for m in worker.heard if m.header.type is MessageType.JOB]
+
+
+def test_who_asks_for_the_job_gets_its_plan(cluster):
+    job = cluster()
+    job.connect(0).join()
+    assert jobs(wish(job)) == [job.plan.body]
+
+
+def test_who_asks_before_there_is_a_job_gets_it_once_when_there_is_one(cluster):
+    job = cluster()
+    early = wish(job)
+    early.send(MessageType.PLAN)
+    assert jobs(early) == []
+    job.connect(0).join()
+    assert jobs(early) == [job.plan.body]
+
+
+def test_who_asked_for_the_job_and_joined_meanwhile_is_not_told_any_more(cluster):
+    job = cluster()
+    early = wish(job)
+    early.session = WorkerSession(rank=1, plan_body=job.plan.body)
+    early.join()
+    assert jobs(early) == []
+    assert not early.errors
