@@ -74,10 +74,14 @@ from psq_proto.messages import (
 )
 from psq_proto.session import State, WorkerSession
 
-__all__ = ["ALONE_S", "FAREWELL_BEAT_S", "Machine"]
+__all__ = ["ALONE_S", "FAREWELL_BEAT_S", "INITIAL_WINDOW", "Machine"]
 
 FAREWELL_BEAT_S: Final = 0.1
 """Between two heartbeats of a worker that has said goodbye: their answer lets it go."""
+INITIAL_WINDOW: Final = 4
+"""Frames of initial weights that the link may still be reading: 4 MiB, not the whole model."""
+INITIAL_PAUSE_S: Final = 0.002
+"""Until the link is asked again whether it has read the oldest of them."""
 ALONE_S: Final = 0.5
 """Without a connection for so long after its goodbye, a worker takes it that the server ended: one
 that is still there would have been found again."""
@@ -135,6 +139,9 @@ class Machine:
         self._shards = tuple(shard.index for shard in plan.owned)
         self._outbox: deque[bytearray] = deque()
         self._initial: Iterator[bytearray] | None = None
+        self._initial_sent: deque[bytearray] = deque()
+        self._initial_at_s = 0.0
+        self._is_lent = is_lent
         self._hello_at_s = self._beat_at_s = 0.0
         self._beats = self._answers = 0  # heartbeats sent, and those answered, since WELCOME
         self._pull = False
@@ -155,6 +162,8 @@ class Machine:
         """When something will have to happen although nothing came."""
         if self._alone_since_s is not None:
             return self._alone_since_s + ALONE_S
+        if self._initial is not None and self.joined:
+            return min(self._initial_at_s, self._beat_at_s)
         return self._beat_at_s if self.joined else self._hello_at_s
 
     @property
@@ -270,20 +279,17 @@ class Machine:
                 self._outbox.append(self.session.send(MessageType.HELLO, hello))
             return
         if self.session.state is State.JOINED:
-            self._queue_work()
+            self._queue_work(now_s)
         if not self._outbox and now_s >= self._beat_at_s:
             leaving = self.session.state is State.LEAVING
             self._beat_at_s = now_s + (FAREWELL_BEAT_S if leaving else self._heartbeat_s)
             self._queue_heartbeat()
 
-    def _queue_work(self) -> None:
+    def _queue_work(self, now_s: float) -> None:
         """Initial weights first, then the wish for weights, then the goodbye."""
         if self._initial is not None:
-            initial = next(self._initial, None)
-            if initial is not None:
-                self._outbox.append(initial)
-                return
-            self._initial = None
+            self._queue_initial(now_s)
+            return
         if self._leave is not None:
             self._outbox.append(self.session.send(MessageType.LEAVE, self._leave))
             self._leave_fence = self._beats
@@ -294,6 +300,24 @@ class Machine:
             have = self.replica.version
             version = NO_VERSION if have == NONE else have
             self._outbox.append(self.session.send(MessageType.PULL, version=version))
+
+    def _queue_initial(self, now_s: float) -> None:
+        """The next INIT frame, as soon as the link has read enough of those before."""
+        assert self._initial is not None  # noqa: S101 - the caller looked
+        window = self._initial_sent
+        while window and not self._is_lent(window[0]):
+            window.popleft()
+        if len(window) < INITIAL_WINDOW:
+            initial = next(self._initial, None)
+            if initial is not None:
+                window.append(initial)
+                self._outbox.append(initial)
+                return
+            if not window:
+                self._initial = None
+                self._queue_work(now_s)
+                return
+        self._initial_at_s = now_s + INITIAL_PAUSE_S
 
     def _queue_heartbeat(self) -> None:
         beat = Heartbeat(self.replica.version, max(0, self.replica.version))
@@ -345,7 +369,7 @@ class Machine:
             self._outbox = deque(kept)
 
     def _initial_frames(self) -> Iterator[bytearray]:
-        """INIT frames of every shard, made one at a time so that only one is in memory."""
+        """INIT frames of every shard, made one at a time: `INITIAL_WINDOW` at most in memory."""
         for shard in self._plan.owned:
             values = self._hooks.initial(shard.index)
             for part in range(part_count(shard.numel)):
@@ -415,6 +439,7 @@ class Machine:
         self._beat_at_s = now_s  # at once: its answer says what arrived
         self._pull = True
         self._initial = self._initial_frames() if welcome.init_wanted else None
+        self._initial_sent.clear()
         if welcome.mode == "reset" and self._resolved != NONE:
             self._hooks.reset(self._shards)
             self.resets += 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from psq.client.hooks import Hooks
-from psq.client.machine import ALONE_S, Machine
+from psq.client.machine import ALONE_S, INITIAL_WINDOW, Machine
 from psq.client.round import merge
 from psq.codec import get_codec
 from psq.errors import (
@@ -161,6 +161,37 @@ def test_a_server_without_weights_gets_them_before_anything_else():
     talk = Talk(rank=0)
     talk.welcome(init_wanted=True, has_weights=False)
     assert talk.flush() == [MessageType.INIT, MessageType.PULL, MessageType.HEARTBEAT]
+
+
+def test_initial_weights_wait_while_the_link_still_reads_the_ones_before():
+    """A link slower than memory would else hold the whole model a second time."""
+    parts = 3 * INITIAL_WINDOW
+    plan = Plan.of([(f"w{i}", (1 << 18,)) for i in range(parts)], preset("fp32"), 2)
+    talk = Talk(rank=0, plan=plan)
+    talk.machine._hooks = dataclasses.replace(
+        talk.machine._hooks, initial=lambda shard: np.ones(plan.layout.shards[shard].numel, "f4")
+    )
+    lent: list[bytearray] = []
+    talk.machine._is_lent = lambda frame: any(frame is each for each in lent)
+    taken = talk.machine.sent
+
+    def lend(now_s: float) -> None:
+        lent.extend(frame for frame in talk.machine._outbox if len(frame) > 1 << 20)
+        taken(now_s)
+
+    talk.machine.sent = lend
+    talk.welcome(init_wanted=True, has_weights=False)
+    assert talk.flush() == [*[MessageType.INIT] * INITIAL_WINDOW, MessageType.HEARTBEAT]
+    assert talk.flush() == []
+    assert talk.machine.due_s > talk.now_s
+    seen = INITIAL_WINDOW
+    while seen < parts:
+        lent.pop(0)
+        assert talk.flush() == [MessageType.INIT]
+        seen += 1
+    assert talk.flush() == []
+    lent.clear()
+    assert talk.flush() == [MessageType.PULL]
 
 
 def test_hello_is_repeated_with_its_nonce_until_it_is_answered():
