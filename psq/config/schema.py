@@ -127,8 +127,8 @@ class WorkerConfig:
     )
     uplink: str | None = setting(
         None,
-        "codec of the pushes: sign, log:k=6, uniform:bits=4, lloyd-max:bits=3, bf16, fp32 ... "
-        "(default: the recipe's)",
+        "codec of the pushes: sign, log:k=6, uniform:bits=4, lloyd-max:bits=3, topk:k=8, bf16, "
+        "fp32 ... (default: the recipe's)",
         metavar="CODEC",
     )
     downlink: str | None = setting(

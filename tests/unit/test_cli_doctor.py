@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from psq import kernels, link
+from psq.config import Given
 from psq_worker import doctor
 from psq_worker.doctor import Check, examine, exit_code
 
@@ -97,3 +98,32 @@ def test_the_reference_kernels_are_a_note_that_says_why(monkeypatch, forced):
 def test_a_connection_that_never_comes_about_fails(monkeypatch):
     monkeypatch.setattr(link.WorkerLink, "wait_room", lambda *_: False)
     assert found()["loopback"].verdict == "fail"
+
+
+def test_each_server_that_is_named_is_tried_and_says_which_one_is_not_there(monkeypatch):
+    monkeypatch.setattr(doctor, "ANSWER_TIMEOUT_S", 0.2)
+    with link.ServerLink("tcp://127.0.0.1:0") as server, socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # taken, and nobody listens
+        silent = f"tcp://127.0.0.1:{nobody.getsockname()[1]}"
+        checks = found({"PSQ_CONNECT": f"{server.endpoint},{silent}"})
+    assert checks["server 0"].verdict == "ok"
+    assert server.endpoint in checks["server 0"].found
+    assert checks["server 1"].verdict == "note"
+    assert f"{silent}: no connection within 0.2 s" in checks["server 1"].found
+
+
+def test_the_only_server_has_no_number_and_a_flag_names_it(monkeypatch):
+    monkeypatch.setattr(doctor, "ANSWER_TIMEOUT_S", 5.0)
+    with link.ServerLink("tcp://127.0.0.1:0") as server:
+        checks = {c.name: c for c in examine({}, Given({"connect": server.endpoint}))}
+    assert checks["server"].verdict == "ok"
+
+
+def test_no_server_is_tried_that_nobody_named():
+    assert not [name for name in found() if name.startswith("server")]
+
+
+def test_wrong_addresses_are_a_matter_of_settings():
+    checks = found({"PSQ_CONNECT": "tcp://a:1,tcp://a:1"})
+    assert "stands there twice" in checks["settings"].found
+    assert "server 0" not in checks

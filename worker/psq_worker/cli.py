@@ -197,13 +197,19 @@ def merge_weights(parts: tuple[str, ...], output: str) -> None:
 
 
 @psq.command(short_help="Say whether this machine can run psq.")
+@options(
+    WorkerConfig, skip=[item.key for item in settings_of(WorkerConfig) if item.key != "connect"]
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(*, as_json: bool) -> int:
-    """Say whether this machine can run psq, and what it would run with; ends with 0 or 78."""
+def doctor(given: Given, *, as_json: bool) -> int:
+    """Say whether this machine can run psq, and what it would run with; ends with 0 or 78.
+
+    Servers that a flag, a variable or the file names are tried too.
+    """
     from psq_worker.doctor import examine, exit_code  # noqa: PLC0415 - not for every command
     from psq_worker.listing import print_checks  # noqa: PLC0415 - as above
 
-    checks = examine(os.environ)
+    checks = examine(os.environ, given)
     code = exit_code(checks)
     if as_json:
         found = [{name: getattr(c, name) for name in c.__slots__} for c in checks]

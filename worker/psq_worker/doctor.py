@@ -41,6 +41,7 @@ OPTIONAL: Final = {
 }
 ROUND_TRIPS: Final = 100
 ROUND_TRIP_TIMEOUT_S: Final = 5.0
+ANSWER_TIMEOUT_S: Final = 2.0
 ECHO: Final = b"echo" * 64
 
 
@@ -54,8 +55,13 @@ class Check:
     advice: str = ""
 
 
-def examine(environ: Mapping[str, str]) -> list[Check]:
-    """Every check, in order. Takes well under a second."""
+def examine(environ: Mapping[str, str], given: Given | None = None) -> list[Check]:
+    """Every check, in order.
+
+    Takes well under a second, and up to `ANSWER_TIMEOUT_S` for each server that was named and does
+    not answer.
+    """
+    given = given or Given()
     return [
         _python(),
         *_packages(),
@@ -65,7 +71,8 @@ def examine(environ: Mapping[str, str]) -> list[Check]:
         _cores(environ),
         _port(),
         *_variables(environ),
-        _settings(environ),
+        _settings(environ, given),
+        *_servers(environ, given),
     ]
 
 
@@ -193,16 +200,48 @@ def _variables(environ: Mapping[str, str]) -> Iterator[Check]:
         yield Check(name, "note", environ[name], advice)
 
 
-def _settings(environ: Mapping[str, str]) -> Check:
+def _settings(environ: Mapping[str, str], given: Given) -> Check:
     """Whether what the environment and the file say is acceptable to every process."""
     from psq_worker.recipes import recipe_of  # noqa: PLC0415 - loads the kernels, a check of its own
 
     for cls in TABLES.values():
         try:
-            told = resolve(cls, {}, given=Given(), environ=environ).config
+            told = resolve(cls, {}, given=given, environ=environ).config
             if isinstance(told, WorkerConfig):
                 recipe_of(told)
         except PsqError as error:
             return Check("settings", "fail", str(error), "see: psq config show")
     count = sum(len(settings_of(cls)) for cls in TABLES.values())
     return Check("settings", "ok", f"all {count} acceptable (psq config show lists them)")
+
+
+def _servers(environ: Mapping[str, str], given: Given) -> Iterator[Check]:
+    """Whether the servers that somebody named can be reached."""
+    try:
+        told = resolve(WorkerConfig, {}, given=given, environ=environ)
+    except PsqError:  # another check says so
+        return
+    if told.origins["connect"] == "default":
+        return
+    endpoints = told.config.endpoints
+    for number, endpoint in enumerate(endpoints):
+        yield _server("server" if len(endpoints) == 1 else f"server {number}", endpoint)
+
+
+def _server(name: str, endpoint: str) -> Check:
+    from psq.link import WorkerLink  # noqa: PLC0415 - loads libzmq
+
+    try:
+        with WorkerLink(endpoint) as link:
+            began_s = time.perf_counter()
+            if link.wait_room(ANSWER_TIMEOUT_S):
+                ms = 1000 * (time.perf_counter() - began_s)
+                return Check(name, "ok", f"{endpoint} took a connection within {ms:.0f} ms")
+    except PsqError as error:
+        return Check(name, "note", f"{endpoint}: {error}", _NO_SERVER)
+    return Check(
+        name, "note", f"{endpoint}: no connection within {ANSWER_TIMEOUT_S:g} s", _NO_SERVER
+    )
+
+
+_NO_SERVER: Final = "start psq-server there, or look at its --bind, tunnels and firewalls between"
