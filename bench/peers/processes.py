@@ -179,8 +179,11 @@ class Running:
         return sum(_cpu_s(pid) for child in self.children for pid in family(child.pid))
 
     def peaks_kb(self) -> dict[str, int]:
-        """Peak resident memory by process, without what importing its libraries took."""
-        return {c.name: c.peak_kb() - c.import_kb for c in self.children}
+        """Peak resident memory by process, without what importing its libraries took.
+
+        Only of those that said how much that was.
+        """
+        return {c.name: c.peak_kb() - c.import_kb for c in self.children if c.import_kb}
 
     def end(self, *, at_once: bool = False) -> None:
         for child in self.stepping:

@@ -6,6 +6,7 @@ here and told apart by name; what each does stands in a file of its own beside t
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,11 @@ from psq_proto.frames import HEADER_BYTES
 HERE = Path(__file__).parent
 SERVER = "server"
 TORCH = Venv("torch", ("torch==2.13.0", "numpy"))
+RAY = Venv("ray", ("ray==2.60.0", "torch==2.13.0", "numpy"))
+MXNET = Venv("mxnet", ("mxnet==1.9.1", "numpy<1.24"), pythons=("3.8", "3.9", "3.10"))
 F32, HALF = 4, 2
+RAY_PORT = 6379  # of namespaces of our own, where nobody else listens
+RAY_STORE_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,79 @@ class Torch:
         return ring(nbytes, setup.machines)
 
 
+# ---- MXNet and Ray
+
+
+@dataclass(frozen=True)
+class MxNet:
+    """`mxnet_kvstore.py`: scheduler and server on the server's machine."""
+
+    def start(self, setup: Setup, running: Running) -> None:
+        python = str(python_of(MXNET, setup.cache))
+        address = setup.site.address(SERVER)
+        argv = [python, str(HERE / "mxnet_kvstore.py")]
+        env = {
+            "DMLC_PS_ROOT_URI": address,
+            "DMLC_PS_ROOT_PORT": str(free_port()),
+            "DMLC_NUM_SERVER": "1",
+            "DMLC_NUM_WORKER": str(setup.workers),
+            "DMLC_INTERFACE": setup.site.interface(),
+        }
+        for role in ("scheduler", "server"):
+            here = env | {"DMLC_ROLE": role, "DMLC_NODE_HOST": address}
+            running.add(Child(setup.site, SERVER, role, argv, here))
+        ready = []
+        for rank in range(setup.workers):
+            here = {"DMLC_ROLE": "worker", "DMLC_NODE_HOST": setup.site.address(f"worker{rank}")}
+            ready += workers(setup, running, argv, env | here, ranks=[rank])
+        running.ready(ready)
+
+    def transfers(self, setup: Setup) -> list[Transfer]:
+        return through_servers([setup.numel / 4], [setup.numel * F32], [SERVER], setup.machines)
+
+
+@dataclass(frozen=True)
+class Ray:
+    """`ray_server.py`: on a star each machine is a node of Ray's."""
+
+    def start(self, setup: Setup, running: Running) -> None:
+        python = python_of(RAY, setup.cache)
+        env = {"PYTHONPATH": str(HERE), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        address = ""
+        if setup.site.net is not None:
+            address = f"{setup.site.address(SERVER)}:{RAY_PORT}"
+            for machine in (SERVER, *setup.machines):
+                self._node(setup, running, python.with_name("ray"), machine, env)
+        argv = [str(python), str(HERE / "ray_server.py"), "--address", address]
+        argv += ["--size", setup.size, "--world-size", str(setup.workers)]
+        running.ready([running.add(Child(setup.site, SERVER, "driver", argv, env))])
+
+    def transfers(self, setup: Setup) -> list[Transfer]:
+        nbytes = setup.numel * F32
+        return through_servers([nbytes], [nbytes], [SERVER], setup.machines)
+
+    @staticmethod
+    def _node(
+        setup: Setup, running: Running, ray: Path, machine: str, env: Mapping[str, str]
+    ) -> None:
+        address = setup.site.address(machine)
+        head = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
+        join = [f"--address={setup.site.address(SERVER)}:{RAY_PORT}"]
+        argv = [str(ray), "start", "--block", "--num-cpus=1", f"--node-ip-address={address}"]
+        argv += [f'--resources={{"{machine}": 1}}', f"--object-store-memory={RAY_STORE_BYTES}"]
+        argv += head if machine == SERVER else join
+        node = running.add(Child(setup.site, machine, f"node@{machine}", argv, env))
+        while "Ray runtime started" not in node.line():
+            pass
+
+
+def free_port() -> int:
+    """A port nobody listens on now, for those who cannot say which one they took."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def workers(
     setup: Setup,
     running: Running,
@@ -174,7 +252,7 @@ def workers(
     ]
 
 
-def _system(name: str, text: str, how: Psq | Torch, *, quiet: bool = True) -> System:
+def _system(name: str, text: str, how: Psq | Torch | MxNet | Ray, *, quiet: bool = True) -> System:
     return System(name, text, how.start, how.transfers, quiet)
 
 
@@ -195,5 +273,7 @@ SYSTEMS = {
         _system("powersgd-1", "torch DDP, PowerSGD rank 1", Torch("powersgd:1")),
         _system("powersgd-2", "torch DDP, PowerSGD rank 2", Torch("powersgd:2")),
         _system("powersgd-4", "torch DDP, PowerSGD rank 4", Torch("powersgd:4")),
+        _system("mxnet-2bit", "MXNet kvstore dist_sync, 2 bits up, f32 down", MxNet()),
+        _system("ray", "Ray actors, fused Adam in the server's", Ray(), quiet=False),
     )
 }
