@@ -167,17 +167,6 @@ def test_a_recipe_that_does_not_exist_is_refused_before_anything_starts(
     assert "1 server" not in err
 
 
-@pytest.mark.parametrize("command", [["launch"], ["worker"]])
-@pytest.mark.parametrize(
-    "words",
-    [["--residual", "bf16"]],
-)
-def test_a_setting_that_nothing_acts_upon_yet_is_refused_not_ignored(call, command, words):
-    code, _, err = call(psq, *command, *words)
-    assert code == 78
-    assert "is not available in this version" in err
-
-
 def test_debug_lets_the_error_itself_through():
     with pytest.raises(Exception, match="expected a whole number"):
         run(worker, "psq-worker", ["--rank", "one", "--debug"])

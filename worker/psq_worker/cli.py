@@ -75,7 +75,6 @@ def worker(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     What comes after "--" is the script's own command line.
     """
     from psq.process import watch_parent  # noqa: PLC0415 - --help needs none of these
-    from psq_worker.recipes import check_available  # noqa: PLC0415 - as above
 
     launched = watch_parent()
     # Before torch is imported: threads that spin while they wait starve the other workers of a
@@ -83,7 +82,6 @@ def worker(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     check_script(given, script)
     config = given.resolve(WorkerConfig).config
-    check_available(config)
     if not launched:  # else the launcher's server says it, once
         for name, meant in stray_variables(os.environ).items():
             hint = f"did you mean {meant}?" if meant else "psq reads no such variable"
@@ -111,7 +109,7 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     """
     need("torch", "rich")
     from psq_worker.launch import Commands, run_launch, server_count  # noqa: PLC0415 - needs rich
-    from psq_worker.recipes import check_available, check_job  # noqa: PLC0415 - nor numpy
+    from psq_worker.recipes import check_job  # noqa: PLC0415 - --help needs no numpy
 
     check_script(given, script)
     config = given.resolve(LaunchConfig).config
@@ -121,7 +119,6 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     told_server = local.resolve(ServerConfig).config
     servers = server_count(config.servers, config.workers)
     check_job(told)  # fails before anything is started
-    check_available(told)
     words = [script, "--", *script_words(arguments)] if script is not None else []
     commands = Commands(
         config.workers,
@@ -142,7 +139,6 @@ def demo(given: Given) -> None:
     from psq_worker.demo import run_demo  # noqa: PLC0415 - --help needs no rich
     from psq_worker.launch import server_count  # noqa: PLC0415 - as above
     from psq_worker.recipes import (  # noqa: PLC0415 - --help needs no numpy
-        check_available,
         check_comparison,
         check_job,
         recipe_of,
@@ -153,7 +149,6 @@ def demo(given: Given) -> None:
     check_job(told)
     check_comparison(recipe_of(told))
     servers = server_count(config.servers, config.workers)
-    check_available(told)
     run_demo(
         told,
         servers=servers,

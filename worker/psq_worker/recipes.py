@@ -13,7 +13,7 @@ from psq.errors import ConfigError
 from psq.plan import Plan
 from psq.recipe import Recipe, preset
 
-__all__ = ["check_available", "check_comparison", "check_job", "recipe_of"]
+__all__ = ["check_comparison", "check_job", "recipe_of"]
 
 
 def recipe_of(told: WorkerConfig) -> Recipe:
@@ -53,18 +53,4 @@ def check_comparison(recipe: Recipe) -> None:
             f"adam: torch.optim.Adam has no {missing}, so there is nothing to compare with: "
             "psq launch trains without a comparison"
         )
-        raise ConfigError(msg)
-
-
-def check_available(told: WorkerConfig) -> None:
-    """Refuse settings that this version knows and does not act upon yet.
-
-    Raises:
-        ConfigError: it names the setting.
-    """
-    wanted = {
-        "residual": told.residual != "f32",
-    }
-    for name in (name for name, is_wanted in wanted.items() if is_wanted):
-        msg = f"{name}: {getattr(told, name)} is not available in this version: leave it out"
         raise ConfigError(msg)
