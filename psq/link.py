@@ -55,7 +55,9 @@ __all__ = [
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 MIN_LIBZMQ: Final = (4, 3, 5)
-ZERO_COPY_BYTES: Final = 256 * 1024  # below this a copy is cheaper than the bookkeeping
+# Below this a copy is cheaper than the bookkeeping. From here on malloc maps fresh pages for each
+# copy, which costs ten times what it costs to lend the buffer.
+ZERO_COPY_BYTES: Final = 128 * 1024
 DRAIN_LIMIT: Final = 64  # messages taken in one go, before the loop looks at its clock again
 QUEUE_FRAMES: Final = 64  # SNDHWM and RCVHWM
 WORKER_LINGER_S: Final = 2.0
@@ -113,6 +115,7 @@ class _Link:
         self.refused = 0
         self._linger_ms = round(linger_s * 1000)
         self._lent: dict[int, tuple[Buffer, list[zmq.MessageTracker]]] = {}
+        self._sweep_at = QUEUE_FRAMES
         self._context = context
         self._socket = context.socket(kind)
         _set_options(self._socket, endpoint, self._linger_ms)
@@ -197,9 +200,10 @@ class _Link:
         _, trackers = self._lent.setdefault(id(frame), (frame, []))
         trackers[:] = [old for old in trackers if not old.done]
         trackers.append(tracker)
-        if len(self._lent) > QUEUE_FRAMES:
+        if len(self._lent) > self._sweep_at:
             for key in [k for k, (_, live) in self._lent.items() if all(t.done for t in live)]:
                 del self._lent[key]
+            self._sweep_at = max(QUEUE_FRAMES, 2 * len(self._lent))
 
     def _take(self) -> memoryview | None:
         """The last part of the next message, or None (dropped, counted) if it has several."""

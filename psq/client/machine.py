@@ -400,7 +400,10 @@ class Machine:
             self.damaged_frames += 1
             self.notes.append(f"dropped a damaged frame: {error}")
             return
-        self._take(header, body, now_s)
+        if header.type is MessageType.WEIGHTS and isinstance(body, memoryview):
+            self._on_weights(header, body)  # nearly all of what comes
+        else:
+            self._take(header, body, now_s)
 
     def _take(self, header: Header, body: ControlBody | memoryview, now_s: float) -> None:
         match body:
@@ -419,8 +422,6 @@ class Machine:
                 self._on_error(body)
             case Bye():
                 self._on_bye(body)
-            case memoryview():
-                self._on_weights(header, body)
 
     def _on_cookie(self, now_s: float) -> None:
         self._hello_at_s = now_s + self._backoff.next_s()
