@@ -166,6 +166,7 @@ def closes(  # noqa: PLR0913 - the whole of a decision in one place
     round: int = 0,  # noqa: A002 - the word of the field, as in every header
     consistency: Consistency = BSP,
     overdue: bool = False,
+    late: Collection[int] = (),
 ) -> bool:
     """Whether the open round may close: reduce what is there, and go on without the rest.
 
@@ -177,6 +178,9 @@ def closes(  # noqa: PLR0913 - the whole of a decision in one place
         round: the open round.
         consistency: the job's.
         overdue: whether the deadline of this round has passed.
+        late: ranks whose last contribution took longer than the deadline allows. Under ssp they are
+            not waited for, because they would only be overdue; what they push counts in a later
+            round, and shows when they are in time again.
     """
     missing = [rank for rank in ranks if rank not in complete]
     if not missing or consistency.eager:
@@ -190,7 +194,8 @@ def closes(  # noqa: PLR0913 - the whole of a decision in one place
         not may_apply(0, stale + 1, consistency) for stale in from_older
     ):
         return False
-    return overdue or len(from_older) == len(missing)
+    hopeless = late if consistency.kind == "ssp" else ()
+    return overdue or all(bases.get(r, round) < round or r in hopeless for r in missing)
 
 
 def may_apply(base: int, round: int, consistency: Consistency) -> bool:  # noqa: A002 - see closes

@@ -66,6 +66,7 @@ class Member:
         resolved: the last verdict it was given, to be given again if it was lost.
         base: what it computes from is at least this version: the one after its last verdict, or the
             one it was given whole.
+        took_s: how long its last contribution took, from the weights it was computed from.
         synced: it has been sent weights, so it can follow broadcasts.
         pulling: it asked for weights before there were any.
         left: its LEAVE, until it joins again.
@@ -80,6 +81,7 @@ class Member:
     last_applied: int = NONE
     resolved: Resolved | None = None
     base: int = 0
+    took_s: float = 0.0
     synced: bool = False
     pulling: bool = False
     left: Leave | None = None

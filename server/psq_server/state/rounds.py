@@ -56,7 +56,7 @@ def _reduce(world: World, shard: int, payloads: tuple[memoryview, ...], rate: fl
 def _close_whole(world: World) -> None:
     """Close all shards for the contributions that are complete, if it is time to."""
     complete = world.round.complete
-    if not _is_time(world, complete):
+    if not complete or not _is_time(world, complete):
         return
     world.due_s = None
     world.round.take(complete)
@@ -68,6 +68,7 @@ def _close_whole(world: World) -> None:
 def _is_time(world: World, complete: tuple[int, ...]) -> bool:
     """Whether the round may close now; if only its deadline is in the way, `due_s` is that."""
     job = world.need_job()
+    patience_s = clock.deadline(world.durations_s, job.consistency.deadline_mads)
     closes = partial(
         clock.closes,
         clock.members(job.world_size, world.finished, complete),
@@ -75,19 +76,24 @@ def _is_time(world: World, complete: tuple[int, ...]) -> bool:
         _bases(world),
         round=world.round.number,
         consistency=job.consistency,
+        late=_late(world, patience_s),
     )
     world.due_s = None
     if closes(overdue=False):
         return True
-    if not closes(overdue=True):
-        return False
-    patience_s = clock.deadline(world.durations_s, job.consistency.deadline_mads)
-    if patience_s is None:
+    if patience_s is None or not closes(overdue=True):
         return False
     due_s = world.round.opened_s + patience_s
     if world.now_s < due_s:
         world.due_s = due_s
     return world.now_s >= due_s
+
+
+def _late(world: World, patience_s: float | None) -> tuple[int, ...]:
+    """The ranks whose last contribution took longer than a round waits."""
+    if patience_s is None:
+        return ()
+    return tuple(rank for rank, member in world.members.items() if member.took_s > patience_s)
 
 
 def _bases(world: World) -> dict[int, int]:

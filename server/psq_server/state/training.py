@@ -142,7 +142,7 @@ def on_push(world: World, peer: Peer, message: Message) -> None:
     if said:
         world.progressed()
         if world.round.is_complete(member.rank):
-            world.note_duration(header.seq)
+            world.note_duration(member, header.seq)
         advance(world, said)
 
 

@@ -141,10 +141,11 @@ class World:
         if len(self.opened_s) > DEADLINE_SAMPLES:
             del self.opened_s[min(self.opened_s)]
 
-    def note_duration(self, base: int) -> None:
-        """A contribution computed from version `base` is complete."""
+    def note_duration(self, member: Member, base: int) -> None:
+        """This rank's contribution, computed from version `base`, is complete."""
         if base in self.opened_s:
-            self.durations_s.append(self.now_s - self.opened_s[base])
+            member.took_s = self.now_s - self.opened_s[base]
+            self.durations_s.append(member.took_s)
 
     def progressed(self) -> None:
         """Something came nearer: the age of the present wait starts anew."""

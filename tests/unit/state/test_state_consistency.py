@@ -119,6 +119,30 @@ def test_who_started_from_the_newest_version_is_waited_for_until_the_deadline(cl
     assert job.state.wake_s is None
 
 
+def test_a_rank_that_was_late_is_not_waited_for_until_it_is_in_time_again(cluster, plan_of):
+    job = cluster(plan_of(3, consistency="ssp:4"))
+    workers = job.started()
+    start = settle(job, workers)
+    for number in (start, start + 1):
+        for worker in workers[:2]:
+            worker.push_all(number)
+        job.tick(2.0 if number == start else 0.0)
+    workers[2].push_all(start)
+    for worker in workers[:2]:
+        worker.push_all(start + 2)
+    assert job.version == start + 3
+    for worker in workers[:2]:
+        worker.push_all(start + 3)
+    assert job.version == start + 4, "it started from the newest weights, and is late as ever"
+    workers[2].push_all(start + 3)
+    workers[0].push_all(start + 4)
+    workers[1].push_all(start + 4)
+    assert job.version > start + 4
+    for worker in workers[:2]:
+        worker.push_all()
+    assert job.state.wake_s is not None, "it was fast this time, and is waited for"
+
+
 def test_before_there_are_samples_everybody_is_waited_for(cluster, plan_of):
     job = cluster(plan_of(2, consistency="ssp:4"))
     first, second = job.started()
