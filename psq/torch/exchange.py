@@ -25,7 +25,6 @@ import numpy as np
 from psq.client import Client, Hooks, Patience, RoundResult
 from psq.codec import ShardCodec, get_codec
 from psq.config import WorkerConfig
-from psq.errors import ConfigError
 from psq.feedback import Compressor
 from psq.plan import Plan
 from psq.torch.parameters import ParameterTable
@@ -54,10 +53,9 @@ class Exchange:
     def __init__(self, table: ParameterTable, plan: Plan, config: WorkerConfig) -> None:
         self._table = table
         self._shards = plan.layout.shards
-        if config.residual != "f32":
-            msg = f"residual: {config.residual} is not available in this version; leave it f32"
-            raise ConfigError(msg)
-        self.compressor = Compressor(plan, config.rank, seed=config.seed)
+        self.compressor = Compressor(
+            plan, config.rank, seed=config.seed, residual_dtype=config.residual
+        )
         downlink = get_codec(plan.recipe.downlink.codec)
         self._downlinks = [ShardCodec(downlink, shard) for shard in plan.layout.shards]
         self._dense = get_codec("fp32")

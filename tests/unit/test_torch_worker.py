@@ -12,7 +12,7 @@ from torch import nn
 
 import psq.torch
 from psq.codec import get_codec
-from psq.errors import GaveUpError, RemotePayloadError, RemotePlanError, UsageError
+from psq.errors import ConfigError, GaveUpError, RemotePayloadError, RemotePlanError, UsageError
 from psq.recipe import AdamConfig, preset
 from psq_proto.frames import Header
 from psq_proto.messages import Flags, MessageType
@@ -296,6 +296,31 @@ def test_a_shard_that_is_not_finite_is_left_out_alone_and_the_others_count(join,
     assert worker.step().applied
     assert (parameters(model) != before).all()
     assert not residual.any()
+
+
+def test_a_residual_in_bf16_takes_half_the_memory_and_trains_on(join, serve):
+    losses = {}
+    for residual in ("f32", "bf16"):
+        model = make_model()
+        recipe = preset("server-adam").with_codecs(uplink="sign")
+        worker = join(model, recipe=recipe, residual=residual, connect=serve().endpoint)
+        for step in range(30):
+            loss = loss_of(model, step)
+            loss.backward()
+            assert worker.step().applied
+        kept = worker._compressor.state_arrays()["residual"]
+        assert kept.nbytes == {"f32": 4, "bf16": 2}[residual] * parameters(model).size
+        assert kept.any()
+        losses[residual] = loss.item()
+        worker._exchange.reset([0])
+        assert not kept.any()
+    assert losses["bf16"] != losses["f32"]
+    assert losses["bf16"] == pytest.approx(losses["f32"], rel=0.1)
+
+
+def test_a_residual_in_bf16_is_refused_where_there_is_none():
+    with pytest.raises(ConfigError, match="recipe 'fp32' has no error feedback"):
+        psq.torch.Worker(make_model(), recipe="fp32", residual="bf16")
 
 
 def test_a_reset_zeroes_the_residual_and_keeps_the_moments(join):
