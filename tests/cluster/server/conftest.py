@@ -29,8 +29,8 @@ LOOK_S = 0.02
 SPECS = [("weight", (40, 30)), ("bias", (7,))]
 
 
-def make_plan(world_size=1, *, specs=SPECS, recipe="server-adam", **codecs):
-    return Plan.of(specs, preset(recipe).with_codecs(**codecs), world_size)
+def make_plan(world_size=1, *, specs=SPECS, recipe="server-adam", servers=1, **codecs):
+    return Plan.of(specs, preset(recipe).with_codecs(**codecs), world_size, servers=servers)
 
 
 class Raw:
