@@ -38,7 +38,7 @@ class Codec:
     Attributes:
         spec: canonical text, what `get_codec` takes: options at their default are left out.
         wire_id: u16, stable for ever: family, then block and parameter, a nibble each.
-        bits: per value on the wire, scales not counted.
+        bits: per value on the wire, scales not counted; topk: of an entry.
         stochastic: whether `seed` matters.
         format: the kernels' name of it.
     """

@@ -4,6 +4,7 @@
     log         2, 3 or 4 bits   {0, +-2^-j, j = 0..k} * max |c|, after quantized generic Adam
     uniform     2, 3, 4, 8 bits  (2^(bits-1) - 1) levels each side of 0, nearest or stochastic
     lloyd-max   1 to 4 bits      centroids of a Gaussian, least-squares scale (as DRIVE and EDEN)
+    topk        k values of a block, their mean magnitude with a sign, nothing for the others
     bf16        16 bits          the upper half of a float32
     fp32        32 bits          the values
 
@@ -19,10 +20,12 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
+from psq import kernels
 from psq.codec.base import DEFAULT_BLOCK, Codec
-from psq.kernels import BLOCKS, WHOLE, Family, Format
+from psq.errors import RemotePayloadError
+from psq.kernels import BLOCKS, WHOLE, Buffer, Family, Format
 
-__all__ = ["FAMILIES", "Bf16", "Fp32", "LloydMax", "Log", "Sign", "Uniform"]
+__all__ = ["FAMILIES", "Bf16", "Fp32", "LloydMax", "Log", "Sign", "TopK", "Uniform"]
 
 # Of each option: how its values are written, and what they are.
 Choices = Mapping[str, Mapping[str, Any]]
@@ -114,4 +117,42 @@ class Fp32(Codec):
         super().__init__(Format(Family.FP32, 32, 0, WHOLE), options="", parameter=0)
 
 
-FAMILIES: Final = (Sign, Log, Uniform, LloydMax, Bf16, Fp32)
+class TopK(Codec):
+    """The k largest values of each block, as one size and their places: for slow links.
+
+    k (log2(block) + 1) / block bits a value, and 32 / block for the scale: 0.2 at the defaults.
+    Needs error feedback: what is not among the largest waits in the residual until it is.
+    """
+
+    name = "topk"
+    choices: ClassVar[Choices] = MappingProxyType(
+        {
+            "k": _numbers(1 << power for power in range(8)),
+            "block": _numbers(block for block in BLOCKS if block != WHOLE),
+        }
+    )
+
+    def __init__(self, k: int = 16, block: int = DEFAULT_BLOCK) -> None:
+        power = k.bit_length() - 1
+        form = Format(Family.TOPK, block.bit_length(), power, block)
+        super().__init__(form, options=f"k={k}", parameter=power)
+
+    def check(self, payload: Buffer, numel: int) -> None:
+        """Refuse a payload that is not one of `numel` finite values, or not in order.
+
+        Reads all of it.
+
+        Raises:
+            RemotePayloadError: wrong length, a scale that is NaN or Inf, or an entry that names no
+                value of its block, or none above the entry before.
+        """
+        super().check(payload, numel)
+        if not kernels.active().topk_ascends(*self.format, payload, numel):
+            msg = (
+                f"payload of {numel} values in {self.spec!r} has entries that do not ascend "
+                "within their blocks: the peer is broken"
+            )
+            raise RemotePayloadError(msg)
+
+
+FAMILIES: Final = (Sign, Log, Uniform, LloydMax, Bf16, Fp32, TopK)

@@ -181,8 +181,14 @@ class ShardCodec:
         if self.codec.format.family == Family.BF16:
             halves = received.view("<u2").astype(np.uint32)
             return np.left_shift(halves, 16, out=halves).view(np.float32)
+        if self.codec.format.family == Family.TOPK:  # payloads of any number of bytes
+            return np.concatenate([self._segment_scales(received, at) for at in self._ranges])
         values = received.view("<f4")
         return values if self.codec.format.family == Family.FP32 else values[self._scale_places]
+
+    def _segment_scales(self, received: NDArray[np.uint8], at: _Range) -> Floats:
+        count = self.codec.format.scale_count(at.numel)
+        return received[at.payload][: 4 * count].view("<f4")
 
     @cached_property
     def _scale_places(self) -> NDArray[np.intp]:

@@ -64,6 +64,7 @@ class _Reference:
     encode = staticmethod(reference.encode)
     decode = staticmethod(reference.decode)
     payload_finite = staticmethod(reference.payload_finite)
+    topk_ascends = staticmethod(reference.topk_ascends)
     all_finite = staticmethod(reference.all_finite)
     adam_update = staticmethod(adam_update)
     adam_update_corrected = staticmethod(adam_update_corrected)

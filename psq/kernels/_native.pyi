@@ -34,6 +34,9 @@ class Level:
     def payload_finite(
         self, family: int, bits: int, parameter: int, block: int, payload: Buffer, numel: int
     ) -> bool: ...
+    def topk_ascends(
+        self, family: int, bits: int, parameter: int, block: int, payload: Buffer, numel: int
+    ) -> bool: ...
     def all_finite(self, values: Floats) -> bool: ...
     def adam_update(
         self,

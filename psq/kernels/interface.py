@@ -126,6 +126,10 @@ class Kernels(Protocol):
         self, family: int, bits: int, parameter: int, block: int, payload: Buffer, numel: int
     ) -> bool: ...
 
+    def topk_ascends(  # noqa: D102, PLR0913, PLR0917
+        self, family: int, bits: int, parameter: int, block: int, payload: Buffer, numel: int
+    ) -> bool: ...
+
     def all_finite(self, values: Floats) -> bool: ...  # noqa: D102
 
     def adam_update(  # noqa: D102, PLR0913

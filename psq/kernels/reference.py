@@ -17,6 +17,7 @@ counted. A maximum is taken on the bits of |c|, so that NaN and Inf win.
                 scale = <|c|, q> / <q, q>               to |c| / r, and the sign bit
     bf16        none                                    upper half, ties to even, saturating
     fp32        none                                    c itself
+    topk        mean of the K largest |c|               their places and signs: `reference_topk`
 
 A step is rounded up to 16 significant bits (down where the largest code's value would be infinite):
 code * step is then exact. Codes of uniform and
@@ -36,6 +37,7 @@ from typing import Any, Final, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from psq.kernels import reference_topk as topk
 from psq.kernels.formats import GROUP, LANES, ROWS, WHOLE, Family, Format
 from psq.kernels.quantizers import (
     NAN,
@@ -61,6 +63,7 @@ __all__ = [
     "encode",
     "expand",
     "payload_finite",
+    "topk_ascends",
 ]
 
 Buffer: TypeAlias = Any  # of bytes: ndarray, memoryview, bytearray, bytes
@@ -106,7 +109,9 @@ def encode(  # noqa: PLR0913, PLR0917 - the native signature: a format unpacked,
         residual = _residual(residual, numel)
     with np.errstate(all="ignore"):
         c = values.copy() if residual is None else values + expand(residual)
-        if form.scale_count(numel) or family == Family.BF16:
+        if family == Family.TOPK:
+            d, live = topk.encode(form, c, out)
+        elif form.scale_count(numel) or family == Family.BF16:
             d, live = _encode_words(form, c, out, start)
         else:
             d, live = c, np.isfinite(c)
@@ -145,6 +150,12 @@ def decode(  # noqa: PLR0913, PLR0917 - the native signature
     out = _floats(out, "out", writable=True)
     received = _payload(payload, form.payload_bytes(out.size), writable=False)
     with np.errstate(all="ignore"):
+        if family == Family.TOPK:
+            d, places = topk.decode(form, received, out.size)
+            base = out[places] + d if add else d
+            out[:] = out if add else ZERO
+            out[places] = base
+            return
         if form.scale_count(out.size) or family == Family.BF16:
             d = _decode_words(form, received, out.size)
         else:
@@ -179,6 +190,23 @@ def payload_finite(  # noqa: PLR0913, PLR0917 - the native signature
         return bool(((received.view("<u2") & 0x7F80) != 0x7F80).all())  # noqa: PLR2004 - exponent
     floats = numel if family == Family.FP32 else form.scale_count(numel)
     return bool(np.isfinite(received[: 4 * floats].view("<f4")).all())
+
+
+def topk_ascends(  # noqa: PLR0913, PLR0917 - the native signature
+    family: int, bits: int, parameter: int, block: int, payload: Buffer, numel: int
+) -> bool:
+    """Whether the entries of a topk payload name values of their blocks, each above the last.
+
+    Raises:
+        TypeError: payload is no C-contiguous array of bytes.
+        ValueError: another format, or a length that does not fit.
+    """
+    form = _known(Format(family, bits, parameter, block))
+    if family != Family.TOPK:
+        msg = "entries are those of topk, and of fewer than 2^40 values"
+        raise ValueError(msg)
+    received = _payload(payload, form.payload_bytes(numel), writable=False)
+    return topk.ascends(form, received, numel)
 
 
 # ---- scales --------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ bool is_known(const PsqFormat& f) {
       return block && f.parameter == 0 && (f.bits == 2 || f.bits == 3 || f.bits == 4 || f.bits == 8);
     case PSQ_LLOYD_MAX:
       return block && f.parameter == 0 && f.bits >= 1 && f.bits <= 4;
+    case PSQ_TOPK:
+      return block && f.block != 0 && (1u << (f.bits - 1)) == f.block && f.parameter >= 0 && f.parameter <= 7;
     case PSQ_BF16:
       return f.bits == 16 && f.parameter == 0 && f.block == 0;
     case PSQ_FP32:
@@ -49,6 +51,10 @@ size_t scale_bytes(const PsqFormat& format, size_t numel) {
 
 size_t payload_bytes(const PsqFormat& format, size_t numel) {
   if (format.family == PSQ_FP32) return 4 * numel;
+  if (format.family == PSQ_TOPK) {
+    const size_t entries = ((size_t(1) << format.parameter) * size_t(format.bits) + 7) / 8;
+    return (numel + format.block - 1) / format.block * (4 + entries);
+  }
   return scale_bytes(format, numel) + (numel + kGroup - 1) / kGroup * (kGroup / 8) * size_t(format.bits);
 }
 
@@ -107,6 +113,20 @@ bool payload_finite(const Level& level, int32_t family, int32_t bits, int32_t pa
   return level.kernels->codec.all_finite_f32(from.u8(), floats);
 }
 
+bool topk_ascends(const Level& level, int32_t family, int32_t bits, int32_t parameter, uint32_t block,
+                  nb::handle payload, size_t numel) {
+  const PsqFormat format = format_of(family, bits, parameter, block);
+  const View from(payload, "payload", View::kU8, View::kRead);
+  if (family != PSQ_TOPK || numel >> 40 != 0) {
+    PyErr_SetString(PyExc_ValueError, "entries are those of topk, and of fewer than 2^40 values");
+    throw nb::python_error();
+  }
+  from.need(payload_bytes(format, numel), kPayloadWhy);
+  const uint8_t* entries = from.u8() + scale_bytes(format, numel);
+  nb::gil_scoped_release released;
+  return level.kernels->codec.topk_ascends(entries, numel, format);
+}
+
 }  // namespace
 
 void bind_codec(nb::class_<Level>& level) {
@@ -117,4 +137,6 @@ void bind_codec(nb::class_<Level>& level) {
   level.def("all_finite", &all_finite, nb::arg("values"));
   level.def("payload_finite", &payload_finite, nb::arg("family"), nb::arg("bits"), nb::arg("parameter"),
             nb::arg("block"), nb::arg("payload"), nb::arg("numel"));
+  level.def("topk_ascends", &topk_ascends, nb::arg("family"), nb::arg("bits"), nb::arg("parameter"), nb::arg("block"),
+            nb::arg("payload"), nb::arg("numel"));
 }

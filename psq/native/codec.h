@@ -12,19 +12,21 @@ enum PsqFamily : int32_t {
   PSQ_LLOYD_MAX = 5,
   PSQ_BF16 = 6,
   PSQ_FP32 = 7,
+  PSQ_TOPK = 8,
 };
 
 struct PsqFormat {
   int32_t family;     // PsqFamily
-  int32_t bits;       // per value on the wire
-  int32_t parameter;  // sign: 1 or 2 (norm of the scale); log: k; else 0
+  int32_t bits;       // per value on the wire; topk: of an entry
+  int32_t parameter;  // sign: 1 or 2 (norm of the scale); log: k; topk: log2 k; else 0
   uint32_t block;     // values per scale, a power of two in 256..8192; 0: one scale for all
 };
 
 // values f32[numel]; residual f32[numel] or bf16[numel], updated in place, or null; scales and words, a payload's two
 // regions, written.
 // A part of a segment that begins at a multiple of its block and of 8,192 is encoded, or decoded, as the segment would:
-// its scales lie 4 / block bytes a value further on (block 0: one for all parts), its words bits / 8.
+// its scales lie 4 / block bytes a value further on (block 0: one for all parts), its words bits / 8
+// (topk: a block's entries a block).
 struct PsqEncode {
   const float* values;
   void* residual;
@@ -57,4 +59,5 @@ struct PsqCodecKernels {
   void (*decode)(const PsqDecode&);
   bool (*all_finite_f32)(const uint8_t* values, size_t numel);
   bool (*all_finite_bf16)(const uint8_t* values, size_t numel);
+  bool (*topk_ascends)(const uint8_t* entries, size_t numel, const PsqFormat& format);
 };

@@ -348,7 +348,13 @@ PSQ_OUTLINE void fp32_decode(const PsqDecode& a) {
 #define PSQ_COMMA ,
 #define PSQ_KEY(family, bits) ((family) * 256 + (bits))
 
+// topk.inl has these.
+PSQ_OUTLINE void topk_encode(const PsqEncode& a);
+PSQ_OUTLINE void topk_decode(const PsqDecode& a);
+PSQ_OUTLINE bool topk_ascends(const uint8_t* entries, size_t numel, const PsqFormat& format);
+
 void codec_encode(const PsqEncode& a) {
+  if (a.format.family == PSQ_TOPK) return topk_encode(a);
   switch (PSQ_KEY(a.format.family, a.format.bits)) {
     case PSQ_KEY(PSQ_SIGN, 1):
       return a.format.parameter == 2 ? encode_with<Sign<kRootMeanSquare>>(a) : encode_with<Sign<kMeanAbs>>(a);
@@ -368,6 +374,7 @@ void codec_encode(const PsqEncode& a) {
 }
 
 void codec_decode(const PsqDecode& a) {
+  if (a.format.family == PSQ_TOPK) return topk_decode(a);
   PsqDecode b = a;
   if (b.format.family == PSQ_STOCHASTIC) b.format.family = PSQ_UNIFORM;  // the same words and steps
   switch (PSQ_KEY(b.format.family, b.format.bits)) {
@@ -402,6 +409,6 @@ bool all_finite_bf16(const uint8_t* values, size_t numel) {
   return finite;
 }
 
-const PsqCodecKernels codec_kernels = {codec_encode, codec_decode, all_finite_f32, all_finite_bf16};
+const PsqCodecKernels codec_kernels = {codec_encode, codec_decode, all_finite_f32, all_finite_bf16, topk_ascends};
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include "vec.inl"
 
 #include "codec.inl"
+#include "topk.inl"
 #include "optim.inl"
 #include "server.inl"
 #include "worker.inl"

@@ -14,12 +14,6 @@ constexpr size_t kPiece = 1024;
 // Of many payloads each piece is a short read somewhere else in memory: longer ones cost less.
 constexpr size_t kMany = 12, kPieceOfMany = 8192;
 
-// A payload from value `from` of its segment on, a multiple of the block and of 512 (codec.h).
-PSQ_INLINE size_t scale_offset(const PsqFormat& format, size_t from) {
-  return format.block == 0 ? 0 : from / format.block * 4;
-}
-PSQ_INLINE size_t word_offset(const PsqFormat& format, size_t from) { return from / 8 * size_t(format.bits); }
-
 }  // namespace
 
 #include "sum.inl"

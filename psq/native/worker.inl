@@ -47,8 +47,8 @@ PSQ_INLINE void worker_say(const PsqWorkerStep& s, size_t from, size_t numel, co
     s.half ? absorb(u, (uint16_t*)residual, numel) : absorb(u, (float*)residual, numel);
     return;
   }
-  uint8_t* scales = s.scales + (s.format.block == 0 ? 0 : from / s.format.block * 4);
-  uint8_t* words = s.words + from / 8 * size_t(s.format.bits);
+  uint8_t* scales = s.scales + scale_offset(s.format, from);
+  uint8_t* words = s.words + word_offset(s.format, from);
   codec_encode({u, residual, scales, words, numel, s.format, s.start + uint32_t(from), s.half,
                 s.adam == nullptr ? PSQ_AHEAD : 0});
 }

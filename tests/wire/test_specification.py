@@ -6,6 +6,7 @@ import re
 import struct
 from pathlib import Path
 
+from psq.kernels import Family
 from psq.layout import MAX_SHARDS
 from psq.plan import MAX_SERVERS, MAX_WORLD_SIZE
 from psq_proto.frames import HEADER_BYTES, Header
@@ -86,6 +87,13 @@ def test_the_error_table_lists_every_code_and_whether_it_is_fatal() -> None:
     assert set(listed) == set(ErrorCode)
     for _, code, fatal in _CODES:
         assert listed[code].startswith("yes" if fatal else "no")
+
+
+def test_the_codec_table_lists_every_family() -> None:
+    listed = dict(row[0].split(" ", 1) for row in table("Codec id:"))
+    assert [int(number) for number in listed] == list(Family)
+    for number, name in listed.items():
+        assert Family(int(number)).name.lower().replace("_", "-") in name
 
 
 def test_the_limits_are_those_of_the_code() -> None:
