@@ -5,8 +5,11 @@ does so and nothing else: `r2w1` is `e += x`, 12 bytes a value; `r1w1` is `x += 
 a fill, 4 bytes. Every round measures the streams and all kernels in turn, so that a slow moment of
 the machine hits both, and the best of all rounds counts, shard by shard. Ratio = stream time /
 kernel time: 1.00 is the speed of memory. encode only reads, and is shown without a ratio.
+encode_bf16 is encode_ef with a residual in bf16: 8 bytes a value, so its stream is r2w1 in two
+thirds of its time. With --halves: how much faster two threads are, each on its half of the shards,
+than one.
 
-    python bench/codec.py [--numel 25000000] [--rounds 15] [--threads 1] [--json]
+    python bench/codec.py [--numel 25000000] [--rounds 15] [--threads 1] [--json] [--halves]
                           [--levels v4,v3] [--codecs "sign log:k=2"] [--verbs encode_ef,decode]
 """
 
@@ -26,7 +29,14 @@ from psq.codec import codec_specs, get_codec
 from psq.kernels import Floats
 
 SHARD = 1 << 20
-STREAM_OF = {"encode_ef": "r2w1", "encode": "", "decode": "w1", "decode_add": "r1w1"}
+STREAM_OF = {
+    "encode_ef": "r2w1",
+    "encode_bf16": "r2w1",
+    "encode": "",
+    "decode": "w1",
+    "decode_add": "r1w1",
+}
+SHARE = {"encode_bf16": 8 / 12}  # of its stream's bytes
 STREAMS_EVERY = 4  # cases
 
 
@@ -58,6 +68,9 @@ def main() -> None:
         for case in cases_of(level, spec, pairs)
         if case.verb in options.verbs.split(",")
     ]
+    if options.halves:
+        report_halves(cases, shards, options.rounds)
+        return
     seconds = measure(streams, cases, shards, options)
     report(streams, cases, {key: x.size / s / 1e9 for key, s in seconds.items()}, options)
 
@@ -71,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--codecs", default=" ".join(codec_specs()))
     parser.add_argument("--verbs", default=",".join(STREAM_OF))
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--halves", action="store_true")
     return parser.parse_args()
 
 
@@ -84,8 +98,10 @@ def aligned(numel: int) -> Floats:
 def cases_of(level: str, spec: str, pairs: list[tuple[Floats, Floats]]) -> list[Case]:
     codec = get_codec(spec)
     payloads = np.zeros((len(pairs), codec.nbytes(SHARD)), np.uint8)
+    halves = np.zeros((len(pairs), SHARD), np.uint16)
     calls: dict[str, PerShard] = {
         "encode_ef": lambda i: codec.encode_ef(*pairs[i], payloads[i], seed=i),
+        "encode_bf16": lambda i: codec.encode_ef(pairs[i][0], halves[i], payloads[i], seed=i),
         "encode": lambda i: codec.encode(pairs[i][0], payloads[i], seed=i),
         "decode": lambda i: codec.decode(payloads[i], pairs[i][1]),
         "decode_add": lambda i: codec.decode_add(payloads[i], pairs[i][1]),
@@ -119,10 +135,39 @@ def measure(
     return {key: float(parts.sum()) for key, parts in best.items()}
 
 
+def report_halves(cases: list[Case], shards: int, rounds: int) -> None:
+    """Two threads against one, in turn; the best and the median of all rounds."""
+
+    def sweep(call: PerShard, indices: range) -> None:
+        for index in indices:
+            call(index)
+
+    with ThreadPoolExecutor(2) as pool:
+        for case in cases:
+            gains, best = [], [np.inf, np.inf]
+            with kernels.use(case.level):
+                for _ in range(rounds):
+                    start = time.perf_counter()
+                    sweep(case.call, range(shards))
+                    half = time.perf_counter()
+                    parts = (range(shards // 2), range(shards // 2, shards))
+                    list(pool.map(sweep, [case.call] * 2, parts))
+                    took = (half - start, time.perf_counter() - half)
+                    gains.append(took[0] / took[1])
+                    best = [min(pair) for pair in zip(best, took, strict=True)]
+            gain = f"{best[0] / best[1]:5.2f} times as fast (median {np.median(gains):.2f})"
+            print(f"{case.level:3} {case.codec:32} {case.verb:11} two threads {gain}")
+
+
 def clocked(call: PerShard, index: int) -> float:
     start = time.perf_counter()
     call(index)
     return time.perf_counter() - start
+
+
+def ratio_of(case: Case, speed: dict[object, float]) -> float:
+    stream = STREAM_OF[case.verb]
+    return speed[case[:3]] * SHARE.get(case.verb, 1.0) / speed[stream] if stream else 0.0
 
 
 def report(
@@ -138,7 +183,7 @@ def report(
             "verb": case.verb,
             "gelements_s": speed[case[:3]],
             "stream": STREAM_OF[case.verb],
-            "ratio": speed[case[:3]] / speed[STREAM_OF[case.verb]] if STREAM_OF[case.verb] else 0,
+            "ratio": ratio_of(case, speed),
         }
         for case in cases
     ]
@@ -149,7 +194,7 @@ def report(
         print(f"{name:47} {speed[name]:6.2f} G elements/s, {options.threads} thread(s)")
     for row in rows:
         ratio = f"{row['ratio']:5.2f} of {row['stream']}" if row["ratio"] else ""
-        left = f"{row['level']:3} {row['codec']:32} {row['verb']:10}"
+        left = f"{row['level']:3} {row['codec']:32} {row['verb']:11}"
         print(f"{left} {row['gelements_s']:6.2f} G/s {ratio}")
 
 

@@ -278,13 +278,14 @@ PSQ_INLINE Pair<T> placed(const Q& q, Pair<T> size, Pair<S> sign, Pair<S>& top) 
 // Bits of a finite value rounded to bf16, to nearest even and to a finite one; their lower halves are not zero.
 template <class T>
 PSQ_INLINE auto rounded_to_bf16(T value) {
-  const auto sign = sign_of(as_u(value));
-  const auto size = as_i(as_u(value) ^ sign);
-  auto one = size, half = size, largest = size;
-  fill(one, int32_t(1));
-  fill(half, int32_t(0x7fff));
-  fill(largest, int32_t(0x7f7fffff));
-  return sign | as_u(minimum(size + half + ((size >> 16) & one), largest));
+  auto most = value, least = value;
+  fill(most, 0x1.fep127f);
+  fill(least, -0x1.fep127f);
+  const auto bits = as_u(minimum(maximum(value, least), most));
+  auto one = bits, half = bits;
+  fill(one, 1u);
+  fill(half, 0x7fffu);
+  return bits + half + ((bits >> 16) & one);
 }
 
 // No scale. Rounds to nearest even; a finite value stays finite; a NaN becomes the quiet one.

@@ -31,7 +31,13 @@ template <Feedback kFeedback>
 using Residual = typename ResidualOf<kFeedback>::Type;
 
 PSQ_INLINE void leave(float* residual, F rest) { store(residual, rest); }
-PSQ_INLINE void leave(uint16_t* residual, F rest) { put_halves(residual, rounded_to_bf16(rest)); }
+PSQ_INLINE void leave_half(void* residual, NativeF rest) { put_halves(residual, rounded_to_bf16(rest)); }
+template <class T>
+PSQ_INLINE void leave_half(void* residual, Pair<T> rest) {
+  leave_half(residual, rest.lo);
+  leave_half((uint8_t*)residual + sizeof(T) / 2, rest.hi);
+}
+PSQ_INLINE void leave(uint16_t* residual, F rest) { leave_half(residual, rest); }
 // Only where a value is finite.
 template <class T>
 PSQ_INLINE void leave_where(T* residual, U size, F rest) {

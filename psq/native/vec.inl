@@ -239,10 +239,36 @@ PSQ_INLINE U load_words(const uint8_t* from) {
 PSQ_INLINE void store(float* to, F row) { put(to, row); }
 
 // bf16: the upper halves of a row, the lower ones zero or lost.
+#if defined(PSQ_X) && PSQ_VECTOR_BYTES == 64
+PSQ_INLINE void get_halves(NativeU& row, const void* from) {
+  row = (NativeU)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)) << 16;
+}
+PSQ_INLINE void put_halves(void* to, NativeU row) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)(row >> 16)));
+}
+#elif defined(PSQ_X) && PSQ_VECTOR_BYTES == 32
+PSQ_INLINE void get_halves(NativeU& row, const void* from) {
+  row = (NativeU)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)) << 16;
+}
+PSQ_INLINE void put_halves(void* to, NativeU row) {
+  const __m256i upper = (__m256i)(row >> 16);
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+  _mm_storeu_si128((__m128i*)to, halves);
+}
+#elif defined(PSQ_X)
+PSQ_INLINE void get_halves(NativeU& row, const void* from) {
+  row = (NativeU)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i*)from));
+}
+PSQ_INLINE void put_halves(void* to, NativeU row) {
+  const __m128i upper = (__m128i)(row >> 16);
+  _mm_storel_epi64((__m128i*)to, _mm_packus_epi32(upper, upper));
+}
+#else
 PSQ_INLINE void get_halves(NativeU& row, const void* from) {
   row = __builtin_convertvector((NativeH) * (const LooseH*)from, NativeU) << 16;
 }
 PSQ_INLINE void put_halves(void* to, NativeU row) { *(LooseH*)to = __builtin_convertvector(row >> 16, NativeH); }
+#endif
 template <class T>
 PSQ_INLINE void get_halves(Pair<T>& row, const void* from) {
   get_halves(row.lo, from);
