@@ -44,7 +44,6 @@ from peers.wire import floor_s
 LOOPBACK = "loopback"
 RATES = "loopback,100mbit,1gbit,10gbit"
 PEERS = "psq,ddp-fp32,gloo-fp32,ddp-bf16,ddp-fp16,powersgd-1,powersgd-2,powersgd-4"
-WARM_UP_STEPS = 4  # PowerSGD's first two are dense, its third allocates
 STEPS = (2, 200)
 MB, MIB_KB = 1e6, 1024
 
@@ -168,7 +167,7 @@ def start(seat: Seat, setup: Setup, seconds: float) -> None:
     seat.running = Running()
     seat.system.start(setup, seat.running)
     seat.versions = seat.running.versions
-    warm = seat.running.steps(WARM_UP_STEPS)
+    warm = seat.running.steps(seat.system.warm_up)
     low, high = STEPS
     seat.count = seat.count or max(low, min(high, round(seconds / warm["steps"][-1])))
 

@@ -29,6 +29,7 @@ TORCH = Venv("torch", ("torch==2.13.0", "numpy"))
 RAY = Venv("ray", ("ray==2.60.0", "torch==2.13.0", "numpy"))
 MXNET = Venv("mxnet", ("mxnet==1.9.1", "numpy<1.24"), pythons=("3.8", "3.9", "3.10"))
 F32, HALF = 4, 2
+POWER_SGD_WARM_UP = 4  # the first two are dense, the third allocates
 RAY_PORT = 6379  # of namespaces of our own, where nobody else listens
 RAY_STORE_BYTES = 2 << 30
 
@@ -60,6 +61,7 @@ class System:
         start: starts all of it; on an error what it has started is in `running` all the same.
         transfers: the bytes of one step.
         quiet: it does nothing between steps, so others may be measured while it waits.
+        warm_up: steps before the first that counts.
     """
 
     name: str
@@ -67,6 +69,7 @@ class System:
     start: Callable[[Setup, Running], None]
     transfers: Callable[[Setup], list[Transfer]]
     quiet: bool = True
+    warm_up: int = 2
 
 
 def machines(workers: int) -> list[str]:
@@ -253,7 +256,8 @@ def workers(
 
 
 def _system(name: str, text: str, how: Psq | Torch | MxNet | Ray, *, quiet: bool = True) -> System:
-    return System(name, text, how.start, how.transfers, quiet)
+    warm_up = POWER_SGD_WARM_UP if name.startswith("powersgd") else System.warm_up
+    return System(name, text, how.start, how.transfers, quiet, warm_up)
 
 
 PSQ_1BIT = ("server-adam", "sign", "delta:sign")
