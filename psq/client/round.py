@@ -29,6 +29,8 @@ class RoundResult:
         server_s: what the server's own work took; of several, the longest.
         rejected: the shards that were pushed and do not count, ascending; what they said is back
             in the residual.
+        staleness: how many rounds old the weights were, that what counts was computed from; of
+            several servers, the most.
     """
 
     applied: bool
@@ -36,6 +38,7 @@ class RoundResult:
     version: int
     server_s: float
     rejected: tuple[int, ...] = ()
+    staleness: int = 0
 
 
 @dataclass(slots=True)
@@ -109,6 +112,11 @@ class Round:
             not self.pushed or len(self.rejected()) < len(self.pushed)
         )
 
+    @property
+    def staleness(self) -> int:
+        """How many rounds others were ahead in the round that took it; 0 if none took it."""
+        return self.target - 1 - self.number if self.counts else 0
+
     def _check_unsaid(self, shard: int) -> None:
         if shard in self.pushed or shard in self.skipped:
             msg = f"shard {shard} was pushed or skipped already in this step"
@@ -124,4 +132,5 @@ def merge(rounds: Iterable[Round], version: int) -> RoundResult:
         version=version,
         server_s=max((each.server_s for each in ended), default=0.0),
         rejected=tuple(sorted(shard for each in ended for shard in each.rejected())),
+        staleness=max((each.staleness for each in ended), default=0),
     )

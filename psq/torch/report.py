@@ -28,6 +28,7 @@ class StepReport:
             communication that neither computing nor coding has hidden.
         left_out: the shards whose gradients were not finite, ascending; they were not pushed.
         rejected: the shards that the server did not take, ascending.
+        staleness: how many rounds others were ahead when this gradient counted; 0 under bsp.
         sent_bytes: on the wire since the step before, headers and heartbeats included.
         received_bytes: likewise.
     """
@@ -45,5 +46,6 @@ class StepReport:
     exposed_s: float = 0.0
     left_out: tuple[int, ...] = ()
     rejected: tuple[int, ...] = ()
+    staleness: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0

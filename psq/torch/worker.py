@@ -324,6 +324,7 @@ class Worker:
             exposed_s=stood_s,
             left_out=tuple(sorted(exchange.left_out)),
             rejected=result.rejected,
+            staleness=result.staleness,
             sent_bytes=sent - before[0],
             received_bytes=received - before[1],
         )

@@ -93,6 +93,7 @@ SUMMARY_SCHEMA = {
         "score": NUMBER,
         "scores": {"type": "object", "additionalProperties": NUMBER},
         "skipped": {"const": 0},
+        "rejected": {"const": 0},
         "wire": {
             "type": "object",
             "additionalProperties": {"type": "number", "exclusiveMinimum": 0},

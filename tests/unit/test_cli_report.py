@@ -32,6 +32,7 @@ SUMMARY = {
     "score": 0.8712,
     "scores": {"accuracy": 0.8712},
     "skipped": 0,
+    "rejected": 0,
     "wire": {
         "sent_bytes": 5.2e8,
         "received_bytes": 1.3e8,
@@ -97,11 +98,15 @@ def test_a_script_that_says_nothing_of_samples_has_no_rate(capsys):
     assert cells(capsys.readouterr().out, "samples/s") == ["-"]
 
 
-def test_skipped_pushes_are_counted_where_there_are_any(capsys):
+def test_skipped_and_rejected_pushes_are_counted_where_there_are_any(capsys):
     print_summary({**SUMMARY, "skipped": 3}, as_json=False)
     assert cells(capsys.readouterr().out, "pushes skipped") == ["3"]
+    print_summary({**SUMMARY, "rejected": 7}, as_json=False)
+    assert cells(capsys.readouterr().out, "pushes rejected") == ["7"]
     print_summary(SUMMARY, as_json=False)
-    assert "skipped" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "skipped" not in text
+    assert "rejected" not in text
 
 
 def test_a_summary_shows_what_waiting_no_computing_hid(capsys):

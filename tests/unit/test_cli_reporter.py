@@ -13,8 +13,8 @@ from psq_worker.reporter import Reporter
 
 @dataclass(frozen=True)
 class Step:
-    step: int = 4
-    version: int = 5
+    left_out: tuple = ()
+    staleness: int = 0
     exposed_s: float = 0.25
     applied: bool = True
     sent_bytes: int = 10
@@ -79,11 +79,14 @@ def test_a_loss_that_is_missing_or_no_number_leaves_the_mean_alone(loss):
     assert said[-1].loss == 3.0
 
 
-def test_a_step_that_was_not_applied_is_counted():
+def test_a_step_that_was_not_applied_is_counted_by_its_reason():
     reporter, said, _ = make()
+    reporter.step(Step(applied=False, left_out=(3,)), None, 1)
+    assert (said[-1].skipped, said[-1].rejected, said[-1].loss) == (1, 0, None)
     reporter.step(Step(applied=False), None, 1)
-    assert said[-1].skipped == 1
-    assert said[-1].loss is None
+    reporter.step(Step(), None, 1)
+    assert (said[-1].skipped, said[-1].rejected) == (1, 1)
+    assert (reporter.summary().skipped, reporter.summary().rejected) == (1, 1)
 
 
 def test_the_first_step_and_the_one_after_an_evaluation_are_not_timed():
@@ -106,10 +109,10 @@ def test_exposed_waits_are_added_up_over_the_timed_steps_only():
     assert reporter.summary().exposed_s == 0.5
 
 
-def test_rounds_of_others_beside_a_step_s_own_are_its_staleness():
+def test_staleness_is_added_up_and_its_most_is_kept():
     reporter, said, _ = make()
-    for version in (5, 7, 6):
-        reporter.step(Step(version=version), 1.0, 1)
+    for staleness in (0, 2, 1):
+        reporter.step(Step(staleness=staleness), 1.0, 1)
     assert (said[-1].staleness_sum, said[-1].staleness_max) == (3, 2)
     assert (reporter.summary().staleness_sum, reporter.summary().staleness_max) == (3, 2)
 

@@ -171,6 +171,7 @@ class Board:
             "score": scores.get(metric),
             "scores": scores,
             "skipped": sum(end.skipped for end in ends),
+            "rejected": sum(end.rejected for end in ends),
             "wire": _wire(ends),
             "step_s": step_s,
             "exposed_s": _per_timed_step(ends, sum(end.exposed_s for end in ends)),

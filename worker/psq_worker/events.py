@@ -69,7 +69,8 @@ class Progress:
             hid.
         staleness_sum, staleness_max: rounds that others were ahead when a step of this worker
             counted, over all steps; 0 under bsp.
-        skipped: steps to which this worker contributed nothing.
+        skipped: steps of which some gradient was not finite and was left out.
+        rejected: other steps of which the server did not take all; it is still to be said.
         doing: "training", or "evaluating" when that is what comes next.
     """
 
@@ -84,6 +85,7 @@ class Progress:
     received_bytes: int = 0
     numel: int = 0
     skipped: int = 0
+    rejected: int = 0
     timed_steps: int = 0
     phases_s: dict[str, float] = field(default_factory=dict)
     exposed_s: float = 0.0
@@ -124,6 +126,7 @@ class Summary:
     received_bytes: int = 0
     numel: int = 0
     skipped: int = 0
+    rejected: int = 0
     timed_steps: int = 0
     phases_s: dict[str, float] = field(default_factory=dict)
     exposed_s: float = 0.0

@@ -118,6 +118,8 @@ def _sections(first: Summary) -> list[list[tuple[str, Cell]]]:
         size.insert(1, ("rounds stale, mean and most", _staleness))
     if first["skipped"]:
         size.insert(1, ("pushes skipped, not finite", lambda s: f"{s['skipped']:,}"))
+    if first["rejected"]:
+        size.insert(1, ("pushes rejected, said again", lambda s: f"{s['rejected']:,}"))
     return [scores, wire, phases, size]
 
 

@@ -20,18 +20,8 @@ class StepNumbers(Protocol):
     """What is read of a step's report; bytes and seconds are of this step alone."""
 
     @property
-    def step(self) -> int:
-        """The version of the weights it started from."""
-        ...
-
-    @property
-    def version(self) -> int:
-        """The version of the weights it ended with."""
-        ...
-
-    @property
     def applied(self) -> bool:
-        """Whether the gradient was used."""
+        """Whether the gradient was used, all of it."""
         ...
 
     @property
@@ -42,6 +32,16 @@ class StepNumbers(Protocol):
     @property
     def received_bytes(self) -> int:
         """Bytes received during the step."""
+        ...
+
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """The shards whose gradients were not finite."""
+        ...
+
+    @property
+    def staleness(self) -> int:
+        """Rounds that others were ahead when the gradient counted."""
         ...
 
     @property
@@ -57,6 +57,7 @@ class _Totals:
     sent_bytes: int = 0
     received_bytes: int = 0
     skipped: int = 0
+    rejected: int = 0
     timed_steps: int = 0
     exposed_s: float = 0.0
     staleness_sum: int = 0
@@ -107,10 +108,10 @@ class Reporter:
         totals.samples += samples
         totals.sent_bytes += numbers.sent_bytes
         totals.received_bytes += numbers.received_bytes
-        totals.skipped += not numbers.applied
-        staleness = max(0, numbers.version - numbers.step - 1)  # its own round is not counted
-        totals.staleness_sum += staleness
-        totals.staleness_max = max(totals.staleness_max, staleness)
+        totals.skipped += bool(numbers.left_out)
+        totals.rejected += not numbers.applied and not numbers.left_out
+        totals.staleness_sum += numbers.staleness
+        totals.staleness_max = max(totals.staleness_max, numbers.staleness)
         if loss is not None and math.isfinite(loss):
             totals.loss_sum += loss
             totals.loss_count += 1
@@ -161,6 +162,7 @@ class Reporter:
             received_bytes=totals.received_bytes,
             numel=self._started.numel,
             skipped=totals.skipped,
+            rejected=totals.rejected,
             timed_steps=totals.timed_steps,
             phases_s=dict(self._phases_s),
             exposed_s=totals.exposed_s,
@@ -183,6 +185,7 @@ class Reporter:
             received_bytes=totals.received_bytes,
             numel=self._started.numel,
             skipped=totals.skipped,
+            rejected=totals.rejected,
             timed_steps=totals.timed_steps,
             phases_s=dict(self._phases_s),
             exposed_s=totals.exposed_s,
