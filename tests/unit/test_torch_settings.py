@@ -1,5 +1,6 @@
 """A worker's settings: arguments, variables, flags, and which of them win."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -61,6 +62,24 @@ def test_settings_come_from_the_environment(serve, join, monkeypatch):
     del join
 
 
+def test_servers_and_how_to_talk_to_them_may_come_from_the_environment_too(
+    serve, join, monkeypatch
+):
+    monkeypatch.setenv("PSQ_CONNECT", f"{serve().endpoint}, {serve().endpoint}")
+    monkeypatch.setenv("PSQ_CONSISTENCY", "ssp:3")
+    monkeypatch.setenv("PSQ_RESIDUAL", "bf16")
+    monkeypatch.setenv("PSQ_OVERLAP", "1")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(500, 700), nn.Linear(700, 1))
+    worker = join(model, recipe="server-adam", connect=None)
+    assert (worker.plan.servers, worker.plan.consistency) == (2, "ssp:3")
+    assert worker._compressor.state_arrays()["residual"].dtype == np.uint16
+    sent_bytes = worker.sent_bytes
+    model(torch.ones(1, 500)).sum().backward()
+    assert worker.sent_bytes > sent_bytes + 300 * 700 // 2
+    assert worker.step().applied
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -69,6 +88,10 @@ def test_settings_come_from_the_environment(serve, join, monkeypatch):
         ({"recipe": "adamw"}, "no recipe 'adamw'; there are: server-adam"),
         ({"connect": "nowhere"}, "connect"),
         ({"lr": -1.0}, "lr"),
+        ({"consistency": "sps:3"}, "consistency must be bsp"),
+        ({"consistency": "ssp:2,quorum=3", "world_size": 2}, "quorum of 3 is more than the 2"),
+        ({"connect": ["tcp://127.0.0.1:9", "tcp://127.0.0.1:9"]}, "stands there twice"),
+        ({"residual": "fp8"}, "residual"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused_by_name(options, words):

@@ -517,6 +517,40 @@ def test_replicas_of_two_servers_are_equal_too(join, serve, consistency, overlap
         assert parameters(models[0]).tobytes() == parameters(models[1]).tobytes()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_server_that_is_ahead_sits_a_step_out(join, serve, eventually, overlap):
+    """The process before died when one server had its whole contribution, the other nothing."""
+    endpoints = [serve().endpoint, serve().endpoint]
+    model, heir = wide(0), wide(1)
+    before = join(model, connect=endpoints)
+    loss_of(model, 0).backward()
+    before._table.refresh()
+    before._exchange.begin(before.lr)
+    owners = before.plan.layout.owners
+    ahead = [shard for shard, owner in enumerate(owners) if owner == 0]
+    for shard in ahead:
+        before._exchange.say(shard)
+
+    def has_closed() -> bool:
+        before._client.poll()
+        return all(before._client.versions[shard] == 1 for shard in ahead)
+
+    eventually(has_closed, "the round of the first server")
+    before.close("error", "killed")
+    worker = join(heir, connect=endpoints, overlap=overlap)
+    assert sorted(set(worker._client.versions)) == [0, 1]
+    weights = [np.concatenate(worker._table.weights(k)) for k in range(len(owners))]
+    loss_of(heir, 0).backward()
+    report = worker.step()
+    assert (report.step, report.version, report.applied) == (0, 1, True)
+    for shard, owner in enumerate(owners):
+        same = np.concatenate(worker._table.weights(shard)) == weights[shard]
+        assert same.all() if owner == 0 else not same.any()
+    loss_of(heir, 1).backward()
+    assert worker.step().version == 2
+    assert set(worker._client.versions) == {2}
+
+
 def wide(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, 800), nn.Tanh(), nn.Linear(800, 800), nn.Linear(800, 2))
