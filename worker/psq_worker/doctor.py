@@ -26,7 +26,7 @@ from psq.config import (
     settings_of,
     stray_variables,
 )
-from psq.errors import EXIT_CONFIG, PsqError
+from psq.errors import EXIT_CONFIG, GaveUpError, PsqError
 
 __all__ = ["Check", "cores", "examine", "exit_code"]
 
@@ -229,19 +229,18 @@ def _servers(environ: Mapping[str, str], given: Given) -> Iterator[Check]:
 
 
 def _server(name: str, endpoint: str) -> Check:
-    from psq.link import WorkerLink  # noqa: PLC0415 - loads libzmq
+    from psq.client import Patience, probe_link  # noqa: PLC0415 - loads libzmq and numpy
 
     try:
-        with WorkerLink(endpoint) as link:
-            began_s = time.perf_counter()
-            if link.wait_room(ANSWER_TIMEOUT_S):
-                ms = 1000 * (time.perf_counter() - began_s)
-                return Check(name, "ok", f"{endpoint} took a connection within {ms:.0f} ms")
+        rates = probe_link(endpoint, patience=Patience(give_up_after_s=ANSWER_TIMEOUT_S))
+    except GaveUpError:
+        found = f"{endpoint}: no answer within {ANSWER_TIMEOUT_S:g} s"
+        return Check(name, "note", found, _NO_SERVER)
     except PsqError as error:
         return Check(name, "note", f"{endpoint}: {error}", _NO_SERVER)
-    return Check(
-        name, "note", f"{endpoint}: no connection within {ANSWER_TIMEOUT_S:g} s", _NO_SERVER
-    )
+    words = f"{1000 * rates.round_trip_s:.2f} ms there and back"
+    speed = f"{rates.up_mbit_s:,.0f} Mbit/s up, {rates.down_mbit_s:,.0f} down"
+    return Check(name, "ok", f"{endpoint} answers: {words}, {speed}")
 
 
 _NO_SERVER: Final = "start psq-server there, or look at its --bind, tunnels and firewalls between"
