@@ -78,6 +78,28 @@ def test_two_runs_with_the_same_seed_give_the_same_bytes(cluster):
     assert same_bytes(first["replicas"][0], second["replicas"][0])
 
 
+def test_pushing_while_backward_runs_changes_no_byte(cluster):
+    """Two workers, two servers: with and without overlap."""
+    replicas = []
+    for overlap in ("0", "1"):
+        servers = [cluster.server("--world-size", "2") for _ in range(2)]
+        connect = ",".join(server.endpoint for server in servers)
+        outs = [cluster.folder / f"overlap{overlap}.{rank}.npz" for rank in range(2)]
+        workers = [
+            cluster.worker(
+                *(rank, connect, "--hidden", "300", "--steps", "6", "--out", str(out)),
+                PSQ_RECIPE="server-adam",
+                PSQ_OVERLAP=overlap,
+            )
+            for rank, out in enumerate(outs)
+        ]
+        assert [worker.wait() for worker in workers] == [0, 0]
+        assert [server.wait() for server in servers] == [0, 0]
+        assert all(report["applied"] for report in summary(workers[0])["reports"])
+        replicas += [weights(out) for out in outs]
+    assert all(same_bytes(replicas[0], replica) for replica in replicas[1:])
+
+
 def reference(cluster, *options: str) -> dict:
     out = cluster.folder / "reference.npz"
     alone = cluster.worker(0, "tcp://127.0.0.1:1", "--reference", "--out", str(out), *options)
