@@ -223,7 +223,7 @@ class ServerState:
 
     def _status(self) -> str:
         world = self._world
-        if world.stopped:
+        if world.stopped or world.ending is not None:
             return "stopping"
         if presence.is_stalled(world):
             return "stalled"

@@ -55,10 +55,10 @@ def _reduce(world: World, shard: int, payloads: tuple[memoryview, ...], rate: fl
 
 def _close_whole(world: World) -> None:
     """Close all shards for the contributions that are complete, if it is time to."""
+    world.due_s = None
     complete = world.round.complete
     if not complete or not _is_time(world, complete):
         return
-    world.due_s = None
     world.round.take(complete)
     rate = _newest_rate(world.round.closing)
     for shard in world.round.shards:
@@ -66,7 +66,7 @@ def _close_whole(world: World) -> None:
 
 
 def _is_time(world: World, complete: tuple[int, ...]) -> bool:
-    """Whether the round may close now; if only its deadline is in the way, `due_s` is that."""
+    """Whether the round may close now; if only its deadline is in the way, `due_s` becomes that."""
     job = world.need_job()
     patience_s = clock.deadline(world.durations_s, job.consistency.deadline_mads)
     closes = partial(
@@ -78,7 +78,6 @@ def _is_time(world: World, complete: tuple[int, ...]) -> bool:
         consistency=job.consistency,
         late=_late(world, patience_s),
     )
-    world.due_s = None
     if closes(overdue=False):
         return True
     if patience_s is None or not closes(overdue=True):

@@ -119,6 +119,17 @@ def test_who_started_from_the_newest_version_is_waited_for_until_the_deadline(cl
     assert job.state.wake_s is None
 
 
+def test_a_deadline_that_concerns_nobody_any_more_wakes_nobody(cluster, plan_of):
+    job = cluster(plan_of(2, consistency="ssp:4"))
+    first, second = job.started()
+    settle(job, [first, second])
+    first.push_all()
+    assert job.state.wake_s is not None
+    job.connect(0).join(lineage=77)
+    job.tick(100.0)
+    assert job.state.wake_s is None
+
+
 def test_a_rank_that_was_late_is_not_waited_for_until_it_is_in_time_again(cluster, plan_of):
     job = cluster(plan_of(3, consistency="ssp:4"))
     workers = job.started()
@@ -261,6 +272,7 @@ def test_told_to_stop_within_a_round_it_waits_for_the_rest(cluster):
     job.stop()
     assert job.stop_action is None
     assert job.state.wake_s == job.now_s + 2.0
+    assert job.state.snapshot(job.now_s).status == "stopping"
     first.push(1)
     second.push(1)
     assert (job.stop_action.exit_code, job.version) == (0, 1)

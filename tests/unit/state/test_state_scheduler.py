@@ -187,6 +187,8 @@ class Game:
     def check_verdict(self, process, verdict):
         """Each payload counts exactly as the verdict says, and in a round that it may count in."""
         self.note_reductions()
+        if self.rule.kind != "bsp":
+            assert "closed without it" not in verdict.reason, "who is near its bound is waited for"
         for shard, number in process.payloads.items():
             counts = verdict.outcome == "applied" and shard not in verdict.rejected
             assert (number in self.counted) == counts, (process.rank, process.seq, shard, verdict)
