@@ -124,13 +124,22 @@ def test_of_shards_that_are_ready_at_once_the_first_goes_first():
     assert said == [list(range(len(layout.shards)))]
 
 
-def test_weights_that_come_before_the_step_wait_for_it(join, eventually):
-    """Were they written while backward runs, gradients would be wrong without a sound."""
+def test_weights_that_come_while_backward_runs_wait_for_the_step(join, eventually):
+    """Were they written at once, the gradients still to come would be wrong without a sound."""
     model = make_model()
     worker = join(model, overlap=True)
+    last = worker.plan.layout.shards[-1]
     before, received = parameters(model), worker.received_bytes
+    seen = []
+
+    def wait(_: torch.Tensor) -> None:
+        """Backward has come to the first layer; the last shard's new weights are here."""
+        eventually(lambda: worker.received_bytes > received + 4 * last.numel, "the new weights")
+        seen.append(parameters(model))
+
+    model[0].weight.register_hook(wait)
     loss_of(model, 0).backward()
-    eventually(lambda: worker.received_bytes > received + before.nbytes, "the new weights")
+    assert [each.tobytes() for each in seen] == [before.tobytes()]
     assert parameters(model).tobytes() == before.tobytes()
     assert worker.step().version == 1
     assert parameters(model).tobytes() != before.tobytes()
