@@ -26,6 +26,7 @@ number of shards.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import random
@@ -160,6 +161,8 @@ class Machine:
     @property
     def due_s(self) -> float:
         """When something will have to happen although nothing came."""
+        if self.session.state in (State.CLOSED, State.FENCED):
+            return math.inf
         if self._alone_since_s is not None:
             return self._alone_since_s + ALONE_S
         if self._initial is not None and self.joined:

@@ -1,6 +1,7 @@
 """A worker's machine against a session that says what the test wants it to hear."""
 
 import dataclasses
+import math
 import random
 
 import numpy as np
@@ -580,6 +581,7 @@ def test_a_worker_has_left_when_the_server_says_goodbye_too():
     talk.flush()
     talk.say(MessageType.BYE, Bye("done"))
     assert talk.machine.left
+    assert talk.machine.due_s == math.inf  # a client of several servers waits for the others
 
 
 def test_a_worker_has_left_when_the_server_is_gone_after_its_goodbye():

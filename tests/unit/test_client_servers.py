@@ -1,9 +1,10 @@
 """Whole clients against several servers that keep books, in virtual time, on bad connections.
 
-The servers are small models of the rules in `proto/README.md`: they reduce shards, close rounds,
-refuse what they like, and write down what counted. Values are whole numbers and travel as f32, so
-every sum is exact: what all workers gave is in the servers' weights or in a residual, or it was
-lost or counted twice.
+The servers are of two kinds: a small model of the rules in `proto/README.md` (`Book`), which closes
+rounds as it likes, and the real one's state machine (`RealBook`). Both write down what counted. A
+payload begins with three numbers that name it; the others are whole and travel as f32, so every sum
+is exact: what all workers gave is in the servers' weights or in a residual, or it was lost or
+counted twice.
 """
 
 import random
@@ -24,6 +25,7 @@ from psq.recipe import preset
 from psq_proto.frames import Header, decode_frame, encode_frame
 from psq_proto.messages import NO_SHARD, NONE, Fenced, Flags, MessageType, Status, Verdict, Welcome
 from psq_proto.session import ServerSession, State
+from psq_server import state
 
 STEPS = 5
 RUN_ID = b"r" * 16
@@ -89,8 +91,10 @@ class Book:
         self.said: dict[int, Said] = {}
         self.bases: dict[int, int] = {}
         self.last: dict[int, tuple[int, Verdict, int]] = {}
-        self.applied: Counter[tuple[int, int, int]] = Counter()
-        self.refusals = self.rejections = self.stalest = 0
+        self.applied: Counter[tuple[int, ...]] = Counter()
+        self.finished: set[int] = set()
+        self.stalest = 0
+        self.history = {(k, 0): self.x[k].tobytes() for k in self.owned}
 
     # ---- frames in
 
@@ -141,6 +145,9 @@ class Book:
             self.world.down(peer, self.weights(shard, self.x[shard], Flags.FULL))
         self.bases[session.rank] = max(self.bases[session.rank], self.round)
 
+    def on_leave(self, _, session, *__) -> None:
+        self.finished.add(session.rank)
+
     def on_heartbeat(self, peer, session, *_) -> None:
         said = self.said.get(session.rank)
         missing = [k for k in self.owned if said is None or k not in said.shards]
@@ -177,11 +184,11 @@ class Book:
         said.shards[shard] = None
         if Flags.SKIP in header.flags:
             return
-        if self.world.rng.random() < self.world.refuse_chance:
+        values = np.frombuffer(bytes(body), "<f4")
+        if not np.isfinite(values).all():
             said.refused.add(shard)
-            self.refusals += 1
         else:
-            said.shards[shard] = np.frombuffer(bytes(body), "<f4")
+            said.shards[shard] = values
 
     # ---- rounds
 
@@ -198,8 +205,8 @@ class Book:
     def close(self) -> None:
         """Lazy: the whole round, once somebody is complete and nobody would become too stale."""
         done = [r for r, s in self.said.items() if len(s.shards) == len(self.owned)]
-        busy = [worker.rank for worker in self.world.workers if worker.steps < STEPS]
-        missing = [rank for rank in busy if rank not in done]
+        busy = set(range(self.plan.world_size)) - self.finished
+        missing = busy.difference(done)
         bound = self.rule.max_staleness
         if not done or (
             self.rule.kind == "ssp"
@@ -219,10 +226,10 @@ class Book:
         for said in contributions:
             values = said.shards[shard]
             if values is not None:
-                delta += values
-                self.applied[said.lineage, said.base, shard] += 1
+                count(self.applied, delta, values)
         self.x[shard] += delta
         self.versions[shard] += 1
+        self.history[shard, self.versions[shard]] = self.x[shard].tobytes()
         frame = self.weights(shard, delta, Flags.DELTA)
         for peer, session in self.sessions.items():
             if session.state is State.JOINED and self.holder.get(session.rank) == peer:
@@ -238,7 +245,6 @@ class Book:
 
     def reject(self, rank: int, seq: int) -> None:
         self.said.pop(rank, None)
-        self.rejections += 1
         self.resolve(rank, seq, Verdict("rejected", "too stale"))
 
     def resolve(self, rank: int, seq: int, verdict: Verdict) -> None:
@@ -253,11 +259,92 @@ class Book:
             self.world.down(self.holder[rank], frame)
 
     def weights(self, shard: int, values: np.ndarray, flags: Flags) -> bytearray:
-        header = Header(
-            MessageType.WEIGHTS, run_id=RUN_ID, epoch=1, plan=self.plan.digest, codec=FP32,
-            flags=flags, version=self.versions[shard], shard=shard,
-        )  # fmt: skip
-        return encode_frame(header, values.tobytes())
+        return weights_frame(self.plan, shard, self.versions[shard], values, flags)
+
+    def tick(self) -> None:
+        if not self.rule.eager:
+            self.close()
+
+
+class RealBook:
+    """The server's own state machine, with a reducer that adds up and keeps book."""
+
+    def __init__(self, plan: Plan, world: "World") -> None:
+        self.plan, self.world = plan, world
+        self.owned = [shard.index for shard in plan.owned]
+        self.x = {shard.index: np.zeros(shard.numel, np.float32) for shard in plan.owned}
+        self.versions = dict.fromkeys(self.owned, 0)
+        self.history = {(k, 0): self.x[k].tobytes() for k in self.owned}
+        self.applied: Counter[tuple[int, ...]] = Counter()
+        self.stalest = 0
+        self.state = state.ServerState(state.Settings(run_id=RUN_ID), 0.0)
+        self.stopped = False
+
+    def hear(self, peer: bytes, frame: bytes) -> None:
+        self.handle(state.FrameReceived(peer, frame))
+
+    def tick(self) -> None:
+        self.handle(state.Tick())
+
+    def gone(self, peer: bytes) -> None:
+        self.handle(state.PeerGone(peer))
+
+    def handle(self, event: state.Event) -> None:
+        events = deque([event])
+        while events and not self.stopped:
+            for action in self.state.handle(events.popleft(), self.world.now_s):
+                self.do(action, events)
+            if not self.stopped:
+                self.state.validate()
+
+    def do(self, action: state.Action, events: deque) -> None:  # noqa: C901 - a case an action
+        match action:
+            case state.Send(peer, frame) | state.Echo(peer, frame):
+                self.world.down(peer, frame)
+            case state.Broadcast(peers, _, frames, _):
+                for peer in peers:
+                    for frame in frames:
+                        self.world.down(peer, frame)
+            case state.SendFull(peers, versions):
+                for shard in versions:
+                    frame = self.weights(shard, self.x[shard], Flags.FULL)
+                    for peer in peers:
+                        self.world.down(peer, frame)
+            case state.Reduce(round_, shard, payloads, _):
+                delta = np.zeros_like(self.x[shard])
+                for payload in payloads:
+                    count(self.applied, delta, np.frombuffer(bytes(payload), "<f4"))
+                self.x[shard] += delta
+                self.versions[shard] = round_ + 1
+                self.history[shard, round_ + 1] = self.x[shard].tobytes()
+                frame = self.weights(shard, delta, Flags.DELTA)
+                events.append(state.ShardReduced(round_, shard, frame, 0.001))
+            case state.Committed(_, staleness):
+                self.stalest = max(self.stalest, *staleness, 0)
+            case state.Stop():
+                self.stopped = True
+
+    def weights(self, shard: int, values: np.ndarray, flags: Flags) -> bytearray:
+        return weights_frame(self.plan, shard, self.versions[shard], values, flags)
+
+
+NAME = 3  # the first values of a payload: whose it is, of which step, which shard
+
+
+def count(applied: Counter, delta: np.ndarray, values: np.ndarray) -> None:
+    """Add a payload up, and write down its name."""
+    delta[NAME:] += values[NAME:]
+    applied[tuple(int(value) for value in values[:NAME])] += 1
+
+
+def weights_frame(
+    plan: Plan, shard: int, version: int, values: np.ndarray, flags: Flags
+) -> bytearray:
+    header = Header(
+        MessageType.WEIGHTS, run_id=RUN_ID, epoch=1, plan=plan.digest, codec=FP32,
+        flags=flags, version=version, shard=shard,
+    )  # fmt: skip
+    return encode_frame(header, values.tobytes())
 
 
 class Wire:
@@ -272,7 +359,9 @@ class Wire:
         self.cut()
 
     def cut(self) -> None:
-        self.world.wires.pop(self.peer, None)
+        before = self.world.wires.pop(self.peer, None)
+        if before is not None and self.world.rng.random() < 0.5:  # the server may hear of it
+            getattr(self.world.books[self.server], "gone", lambda _: None)(self.peer)
         self.peer = len(self.world.names).to_bytes(4, "big")
         self.world.names.append(self.peer)
         self.world.wires[self.peer] = self
@@ -324,6 +413,7 @@ class Worker:
 
     def __init__(self, world: "World", rank: int, seed: int) -> None:
         self.world, self.rank, self.rng = world, rank, random.Random(seed)  # noqa: S311 - a test
+        self.name = world.next_incarnation()
         plan = world.plan
         self.x = {s.index: np.full(s.numel, np.nan, np.float32) for s in plan.layout.shards}
         self.residual = {s.index: np.zeros(s.numel, np.float32) for s in plan.layout.shards}
@@ -333,14 +423,15 @@ class Worker:
             self.group.links,
             plan,
             rank,
-            Hooks(None, self._weights, self._restore, lambda _: pytest.fail("a reset")),
+            Hooks(self._initial, self._weights, self._restore, lambda _: pytest.fail("a reset")),
             patience=Patience(give_up_after_s=1e6, heartbeat_s=1.0, report_s=1e5),
             rng=random.Random(seed),  # noqa: S311 - a test
             clock=lambda: world.now_s,
         )
-        self.phase, self.steps, self.todo = "joining", 0, deque()
+        self.phase, self.steps, self.first_step = "joining", 0, 0
+        self.todo: deque[int] = deque()
         self.pushed: set[int] = set()
-        self.diary: list[tuple[list[tuple[int, int, int]], set[int], RoundResult]] = []
+        self.diary: list[tuple[set[int], RoundResult]] = []
         self.restored: list[int] = []
         self.sat_out = 0
 
@@ -356,7 +447,7 @@ class Worker:
 
     def _idle(self) -> None:
         if self.steps == STEPS:
-            self.client.poll()
+            self._end()
             return
         step = self.client.begin(0.5)
         assert step == min(self.client.versions)
@@ -366,6 +457,16 @@ class Worker:
         self.sat_out += len(self.todo) < len(shards)
         self.pushed = set()
         self.phase = "pushing"
+
+    def _end(self) -> None:
+        if parse_consistency(self.world.plan.consistency).eager:
+            self.client.poll()  # all end with the same round
+        else:
+            self.phase = "gone"
+            self.client.leave("done")
+
+    def _gone(self) -> None:
+        pass
 
     def _pushing(self) -> None:
         for _ in range(self.rng.randrange(4)):
@@ -389,6 +490,7 @@ class Worker:
             self.given[shard] += new
             payload = self.client.payload(shard).view("<f4")
             payload[:] = self.residual[shard] + np.float32(new)
+            payload[:NAME] = self.name, self.steps, shard
             self.residual[shard][:] = 0.0
             self.client.push(shard)
             self.pushed.add(shard)
@@ -397,18 +499,16 @@ class Worker:
         if not self.client._over():
             self.client.poll()
             return
-        bases = [
-            (index, machine._lineage, machine.round.number)
-            for index, machine in enumerate(self.client._machines)
-            if machine.round is not None
-        ]
         self.restored = []
         result = self.client.finish()
         assert tuple(sorted(self.restored)) == result.rejected
         assert set(result.rejected) <= self.pushed
-        self.diary.append((bases, self.pushed, result))
+        self.diary.append((self.pushed, result))
         self.steps += 1
         self.phase = "idle"
+
+    def _initial(self, shard: int) -> np.ndarray:
+        return np.zeros_like(self.x[shard])
 
     def _weights(self, header: Header, body: memoryview) -> None:
         values = np.frombuffer(body, "<f4")
@@ -425,16 +525,19 @@ class Worker:
 class World:
     """Servers, workers and a scheduler that draws everything from one seed."""
 
-    def __init__(self, servers: int, workers: int, consistency: str, seed: int) -> None:
+    def __init__(
+        self, servers: int, workers: int, consistency: str, seed: int, kind: type = Book
+    ) -> None:
         self.rng = random.Random(seed)  # noqa: S311 - a test
         self.now_s = 0.0
         self.names: list[bytes] = []
         self.wires: dict[bytes, Wire] = {}
         self.refuse_chance = self.cut_chance = self.loss_chance = self.twice_chance = 0.0
-        self.cuts = self.losses = self.twice = self.incarnations = 0
+        self.cuts = self.losses = self.twice = self.broken = self.incarnations = 0
         self.lost: Counter[MessageType] = Counter()
+        self.fates: dict[tuple[float, ...], bool] = {}
         self.plan = plan_of(servers, workers, consistency)
-        self.books = [Book(self.plan.for_server(index), self) for index in range(servers)]
+        self.books = [kind(self.plan.for_server(index), self) for index in range(servers)]
         self.workers = [Worker(self, rank, 100 * seed + rank) for rank in range(workers)]
 
     def next_incarnation(self) -> int:
@@ -455,9 +558,7 @@ class World:
         elif act < 0.7:
             self._carry_down(wire)
         elif act < 0.75:
-            book = self.rng.choice(self.books)
-            if not book.rule.eager:
-                book.close()
+            self.rng.choice(self.books).tick()
         elif act < 0.76 and self.rng.random() < self.cut_chance and not self.calm:
             wire.cut()
             self.cuts += 1
@@ -472,9 +573,22 @@ class World:
 
     def _carry_up(self, wire: Wire) -> None:
         if wire.up:
-            frame = wire.up.popleft()
+            frame = self._break(wire.up.popleft())
             for _ in range(self._times(frame)):
                 self.books[wire.server].hear(wire.peer, frame)
+
+    def _break(self, frame: bytes) -> bytes:
+        """Now and then a payload is what no worker should send, with a good checksum."""
+        header, body = decode_frame(frame)
+        if header.type is not MessageType.PUSH or not body.nbytes:
+            return frame
+        name = tuple(np.frombuffer(body, "<f4")[:NAME])
+        if name not in self.fates:
+            self.fates[name] = self.rng.random() < self.refuse_chance
+        if not self.fates[name]:
+            return frame
+        self.broken += 1
+        return bytes(encode_frame(header, body[:-4].tobytes() + np.float32(np.nan).tobytes()))
 
     def _carry_down(self, wire: Wire) -> None:
         if wire.under_way:
@@ -508,7 +622,8 @@ class World:
 
     def at_rest(self) -> bool:
         return all(worker.steps == STEPS for worker in self.workers) and all(
-            list(worker.client.versions) == self.versions() for worker in self.workers
+            worker.phase == "gone" or list(worker.client.versions) == self.versions()
+            for worker in self.workers
         )
 
     def versions(self) -> list[int]:
@@ -524,62 +639,66 @@ class World:
         return self
 
     def check_replicas(self) -> None:
-        for book in self.books:
-            for shard, values in book.x.items():
-                for worker in self.workers:
-                    assert worker.x[shard].tobytes() == values.tobytes()
+        """A shard has the bytes that its server had at that version."""
+        for worker in self.workers:
+            for shard, version in enumerate(worker.client.versions):
+                book = self.books[self.plan.layout.owners[shard]]
+                assert worker.x[shard].tobytes() == book.history[shard, version]
 
     def check_diaries(self) -> None:
         """What a worker believes to count is what the servers counted, and once."""
+        counted: Counter[tuple[int, ...]] = Counter()
         for book in self.books:
-            assert set(book.applied.values()) <= {1}
-        for worker in self.workers:
-            for bases, pushed, result in worker.diary:
-                counted = {
-                    shard
-                    for server, lineage, seq in bases
-                    for shard in self.books[server].owned
-                    if self.books[server].applied[lineage, seq, shard]
-                }
-                assert counted == pushed - set(result.rejected)
+            counted += book.applied
+        assert set(counted.values()) <= {1}
+        believed = {
+            (worker.name, step, shard)
+            for worker in self.workers
+            for step, (pushed, result) in enumerate(worker.diary, start=worker.first_step)
+            for shard in pushed - set(result.rejected)
+        }
+        names = {worker.name for worker in self.workers}
+        assert believed == {name for name in counted if name[0] in names}
 
     def check_sums(self) -> None:
         for book in self.books:
             for shard, values in book.x.items():
                 given = sum(worker.given[shard] for worker in self.workers)
                 kept = sum(worker.residual[shard].astype(np.float64) for worker in self.workers)
-                assert (given == values + kept).all()
-
-    def count(self, what: str) -> int:
-        return sum(getattr(book, what) for book in self.books)
+                assert (given == values + kept)[NAME:].all()
 
 
 SHAPES = ((1, 1), (1, 3), (2, 2), (4, 2))
 RULES = ("bsp", "bsp,quorum=1", "ssp:2", "asp")
 
 
+KINDS = (Book, RealBook)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("servers", "workers"), SHAPES)
-def test_without_faults_every_push_counts(servers, workers, rule):
-    world = World(servers, workers, rule, seed=1).run().check()
+def test_without_faults_every_push_counts(servers, workers, rule, kind):
+    world = World(servers, workers, rule, 1, kind).run().check()
     assert not any(worker.client.resent_frames for worker in world.workers)
     if rule != "bsp,quorum=1":
-        assert not any(result.rejected for w in world.workers for *_, result in w.diary)
+        assert not any(result.rejected for w in world.workers for _, result in w.diary)
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("servers", "workers"), SHAPES)
-@pytest.mark.parametrize("seed", range(6))
-def test_every_push_is_accounted_for_once_whatever_breaks(servers, workers, rule, seed):
-    world = World(servers, workers, rule, seed)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_every_push_is_accounted_for_once_whatever_breaks(servers, workers, rule, seed, kind):
+    world = World(servers, workers, rule, seed, kind)
     world.cut_chance, world.loss_chance, world.twice_chance = 0.5, 0.05, 0.05
     world.refuse_chance = 0.1
     world.run().check()
     assert world.cuts
     assert world.losses
     assert world.twice
-    assert world.count("refusals")
-    told = {shard for w in world.workers for *_, result in w.diary for shard in result.rejected}
+    assert world.broken
+    told = {shard for w in world.workers for _, result in w.diary for shard in result.rejected}
     assert told
     assert all(0 <= book.stalest <= (2 if rule == "ssp:2" else 10**9) for book in world.books)
 
@@ -624,7 +743,7 @@ def test_a_server_that_is_ahead_after_a_crash_sits_one_step_out():
         wire.cut()
         world.wires.pop(wire.peer)
     fresh = world.workers[1] = Worker(world, 1, seed=99)
-    fresh.steps = 2
+    fresh.steps = fresh.first_step = 2
     world.run()
     assert fresh.sat_out == 1
     world.check_replicas()
@@ -633,9 +752,10 @@ def test_a_server_that_is_ahead_after_a_crash_sits_one_step_out():
     assert first.sat_out == 0
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_a_process_that_takes_a_rank_over_counts_nothing_twice(seed):
-    world = World(2, 2, "bsp", seed)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(8))
+def test_a_process_that_takes_a_rank_over_counts_nothing_twice(seed, kind):
+    world = World(2, 2, "bsp", seed, kind)
     world.cut_chance, world.loss_chance, world.refuse_chance = 0.5, 0.03, 0.05
     old = world.workers[1]
     moves = world.rng.randrange(10, 1500)
@@ -648,7 +768,7 @@ def test_a_process_that_takes_a_rank_over_counts_nothing_twice(seed):
     world.run(until=some_moves_later)
     world.cut_chance = 0.0  # who loses FENCED with a connection comes back, and fences the other
     fresh = world.workers[1] = Worker(world, 1, seed=1000 + seed)
-    fresh.steps = old.steps
+    fresh.steps = fresh.first_step = old.steps
     fenced: list[str] = []
 
     def old_one_goes_on(_) -> bool:
