@@ -32,6 +32,8 @@ class PsqWorker(Job):
             rank=options.rank,
             world_size=options.world_size,
         )
+        if self.worker.choice and options.rank == 0:
+            self.versions["codec=auto"] = self.worker.choice
         self.reports: list[StepReport] = []
 
     def fill(self) -> None:

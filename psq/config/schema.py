@@ -19,8 +19,11 @@ __all__ = [
     "DEFAULT_ENDPOINT",
     "DEFAULT_LR",
     "DEFAULT_PORT",
+    "DEFAULT_RECIPE",
+    "DEFAULT_ROUND_TRIP_MS",
     "MAX_PORT",
     "TABLES",
+    "AdviseConfig",
     "DemoConfig",
     "LaunchConfig",
     "ServerConfig",
@@ -29,12 +32,15 @@ __all__ = [
 ]
 
 DEFAULT_PORT: Final = 5555
+DEFAULT_RECIPE: Final = "server-adam"
 DEFAULT_LR: Final = 1e-3  # where neither a person nor a task says one
 DEFAULT_ENDPOINT: Final = f"tcp://127.0.0.1:{DEFAULT_PORT}"
 MAX_PORT: Final = 65_535
 MAX_WORLD_SIZE: Final = 4096
 MAX_LOCAL_WORKERS: Final = 256
 MAX_LOCAL_SERVERS: Final = 64
+MAX_NUMEL: Final = 10**11
+DEFAULT_ROUND_TRIP_MS: Final = 0.2  # machines of one Ethernet
 MAX_STEPS: Final = 1_000_000_000
 MAX_SEED: Final = 2**32 - 1
 MAX_WAIT_S: Final = 30 * 86_400.0
@@ -121,7 +127,7 @@ class WorkerConfig:
         "fashion-mnist", "fashion-mnist, char-lm, or MODULE:ATTRIBUTE of your own", metavar="TASK"
     )
     recipe: str = setting(
-        "server-adam",
+        DEFAULT_RECIPE,
         "the algorithm: server-adam, qadam, qadam-1bit, efficient-adam or fp32",
         metavar="NAME",
     )
@@ -151,6 +157,11 @@ class WorkerConfig:
     overlap: bool = switch("push gradients while backward still runs")
     residual: Literal["f32", "bf16"] = setting(
         "f32", "how error feedback keeps what was not sent: 4 bytes per parameter, or 2"
+    )
+    codec: Literal["recipe", "auto"] = setting(
+        "recipe",
+        "the recipe's codecs, or those that suit the link and the machine best: rank 0 measures "
+        "and chooses for all, see psq advise",
     )
     lr: float | None = setting(
         None, f"learning rate (default: the task's, or {DEFAULT_LR:g})", above=0, high=1e6
@@ -197,11 +208,12 @@ class WorkerConfig:
                 f"{self.world_size}, got {self.rank}"
             )
             raise ConfigError(msg)
+        _check_codec(self)
 
     @property
     def endpoints(self) -> tuple[str, ...]:
         """The servers' addresses; a server's number in the job is its place here."""
-        return tuple(part.strip() for part in self.connect.split(COMMA))
+        return _endpoints(self.connect)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,12 +250,92 @@ class DemoConfig:
         check_fields(self)
 
 
+@dataclass(frozen=True, slots=True)
+class AdviseConfig:
+    """What `psq advise` is told: a job that is not started."""
+
+    workers: int = setting(2, "workers of the job", short="-n", low=1, high=MAX_WORLD_SIZE)
+    servers: int | Literal["auto"] = setting(
+        1,
+        "servers of the job; auto: one beside each worker, on one machine as psq launch has it",
+        short="-s",
+        low=1,
+        high=MAX_LOCAL_SERVERS,
+    )
+    connect: str | None = setting(
+        None,
+        "measure the link to these servers, which may be training or not",
+        metavar="URL[,URL...]",
+        many=True,
+    )
+    link: str | None = setting(
+        None,
+        "the link of each machine: 100mbit, 2.5gbit, or loopback for one machine (default)",
+        metavar="RATE",
+    )
+    round_trip_ms: float | None = setting(
+        None,
+        f"of the link given with --link, ms (default: {DEFAULT_ROUND_TRIP_MS:g})",
+        low=0,
+        high=10_000,
+    )
+    beside: bool = switch("servers run on the workers' machines, one beside each")
+    one_machine: bool = switch("all processes share this machine's cores, whatever the link")
+    task: str | None = setting(
+        None, "take the model, and the time of forward and backward, from this task", metavar="TASK"
+    )
+    numel: int | None = setting(None, "values in the model", low=1, high=MAX_NUMEL)
+    compute_ms: float | None = setting(
+        None, "forward and backward of a step, ms (default: the task's, or 0)", low=0, high=1e7
+    )
+    overlap: bool = switch("pushes leave while backward still runs")
+    min_bits: int = setting(
+        3, "fewest bits per value each way: below 3 at the price of accuracy", low=1, high=32
+    )
+    json: bool = switch("print JSON")
+    debug: bool = switch("show a traceback with an error")
+
+    def __post_init__(self) -> None:
+        """Types, ranges, and what only makes sense together."""
+        check_fields(self)
+        _check_connect(self.endpoints)
+        for one, other in (("connect", "link"), ("connect", "round_trip_ms"), ("task", "numel")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                msg = f"{other}: {one} says that already: give one of both"
+                raise ConfigError(msg)
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """The servers to measure the link to, if any."""
+        return _endpoints(self.connect) if self.connect is not None else ()
+
+
 TABLES: Final[dict[str, type[Any]]] = {
     "server": ServerConfig,
     "worker": WorkerConfig,
     "launch": LaunchConfig,
     "demo": DemoConfig,
+    "advise": AdviseConfig,
 }
+
+
+def _endpoints(connect: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in connect.split(COMMA))
+
+
+def _check_codec(told: WorkerConfig) -> None:
+    """What auto chooses cannot be said as well."""
+    if told.codec != "auto":
+        return
+    said = {"uplink": told.uplink, "downlink": told.downlink}
+    if told.recipe != DEFAULT_RECIPE:
+        said["recipe"] = told.recipe
+    for name, value in said.items():
+        if value is not None:
+            msg = (
+                f"codec: auto chooses the {name}, which is given as {value}: leave one of both out"
+            )
+            raise ConfigError(msg)
 
 
 def _check_endpoint(name: str, endpoint: str, *, allow_any_port: bool) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from psq import kernels
 from psq.adam_text import with_adam_text
+from psq.advice.candidates import Specs
 from psq.client import RoundResult
 from psq.config import DEFAULT_LR, WorkerConfig, worker_config
 from psq.errors import ConfigError, UsageError
@@ -96,6 +97,8 @@ class Worker:
         consistency: how many rounds workers may be apart: bsp, ssp:K or asp, see `psq.clock`.
         overlap: push gradients while backward still runs.
         residual: how error feedback keeps what was not sent: f32 or bf16.
+        codec: "recipe", or "auto": rank 0 measures links and machine and chooses the codecs for
+            all, see `psq.torch.auto`.
         give_up_after_s: the longest wait before GaveUpError.
 
     Raises:
@@ -118,6 +121,7 @@ class Worker:
         consistency: str | None = None,
         overlap: bool | None = None,
         residual: str | None = None,
+        codec: str | None = None,
         give_up_after_s: float | None = None,
     ) -> None:
         said = {
@@ -131,11 +135,12 @@ class Worker:
             "consistency": consistency,
             "overlap": overlap,
             "residual": residual,
+            "codec": codec,
             "give_up_after_s": give_up_after_s,
         }
         settled = ["lr"] if callable(lr) else []
         if isinstance(recipe, Recipe):
-            settled += ["recipe", "uplink", "downlink", "adam"]
+            settled += ["recipe", "uplink", "downlink", "adam", "codec"]
         if isinstance(adam, AdamConfig):
             settled += ["adam"]
         config = worker_config(said, settled=settled)
@@ -145,9 +150,13 @@ class Worker:
         self._samples = 0
         self._lr: LearningRate = lr if callable(lr) else (config.lr or DEFAULT_LR)
         self._table = ParameterTable(model)
+        made = _recipe(config, recipe, adam)
+        self.choice = ""
+        if config.codec == "auto":
+            made, self.choice = _settle(config, self._table.specs, made, recipe)
         self.plan = Plan.of(
             self._table.specs,
-            _recipe(config, recipe, adam),
+            made,
             config.world_size,
             servers=len(config.endpoints),
             consistency=config.consistency,
@@ -440,6 +449,19 @@ def _recipe(
     else:
         made = with_adam_text(preset(config.recipe), config.adam)
     return made.with_codecs(uplink=config.uplink, downlink=config.downlink)
+
+
+def _settle(
+    config: WorkerConfig, specs: Specs, made: Recipe, recipe: Recipe | str | None
+) -> tuple[Recipe, str]:
+    """The recipe that `codec="auto"` makes of the one that was asked for, and why."""
+    if isinstance(recipe, Recipe):
+        msg = "codec: auto chooses the recipe's codecs, so it cannot be given as a value: leave one"
+        raise ConfigError(msg)
+    from psq.torch.auto import settle  # noqa: PLC0415 - only such jobs need to measure
+
+    choice = settle(config, specs, made)
+    return choice.recipe, choice.words
 
 
 def _refusal(result: RoundResult) -> str:

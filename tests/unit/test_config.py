@@ -231,7 +231,10 @@ def test_a_wrong_variable_is_refused_with_its_name_what_was_expected_and_what_ca
         ("[worker]\nlearning_rate = 1\n", "[worker] has no key 'learning_rate'; there are: adam"),
         ("[worker]\nbatchsize = 1\n", "[worker] has no key 'batchsize'; did you mean batch_size?"),
         ("[workers]\nlr = 1\n", "got 'workers'; did you mean worker?"),
-        ("lr = 1\n", "expected only the tables [server], [worker], [launch], [demo], got 'lr'"),
+        (
+            "lr = 1\n",
+            "expected only the tables [server], [worker], [launch], [demo], [advise], got 'lr'",
+        ),
         ('[worker]\nlr = "1"\n', "[worker] lr): expected a number > 0 and <= 1e+06, got '1'"),
         ("[worker]\nrank = true\n", "expected a whole number >= 0 and <= 4095, got True"),
         ("[worker]\njson = 1\n", "expected true or false, got 1"),

@@ -19,6 +19,7 @@ from psq.config import (
     DEFAULT_ENDPOINT,
     MAX_PORT,
     TABLES,
+    AdviseConfig,
     DemoConfig,
     Given,
     LaunchConfig,
@@ -39,7 +40,7 @@ FOR_SERVER: Final = ("save", "lease", "give_up_after", "metrics_host", "metrics_
 # What means nothing where there is one process and no server.
 ABOUT_MESSAGES: Final = (
     *("connect", "recipe", "uplink", "downlink"),
-    *("consistency", "overlap", "residual", "give_up_after"),
+    *("consistency", "overlap", "residual", "codec", "give_up_after"),
 )
 TASK_ONLY: Final = ("task", "steps", "batch_size", "schedule", "eval_every", "data")
 NOT_FOR_LAUNCH: Final = (
@@ -174,6 +175,21 @@ def baseline(given: Given) -> None:
     from psq_worker.runner import run_baseline  # noqa: PLC0415 - imports torch
 
     run_baseline(config)
+
+
+@psq.command(epilog=EPILOG, short_help="Say which codecs suit a link and a model.")
+@options(AdviseConfig)
+def advise(given: Given) -> None:
+    """Say which codecs suit a link and a model, or that compression does not pay there.
+
+    Measures this machine for a second or so, the link too where --connect names a server, and
+    predicts seconds per step from that. Nothing is trained.
+    """
+    config = given.resolve(AdviseConfig).config
+    need("rich", *(["torch"] if config.task else []))
+    from psq_worker.advising import run_advise  # noqa: PLC0415 - --help needs no numpy
+
+    run_advise(config)
 
 
 @psq.command("merge-weights", epilog=EPILOG, short_help="Make one file of servers' parts.")

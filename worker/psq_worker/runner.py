@@ -178,7 +178,7 @@ class _Watch:
                 rank=worker.rank,
                 world_size=worker.world_size,
                 numel=worker.plan.layout.numel,
-                recipe=_recipe_words(worker.plan.recipe),
+                recipe=_recipe_words(worker.plan.recipe, worker.choice),
                 consistency=worker.plan.consistency,
             )
         if worker is self._worker and self._reporter is not None:
@@ -226,9 +226,10 @@ def _job_of(task: Task, config: WorkerConfig) -> Job:
     )
 
 
-def _recipe_words(recipe: Recipe) -> str:
+def _recipe_words(recipe: Recipe, choice: str) -> str:
     up, down = recipe.uplink.codec, recipe.downlink
-    return f"{recipe.name} ({up} up, {down.kind} {down.codec} down)"
+    words = f"{recipe.name} ({up} up, {down.kind} {down.codec} down)"
+    return f"{words}, codec auto: {choice}" if choice else words
 
 
 def _every_s(config: WorkerConfig) -> float:
