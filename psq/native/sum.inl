@@ -64,12 +64,14 @@ struct Crowd {
   bool add;                // to what `out` holds
   const PsqPayload* next;  // what is summed after these, and from which value on
   size_t next_count, next_from;
+  int other;  // 1 where the second half of a group has scales of its own, else 0
   Term<Q> terms[2][kCrowd];  // of each half of a group
 };
 
 // `word_at`: where in the payloads the rows' word lies, in bytes; `shift`: the bit where the first code begins there.
 template <class Q, int kRows, bool kStraddles>
 PSQ_INLINE void sum_rows(const Crowd<Q>& crowd, int part, size_t word_at, int shift, float* out) {
+  PSQ_ROLLED
   for (int lane = 0; lane < 64; lane += PSQ_VECTOR_BYTES, out += PSQ_VECTOR_BYTES / 4) {
     NativeF totals[kRows];
     for (int i = 0; i < kRows; ++i) {
@@ -93,23 +95,23 @@ PSQ_INLINE void sum_rows(const Crowd<Q>& crowd, int part, size_t word_at, int sh
 }
 
 // The 32 rows of a group, whose second half may have other scales than the first.
-template <class Q, int kParts>
+template <class Q>
 PSQ_OUTLINE void sum_group(const Crowd<Q>& crowd, size_t word_at, float* out) {
-  constexpr int kOther = kParts - 1;
+  const int other = crowd.other;
   if constexpr (Q::kBits == 3) {
     sum_rows<Q, 5, false>(crowd, 0, word_at, 0, out);
     sum_rows<Q, 5, false>(crowd, 0, word_at, 15, out + 5 * 16);
     sum_rows<Q, 1, true>(crowd, 0, word_at, 30, out + 10 * 16);
     sum_rows<Q, 5, false>(crowd, 0, word_at + 64, 1, out + 11 * 16);
-    sum_rows<Q, 5, false>(crowd, kOther, word_at + 64, 16, out + 16 * 16);
-    sum_rows<Q, 1, true>(crowd, kOther, word_at + 64, 31, out + 21 * 16);
-    sum_rows<Q, 5, false>(crowd, kOther, word_at + 128, 2, out + 22 * 16);
-    sum_rows<Q, 5, false>(crowd, kOther, word_at + 128, 17, out + 27 * 16);
+    sum_rows<Q, 5, false>(crowd, other, word_at + 64, 16, out + 16 * 16);
+    sum_rows<Q, 1, true>(crowd, other, word_at + 64, 31, out + 21 * 16);
+    sum_rows<Q, 5, false>(crowd, other, word_at + 128, 2, out + 22 * 16);
+    sum_rows<Q, 5, false>(crowd, other, word_at + 128, 17, out + 27 * 16);
   } else {
     constexpr int kInWord = 32 / Q::kBits, kRows = kInWord < kTogether ? kInWord : kTogether;
     PSQ_ROLLED
     for (int row = 0; row < 32; row += kRows)
-      sum_rows<Q, kRows, false>(crowd, kOther & (row >> 4), word_at + size_t(row / kInWord) * 64,
+      sum_rows<Q, kRows, false>(crowd, other & (row >> 4), word_at + size_t(row / kInWord) * 64,
                                 row % kInWord * Q::kBits, out + 16 * row);
   }
 }
@@ -117,10 +119,10 @@ PSQ_OUTLINE void sum_group(const Crowd<Q>& crowd, size_t word_at, float* out) {
 // ---- segments --------------------------------------------------------------------------------------------------
 
 // Of the group at value `at`; the segment, or what is wanted of it, ends at `end`.
-template <class Q, int kParts>
+template <class Q>
 PSQ_INLINE void set_terms(Crowd<Q>& crowd, NativeF unit, const PsqFormat& format, size_t at, size_t end) {
   for (size_t p = 0; p < crowd.count; ++p) {
-    for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part <= crowd.other; ++part) {
       float scale = 0.0f;
       const size_t value = at + part * (kGroup / 2);
       if (Q::kStatistic != kNone && value < end)
@@ -141,21 +143,21 @@ PSQ_INLINE void fetch_next(const Crowd<Q>& crowd, const PsqFormat& format, size_
 }
 
 // out = the sum of the crowd's payloads from value `from` to `end` of the segment, or is added to.
-template <class Q, int kParts>
+template <class Q>
 PSQ_OUTLINE void sum_crowd(Crowd<Q>& crowd, const PsqFormat& format, size_t from, size_t end, float* out) {
   const NativeF unit = unit_table<Q>(format.parameter);
-  const size_t span = kParts == 2 ? kGroup : format.block == 0 ? end - from : format.block;
+  const size_t span = crowd.other == 1 ? kGroup : format.block == 0 ? end - from : format.block;
   for (size_t at = from; at < end; at += kGroup, out += kGroup) {
-    if ((at - from) % span == 0) set_terms<Q, kParts>(crowd, unit, format, at, end);
+    if ((at - from) % span == 0) set_terms<Q>(crowd, unit, format, at, end);
     fetch_next(crowd, format, at - from, end - from);
     if (end - at >= kGroup) {
-      sum_group<Q, kParts>(crowd, word_offset(format, at), out);
+      sum_group<Q>(crowd, word_offset(format, at), out);
       continue;
     }
     float last[kGroup] = {};
     const size_t bytes = (end - at) * sizeof(float);
     if (crowd.add) __builtin_memcpy(last, out, bytes);
-    sum_group<Q, kParts>(crowd, word_offset(format, at), last);
+    sum_group<Q>(crowd, word_offset(format, at), last);
     __builtin_memcpy(out, last, bytes);
   }
 }
@@ -163,6 +165,7 @@ PSQ_OUTLINE void sum_crowd(Crowd<Q>& crowd, const PsqFormat& format, size_t from
 template <class Q>
 PSQ_OUTLINE void sum_with(const PsqServerStep& s, size_t from, size_t numel, float* out) {
   Crowd<Q> crowd;
+  crowd.other = s.uplink.block == kGroup / 2;
   for (size_t first = 0; first < s.payload_count; first += kCrowd) {
     const bool last = first + kCrowd >= s.payload_count;
     const size_t next = last ? 0 : first + kCrowd;
@@ -172,8 +175,7 @@ PSQ_OUTLINE void sum_with(const PsqServerStep& s, size_t from, size_t numel, flo
     crowd.next = s.payloads + next;
     crowd.next_count = at_most(kCrowd, s.payload_count - next);
     crowd.next_from = last ? from + numel : from;
-    s.uplink.block == kGroup / 2 ? sum_crowd<Q, 2>(crowd, s.uplink, from, from + numel, out)
-                                 : sum_crowd<Q, 1>(crowd, s.uplink, from, from + numel, out);
+    sum_crowd<Q>(crowd, s.uplink, from, from + numel, out);
   }
 }
 
