@@ -6,8 +6,9 @@ a fill, 4 bytes. Every round measures the streams and all kernels in turn, so th
 the machine hits both, and the best of all rounds counts, shard by shard. Ratio = stream time /
 kernel time: 1.00 is the speed of memory. encode only reads, and is shown without a ratio.
 encode_bf16 is encode_ef with a residual in bf16: 8 bytes a value, so its stream is r2w1 in two
-thirds of its time. With --halves: how much faster two threads are, each on its half of the shards,
-than one.
+thirds of its time. What a payload adds to the bytes of a stream is not in it: a second figure,
+`by bytes`, counts them. With --halves: how much faster two threads are, each on its half of the
+shards, than one.
 
     python bench/codec.py [--numel 25000000] [--rounds 15] [--threads 1] [--json] [--halves]
                           [--levels v4,v3] [--codecs "sign log:k=2"] [--verbs encode_ef,decode]
@@ -37,6 +38,7 @@ STREAM_OF = {
     "decode_add": "r1w1",
 }
 SHARE = {"encode_bf16": 8 / 12}  # of its stream's bytes
+BYTES = {"encode_ef": 12, "encode_bf16": 8, "decode": 4, "decode_add": 8}  # payload not counted
 STREAMS_EVERY = 4  # cases
 
 
@@ -193,7 +195,10 @@ def report(
     for name in streams:
         print(f"{name:47} {speed[name]:6.2f} G elements/s, {options.threads} thread(s)")
     for row in rows:
-        ratio = f"{row['ratio']:5.2f} of {row['stream']}" if row["ratio"] else ""
+        payload = get_codec(row["codec"]).nbytes(SHARD) / SHARD
+        moved = 1 + payload / BYTES.get(row["verb"], 4)
+        by_bytes = f"{row['ratio'] * moved:5.2f} by bytes"
+        ratio = f"{row['ratio']:5.2f} of {row['stream']} {by_bytes}" if row["ratio"] else ""
         left = f"{row['level']:3} {row['codec']:32} {row['verb']:11}"
         print(f"{left} {row['gelements_s']:6.2f} G/s {ratio}")
 

@@ -3,11 +3,12 @@
 //   u = Adam(g), to scratch, or g itself      encode u + residual, or (nothing to say) residual += u
 //
 // The stages are the kernels of optim.inl and codec.inl, so the bits are theirs. A piece is as many whole blocks as
-// fill kPush values. Adam fetches its own state a piece ahead, the encoder the residual.
+// fill kPush values. While it works on one, Adam's stage fetches what comes later of g, m and v, the encoder of the
+// residual. (Measured: without g being fetched the whole costs 0.1 to 0.15 of memory's speed, and no less than passes.)
 
 namespace {
 
-constexpr size_t kPush = 1024;
+constexpr size_t kPush = 512;
 
 template <class T>
 PSQ_INLINE void absorb_row(const float* u, T* residual) {
@@ -36,7 +37,8 @@ PSQ_INLINE void worker_direct(const PsqWorkerStep& s, size_t from, size_t numel,
   float* x = s.x == nullptr ? nullptr : (float*)s.x + from;  // not written: PSQ_WRITE
   const PsqCorrectionCoefficients none = {};
   const PsqAdam step = {s.g + from, s.m + from, s.v + from, third, x, out, numel, *s.adam,
-                        s.corrected == nullptr ? none : *s.corrected, PSQ_WRITE, 1.0f, kPush};
+                        s.corrected == nullptr ? none : *s.corrected, PSQ_WRITE, 1.0f, PSQ_AHEAD};
+  for (size_t i = 0; i < numel; i += 16) __builtin_prefetch(s.g + from + PSQ_AHEAD + i);
   s.corrected == nullptr ? adam(step) : adam_corrected(step);
 }
 
