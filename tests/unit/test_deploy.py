@@ -234,6 +234,7 @@ def test_dashboard_draws_only_metrics_that_exist():
     metrics = Metrics(role="server", version="0", kernel="reference", read=lambda: totals)
     metrics.observe_step(1.0)
     metrics.observe_phase("reduce", 1.0)
+    metrics.observe_staleness(0)
     known = set(re.findall(r"^(psq_\w+)", metrics.exposition().decode(), re.MULTILINE))
     dashboard = json.loads((DEPLOY / "grafana" / "psq-server.json").read_text())
     for panel in dashboard["panels"]:
