@@ -9,7 +9,7 @@ import pytest
 
 from psq.client import Client, Hooks, Patience
 from psq.codec import get_codec
-from psq.errors import FencedError, GaveUpError, RemotePlanError, RemoteProtocolError
+from psq.errors import ConfigError, FencedError, GaveUpError, RemotePlanError, RemoteProtocolError
 from psq.layout import PART_NUMEL
 from psq.plan import Plan
 from psq.recipe import preset
@@ -53,7 +53,7 @@ class Numbers:
         return slice(0, PART_NUMEL) if shard == 0 else slice(PART_NUMEL, NUMEL)
 
 
-def make(endpoint: str, numbers: Numbers, *, rank=0, patience=CALM, **changes) -> Client:
+def make(endpoint, numbers: Numbers, *, rank=0, patience=CALM, **changes) -> Client:
     numel, world_size = changes.get("numel", NUMEL), changes.get("world_size", 1)
     plan = Plan.of([("w", (numel,))], preset("fp32"), world_size)
     rng = random.Random(rank)  # noqa: S311 - a test
@@ -122,6 +122,47 @@ def test_a_poll_takes_in_what_has_come_without_waiting(serve, clients, eventuall
     eventually(lambda: client.poll() or client.version == 1, "the weights after the round")
     assert list(client.versions) == [1, 1]
     assert client.finish().rejected == ()
+
+
+def test_several_servers_over_tcp_each_with_its_shards(serve, clients):
+    servers = [serve(), serve()]
+    endpoints = [server.endpoint for server in servers]
+    start = np.arange(1.0, 9.0, dtype=np.float32)
+    specs = [(f"w{k}", (1 << 13,)) for k in range(start.size)]
+    plan = Plan.of(specs, preset("fp32"), 1, servers=2)
+    assert sorted(set(plan.layout.owners)) == [0, 1]
+    x = [np.zeros(shard.numel, np.float32) for shard in plan.layout.shards]
+    hooks = Hooks(
+        lambda k: np.full(x[k].size, start[k], np.float32),
+        lambda header, body: np.copyto(x[header.shard], np.frombuffer(body, "<f4")),
+        lambda _: None,
+        lambda _: None,
+    )
+    client = Client(endpoints, plan, 0, hooks, patience=CALM)
+    clients.append(client)
+    assert client.join() == 0
+    assert [values[0] for values in x] == [start[k] for k in range(len(x))]
+    codec = get_codec("fp32")
+    for step in range(3):
+        assert client.begin(0.5) == step
+        for k, values in enumerate(x):
+            codec.encode(np.ones_like(values), client.payload(k))
+            client.push(k)
+            client.poll()
+        result = client.finish()
+        assert (result.applied, result.version, result.rejected) == (True, step + 1, ())
+    for k, values in enumerate(x):
+        np.testing.assert_allclose(values, start[k] - 1.5, atol=1e-5)
+    assert client.waited_s > 0.0
+    client.leave("done")
+    for server in servers:
+        server.wait()
+        assert "reason=done" in server.log
+
+
+def test_the_number_of_addresses_is_the_plans(serve):
+    with pytest.raises(ConfigError, match=r"the job has 1 server\(s\), got 2 address\(es\)"):
+        make([serve().endpoint] * 2, Numbers())
 
 
 def test_a_server_that_is_not_there_is_named_and_given_up(clients, caplog):

@@ -1,7 +1,7 @@
 """Whole clients against several servers that keep books, in virtual time, on bad connections.
 
-The servers are of two kinds: a small model of the rules in `proto/README.md` (`Book`), which closes
-rounds as it likes, and the real one's state machine (`RealBook`). Both write down what counted. A
+The servers are of two kinds: a small model of the rules in `proto/README.md`, which closes rounds
+as it likes, and the real one's state machine (see `conftest`). Both write down what counted. A
 payload begins with three numbers that name it; the others are whole and travel as f32, so every sum
 is exact: what all workers gave is in the servers' weights or in a residual, or it was lost or
 counted twice.
@@ -9,7 +9,6 @@ counted twice.
 
 import random
 from collections import Counter, deque
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -17,19 +16,18 @@ import pytest
 from psq import layout
 from psq.client import Client, Hooks, Patience, RoundResult
 from psq.client import client as client_module
-from psq.clock import may_apply, parse_consistency
+from psq.clock import parse_consistency
 from psq.codec import get_codec
-from psq.errors import FencedError, PsqError, RemotePayloadError
+from psq.errors import FencedError, RemotePayloadError
 from psq.plan import Plan
 from psq.recipe import preset
 from psq_proto.frames import Header, decode_frame, encode_frame
-from psq_proto.messages import NO_SHARD, NONE, Fenced, Flags, MessageType, Status, Verdict, Welcome
-from psq_proto.session import ServerSession, State
-from psq_server import state
+from psq_proto.messages import Flags, MessageType
 
 STEPS = 5
 RUN_ID = b"r" * 16
 FP32 = get_codec("fp32").wire_id
+NAME = 3  # the first values of a payload: whose it is, of which step, which shard
 MAX_MOVES = 60_000
 MAX_FAULTS = 40
 QUEUE_FRAMES = 6
@@ -63,288 +61,6 @@ def plan_of(servers: int, workers: int, consistency: str) -> Plan:
     recipe = preset("fp32").with_codecs(downlink="delta:fp32")
     specs = [(f"t{index}", (16,)) for index in range(12)]
     return Plan.of(specs, recipe, workers, servers=servers, consistency=consistency)
-
-
-@dataclass
-class Said:
-    """A contribution as a server has it: an array, or None for nothing."""
-
-    base: int
-    lineage: int
-    shards: dict[int, np.ndarray | None] = field(default_factory=dict)
-    refused: set[int] = field(default_factory=set)
-
-
-class Book:
-    """One server: its weights, its rounds, and every payload that counted."""
-
-    def __init__(self, plan: Plan, world: "World") -> None:
-        self.plan, self.world = plan, world
-        self.rule = parse_consistency(plan.consistency)
-        self.owned = [shard.index for shard in plan.owned]
-        numels = {shard.index: shard.numel for shard in plan.owned}
-        self.x = {k: np.zeros(numel, np.float32) for k, numel in numels.items()}
-        self.versions = dict.fromkeys(self.owned, 0)
-        self.round = 0
-        self.sessions: dict[bytes, ServerSession] = {}
-        self.holder: dict[int, bytes] = {}
-        self.said: dict[int, Said] = {}
-        self.bases: dict[int, int] = {}
-        self.last: dict[int, tuple[int, Verdict, int]] = {}
-        self.applied: Counter[tuple[int, ...]] = Counter()
-        self.finished: set[int] = set()
-        self.stalest = 0
-        self.history = {(k, 0): self.x[k].tobytes() for k in self.owned}
-
-    # ---- frames in
-
-    def hear(self, peer: bytes, frame: bytes) -> None:
-        session = self.sessions.setdefault(peer, ServerSession(run_id=RUN_ID, epoch=1))
-        try:
-            header, body = session.receive(frame)
-        except PsqError as error:
-            self.world.down(peer, session.answer(error))
-            return
-        getattr(self, f"on_{header.type.name.lower()}")(peer, session, header, body)
-
-    def on_hello(self, peer, session, *_) -> None:
-        self.world.down(peer, session.send_cookie(self.world.next_incarnation()))
-
-    def on_plan(self, *_) -> None:
-        pass
-
-    def on_join(self, peer, session, _, body) -> None:
-        rank, before = session.rank, self.holder.get(session.rank)
-        if before not in (None, peer):
-            old = self.sessions[before]
-            if old.may_send(MessageType.FENCED):
-                fenced = old.send(MessageType.FENCED, Fenced("a newer process"))
-                self.world.down(before, fenced)
-        self.holder[rank] = peer
-        self.bases.setdefault(rank, self.round)
-        said = self.said.get(rank)
-        if said is not None and (said.lineage, said.base) != (body.lineage, body.pending):
-            for shard in [k for k in said.shards if self.versions[k] == said.base]:
-                del said.shards[shard]
-            said.lineage = body.lineage
-            said.refused = set(said.shards)  # reduced already, with what was said before
-            if not self.rule.eager:
-                del self.said[rank]
-        welcome = Welcome(
-            mode="continue",
-            last_applied=NONE,
-            lease_s=10.0,
-            init_wanted=False,
-            world_size=self.plan.world_size,
-            has_weights=True,
-        )
-        self.world.down(peer, session.send(MessageType.WELCOME, welcome))
-
-    def on_pull(self, peer, session, *_) -> None:
-        for shard in self.owned:
-            self.world.down(peer, self.weights(shard, self.x[shard], Flags.FULL))
-        self.bases[session.rank] = max(self.bases[session.rank], self.round)
-
-    def on_leave(self, _, session, *__) -> None:
-        self.finished.add(session.rank)
-
-    def on_heartbeat(self, peer, session, *_) -> None:
-        said = self.said.get(session.rank)
-        missing = [k for k in self.owned if said is None or k not in said.shards]
-        resolved = self.last[session.rank][0] if session.rank in self.last else NONE
-        status = Status(
-            self.round, min(self.versions.values()), missing=tuple(missing), resolved=resolved
-        )
-        self.world.down(peer, session.send(MessageType.STATUS, status))
-
-    def on_push(self, _, session, header, body) -> None:
-        rank = session.rank
-        seq, verdict, version = self.last.get(rank, (NONE, None, 0))
-        if header.seq <= seq:
-            if header.seq == seq:
-                self.tell(rank, seq, verdict, version)
-            return
-        if not may_apply(header.seq, self.round, self.rule):
-            self.reject(rank, header.seq)
-            return
-        said = self.said.setdefault(rank, Said(header.seq, session.lineage))
-        assert said.base == header.seq, "a second contribution before the verdict of the first"
-        if header.shard == NO_SHARD:
-            for shard in self.owned:
-                said.shards.setdefault(shard, None)
-        else:
-            self.take(said, header, body)
-        if self.rule.eager:
-            self.reduce()
-
-    def take(self, said: Said, header: Header, body: memoryview) -> None:
-        shard = header.shard
-        if shard in said.shards:
-            return
-        said.shards[shard] = None
-        if Flags.SKIP in header.flags:
-            return
-        values = np.frombuffer(bytes(body), "<f4")
-        if not np.isfinite(values).all():
-            said.refused.add(shard)
-        else:
-            said.shards[shard] = values
-
-    # ---- rounds
-
-    def reduce(self) -> None:
-        """Eager: each shard as soon as every rank has said it."""
-        ranks = range(self.plan.world_size)
-        for shard in self.owned:
-            ready = all(rank in self.said and shard in self.said[rank].shards for rank in ranks)
-            if ready and self.versions[shard] == self.round:
-                self.step(shard, list(self.said.values()))
-        if all(version > self.round for version in self.versions.values()):
-            self.commit(tuple(ranks))
-
-    def close(self) -> None:
-        """Lazy: the whole round, once somebody is complete and nobody would become too stale."""
-        done = [r for r, s in self.said.items() if len(s.shards) == len(self.owned)]
-        busy = set(range(self.plan.world_size)) - self.finished
-        missing = busy.difference(done)
-        bound = self.rule.max_staleness
-        if not done or (
-            self.rule.kind == "ssp"
-            and any(self.round + 1 - self.bases.get(r, self.round) > bound for r in missing)
-        ):
-            return
-        self.stalest = max(self.stalest, *(self.round - self.said[rank].base for rank in done))
-        for shard in self.owned:
-            self.step(shard, [self.said[rank] for rank in done])
-        self.commit(tuple(done))
-        for rank, said in list(self.said.items()):
-            if not may_apply(said.base, self.round, self.rule):
-                self.reject(rank, said.base)
-
-    def step(self, shard: int, contributions: list[Said]) -> None:
-        delta = np.zeros_like(self.x[shard])
-        for said in contributions:
-            values = said.shards[shard]
-            if values is not None:
-                count(self.applied, delta, values)
-        self.x[shard] += delta
-        self.versions[shard] += 1
-        self.history[shard, self.versions[shard]] = self.x[shard].tobytes()
-        frame = self.weights(shard, delta, Flags.DELTA)
-        for peer, session in self.sessions.items():
-            if session.state is State.JOINED and self.holder.get(session.rank) == peer:
-                self.world.down(peer, frame)
-
-    def commit(self, ranks: tuple[int, ...]) -> None:
-        self.round += 1
-        for rank in ranks:
-            said = self.said.pop(rank)
-            refused = tuple(sorted(said.refused))
-            verdict = Verdict("applied", "odd" if refused else "", 0.0, refused)
-            self.resolve(rank, said.base, verdict)
-
-    def reject(self, rank: int, seq: int) -> None:
-        self.said.pop(rank, None)
-        self.resolve(rank, seq, Verdict("rejected", "too stale"))
-
-    def resolve(self, rank: int, seq: int, verdict: Verdict) -> None:
-        self.last[rank] = (seq, verdict, self.round)
-        self.bases[rank] = self.round
-        self.tell(rank, seq, verdict, self.round)
-
-    def tell(self, rank: int, seq: int, verdict: Verdict, version: int) -> None:
-        session = self.sessions[self.holder[rank]]
-        if session.may_send(MessageType.VERDICT):
-            frame = session.send(MessageType.VERDICT, verdict, seq=seq, version=version)
-            self.world.down(self.holder[rank], frame)
-
-    def weights(self, shard: int, values: np.ndarray, flags: Flags) -> bytearray:
-        return weights_frame(self.plan, shard, self.versions[shard], values, flags)
-
-    def tick(self) -> None:
-        if not self.rule.eager:
-            self.close()
-
-
-class RealBook:
-    """The server's own state machine, with a reducer that adds up and keeps book."""
-
-    def __init__(self, plan: Plan, world: "World") -> None:
-        self.plan, self.world = plan, world
-        self.owned = [shard.index for shard in plan.owned]
-        self.x = {shard.index: np.zeros(shard.numel, np.float32) for shard in plan.owned}
-        self.versions = dict.fromkeys(self.owned, 0)
-        self.history = {(k, 0): self.x[k].tobytes() for k in self.owned}
-        self.applied: Counter[tuple[int, ...]] = Counter()
-        self.stalest = 0
-        self.state = state.ServerState(state.Settings(run_id=RUN_ID), 0.0)
-        self.stopped = False
-
-    def hear(self, peer: bytes, frame: bytes) -> None:
-        self.handle(state.FrameReceived(peer, frame))
-
-    def tick(self) -> None:
-        self.handle(state.Tick())
-
-    def gone(self, peer: bytes) -> None:
-        self.handle(state.PeerGone(peer))
-
-    def handle(self, event: state.Event) -> None:
-        events = deque([event])
-        while events and not self.stopped:
-            for action in self.state.handle(events.popleft(), self.world.now_s):
-                self.do(action, events)
-            if not self.stopped:
-                self.state.validate()
-
-    def do(self, action: state.Action, events: deque) -> None:  # noqa: C901 - a case an action
-        match action:
-            case state.Send(peer, frame) | state.Echo(peer, frame):
-                self.world.down(peer, frame)
-            case state.Broadcast(peers, _, frames, _):
-                for peer in peers:
-                    for frame in frames:
-                        self.world.down(peer, frame)
-            case state.SendFull(peers, versions):
-                for shard in versions:
-                    frame = self.weights(shard, self.x[shard], Flags.FULL)
-                    for peer in peers:
-                        self.world.down(peer, frame)
-            case state.Reduce(round_, shard, payloads, _):
-                delta = np.zeros_like(self.x[shard])
-                for payload in payloads:
-                    count(self.applied, delta, np.frombuffer(bytes(payload), "<f4"))
-                self.x[shard] += delta
-                self.versions[shard] = round_ + 1
-                self.history[shard, round_ + 1] = self.x[shard].tobytes()
-                frame = self.weights(shard, delta, Flags.DELTA)
-                events.append(state.ShardReduced(round_, shard, frame, 0.001))
-            case state.Committed(_, staleness):
-                self.stalest = max(self.stalest, *staleness, 0)
-            case state.Stop():
-                self.stopped = True
-
-    def weights(self, shard: int, values: np.ndarray, flags: Flags) -> bytearray:
-        return weights_frame(self.plan, shard, self.versions[shard], values, flags)
-
-
-NAME = 3  # the first values of a payload: whose it is, of which step, which shard
-
-
-def count(applied: Counter, delta: np.ndarray, values: np.ndarray) -> None:
-    """Add a payload up, and write down its name."""
-    delta[NAME:] += values[NAME:]
-    applied[tuple(int(value) for value in values[:NAME])] += 1
-
-
-def weights_frame(
-    plan: Plan, shard: int, version: int, values: np.ndarray, flags: Flags
-) -> bytearray:
-    header = Header(
-        MessageType.WEIGHTS, run_id=RUN_ID, epoch=1, plan=plan.digest, codec=FP32,
-        flags=flags, version=version, shard=shard,
-    )  # fmt: skip
-    return encode_frame(header, values.tobytes())
 
 
 class Wire:
@@ -525,9 +241,7 @@ class Worker:
 class World:
     """Servers, workers and a scheduler that draws everything from one seed."""
 
-    def __init__(
-        self, servers: int, workers: int, consistency: str, seed: int, kind: type = Book
-    ) -> None:
+    def __init__(self, servers: int, workers: int, consistency: str, seed: int, kind: type) -> None:
         self.rng = random.Random(seed)  # noqa: S311 - a test
         self.now_s = 0.0
         self.names: list[bytes] = []
@@ -672,25 +386,25 @@ SHAPES = ((1, 1), (1, 3), (2, 2), (4, 2))
 RULES = ("bsp", "bsp,quorum=1", "ssp:2", "asp")
 
 
-KINDS = (Book, RealBook)
+KINDS = ("model", "real")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("servers", "workers"), SHAPES)
-def test_without_faults_every_push_counts(servers, workers, rule, kind):
-    world = World(servers, workers, rule, 1, kind).run().check()
+def test_without_faults_every_push_counts(servers, workers, rule, kind, books):
+    world = World(servers, workers, rule, 1, books[kind]).run().check()
     assert not any(worker.client.resent_frames for worker in world.workers)
     if rule != "bsp,quorum=1":
         assert not any(result.rejected for w in world.workers for _, result in w.diary)
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("servers", "workers"), SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(4))
-def test_every_push_is_accounted_for_once_whatever_breaks(servers, workers, rule, seed, kind):
-    world = World(servers, workers, rule, seed, kind)
+def test_every_push_is_accounted_for_once_whatever_breaks(shape, rule, seed, kind, books):
+    world = World(*shape, rule, seed, books[kind])
     world.cut_chance, world.loss_chance, world.twice_chance = 0.5, 0.05, 0.05
     world.refuse_chance = 0.1
     world.run().check()
@@ -703,8 +417,8 @@ def test_every_push_is_accounted_for_once_whatever_breaks(servers, workers, rule
     assert all(0 <= book.stalest <= (2 if rule == "ssp:2" else 10**9) for book in world.books)
 
 
-def test_a_verdict_that_was_lost_is_asked_for_with_one_shard():
-    world = World(1, 1, "bsp", seed=3)
+def test_a_verdict_that_was_lost_is_asked_for_with_one_shard(books):
+    world = World(1, 1, "bsp", 3, books["model"])
     [worker] = world.workers
     world.run(until=lambda _: worker.steps == 1 and worker.phase == "waiting")
     [wire] = worker.group.links
@@ -721,8 +435,8 @@ def test_a_verdict_that_was_lost_is_asked_for_with_one_shard():
     assert worker.client.resent_frames == 1
 
 
-def test_a_server_that_is_ahead_after_a_crash_sits_one_step_out():
-    world = World(2, 2, "bsp", seed=4)
+def test_a_server_that_is_ahead_after_a_crash_sits_one_step_out(books):
+    world = World(2, 2, "bsp", 4, books["model"])
     first, second = world.workers
     owned = world.books[0].owned
 
@@ -754,8 +468,8 @@ def test_a_server_that_is_ahead_after_a_crash_sits_one_step_out():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(8))
-def test_a_process_that_takes_a_rank_over_counts_nothing_twice(seed, kind):
-    world = World(2, 2, "bsp", seed, kind)
+def test_a_process_that_takes_a_rank_over_counts_nothing_twice(seed, kind, books):
+    world = World(2, 2, "bsp", seed, books[kind])
     world.cut_chance, world.loss_chance, world.refuse_chance = 0.5, 0.03, 0.05
     old = world.workers[1]
     moves = world.rng.randrange(10, 1500)
@@ -785,8 +499,8 @@ def test_a_process_that_takes_a_rank_over_counts_nothing_twice(seed, kind):
     assert "another process holds rank 1" in fenced[0]
 
 
-def test_errors_and_waits_name_their_server():
-    world = World(2, 1, "bsp", seed=5)
+def test_errors_and_waits_name_their_server(books):
+    world = World(2, 1, "bsp", 5, books["model"])
     [worker] = world.workers
     assert worker.client._waited_for() == "server 0 at tcp://server:0; server 1 at tcp://server:1"
     world.run(until=lambda _: worker.phase == "idle" and worker.steps == 1)
