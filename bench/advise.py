@@ -8,10 +8,10 @@ measured), each machine a network namespace with a shaped link; all of them shar
 one, which the prediction is told. Auto is told nothing: it probes the link as on any cluster.
 
 `predicted` comes from rates that are measured right before the case, with nothing else of it
-running. `model` is predicted / best: the model knows no other work on the machine. At the end of a case: what auto
-chose, the median over the rounds of auto's median step over that of the best fixed candidate, and
-the same for the fixed candidate that auto took, which is the choice without the noise of two runs
-of one and the same thing.
+running. `model` is predicted / best: the model knows of no other work on the machine. At the end of
+a case: what auto chose, the median over the rounds of auto's median step over that of the best
+fixed candidate, and the same for the fixed candidate that auto took, which is the choice without
+the noise of two runs of one and the same thing.
 """
 
 from __future__ import annotations

@@ -231,7 +231,8 @@ def predict(
     early_s = BACKWARD_SHARE * compute_s if overlap else 0.0
     whole, chain = _step_stages(work, cluster), _chain_stages(work, cluster)
     found = _resources(work, cluster, whole, chain, early_s)
-    name, slowest = max(found.items(), key=lambda pair: pair[1].total_s - pair[1].chain_s)
+    slowest = max(found.values(), key=lambda each: each.total_s - each.chain_s)
+    busiest = max(found, key=lambda name: found[name].total_s)
     fill_s = chain.all_s - slowest.chain_s + cluster.link.round_trip_s
     step_s = compute_s - early_s + slowest.total_s + fill_s
     return Prediction(
@@ -243,7 +244,7 @@ def predict(
         down_s=whole.down_s,
         decode_s=whole.decode_s,
         fill_s=fill_s,
-        bottleneck="compute" if compute_s >= step_s / 2 else name,
+        bottleneck="compute" if compute_s >= step_s / 2 else busiest,
     )
 
 

@@ -172,7 +172,7 @@ def _cluster(config: AdviseConfig) -> Cluster:
     if config.servers == "auto":
         servers = server_count("auto", config.workers) if alone else config.workers
     else:
-        servers = config.servers
+        servers = max(int(config.servers), len(config.endpoints))
     return Cluster(
         workers=config.workers,
         servers=servers,
@@ -189,7 +189,7 @@ def _link(config: AdviseConfig) -> Link:
     if not config.endpoints:
         trip_ms = DEFAULT_ROUND_TRIP_MS if config.round_trip_ms is None else config.round_trip_ms
         return parse_link(config.link or LOOPBACK_NAME, trip_ms / MS)
-    from psq.client import probe_link  # noqa: PLC0415 - only here there is a network
+    from psq.client import probe_link  # noqa: PLC0415 - zmq, for this alone
 
     away = [endpoint for endpoint in config.endpoints if not is_loopback(endpoint)]
     found = [probe_link(endpoint) for endpoint in away or config.endpoints]
