@@ -7,8 +7,7 @@ copied: a queue costs a reference each. Everything is bounded:
 - A round's weights wait for `max_versions` versions at most. When one more comes, all of them are
   dropped, and the peer must pull.
 - Whole weights (f32, so 32 times a round's at one bit) are not queued but noted, and made shard by
-  shard as the peer takes them: of each peer one shard is in memory, and of several peers that ask
-  for the same the same one.
+  shard as the peer takes them: one shard a peer is in memory.
 """
 
 from __future__ import annotations

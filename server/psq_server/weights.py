@@ -5,13 +5,13 @@ buffers are used again and again. A buffer is free when it is not the shard's la
 may get that), and neither the link nor a queue has it: so two or three a shard are enough, unless
 somebody reads slowly, and the number of versions that wait for one peer is bounded.
 
-Whole shards are made when they are asked for, and the last few kept for whoever asks next.
+Whole shards are made anew for each peer that is to have them, when it has room: one that stands
+still keeps no buffer that another waits for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
 import numpy as np
 
@@ -22,10 +22,7 @@ from psq_proto.messages import Flags, MessageType
 from psq_server.reduce import Reducer
 from psq_server.state import Reduce
 
-__all__ = ["MAX_KEPT_SHARDS", "Weights"]
-
-MAX_KEPT_SHARDS: Final = 2
-"""Whole shards kept after they were sent: workers that begin together ask for the same."""
+__all__ = ["Weights"]
 
 
 class Weights:
@@ -49,7 +46,6 @@ class Weights:
         self._run_id = run_id
         self._epoch = epoch
         self._pool: dict[int, list[bytearray]] = {shard.index: [] for shard in plan.owned}
-        self._kept: dict[tuple[int, int], tuple[Buffer, ...]] = {}
         downlink = plan.recipe.downlink
         self._codec_id = get_codec(downlink.codec).wire_id
         self._flags = Flags.DELTA if downlink.kind == "delta" else Flags.FULL
@@ -65,14 +61,14 @@ class Weights:
 
     def full(self, shard: int) -> tuple[int, tuple[Buffer, ...]]:
         """The version that a shard has now, and the sealed WEIGHTS of all of it."""
-        version = self._versions[shard]
-        frames = self._kept.get((shard, version))
-        if frames is None:
-            frames = self._make_full(shard)
-            self._kept[shard, version] = frames
-            while len(self._kept) > MAX_KEPT_SHARDS:
-                del self._kept[next(iter(self._kept))]
-        return version, frames
+        full = self.reducer.full(shard)
+        frames: list[Buffer] = []
+        for part, body in enumerate(full.parts):
+            frame = bytearray(HEADER_BYTES)
+            frame += body.data
+            self._seal(frame, shard, part, full.wire_id, Flags.FULL)
+            frames.append(frame)
+        return self._versions[shard], tuple(frames)
 
     def _take_buffer(self, shard: int) -> bytearray:
         """A free buffer of the pool: the one that was used longest ago; a new one if none is."""
@@ -84,16 +80,6 @@ class Weights:
         self.buffers += 1
         pool.append(bytearray(HEADER_BYTES + self.reducer.payload_nbytes(shard)))
         return pool[-1]
-
-    def _make_full(self, shard: int) -> tuple[Buffer, ...]:
-        full = self.reducer.full(shard)
-        frames: list[Buffer] = []
-        for part, body in enumerate(full.parts):
-            frame = bytearray(HEADER_BYTES)
-            frame += body.data
-            self._seal(frame, shard, part, full.wire_id, Flags.FULL)
-            frames.append(frame)
-        return tuple(frames)
 
     def _seal(self, frame: bytearray, shard: int, part: int, codec: int, flags: Flags) -> None:
         header = Header(

@@ -213,3 +213,21 @@ def test_what_nobody_needs_is_sent_only_if_nothing_waits(link, outbox):
     outbox.flush()
     assert link.sent[b"a"] == [b"echo", b"status"]
     assert outbox.dropped_frames == 2
+
+
+def test_a_peer_that_stands_still_with_whole_shards_holds_up_no_other(link):
+    def make(shard):
+        frame = bytearray(b"%d" % shard)
+        link.lent.append(frame)  # whoever does not read keeps it
+        return 7, (frame,)
+
+    link.lent = []
+    link.is_lent = lambda frame: any(frame is lent for lent in link.lent)
+    outbox = Outbox(link, make)
+    link.room[b"slow"] = link.room[b"fast"] = 9
+    outbox.send_full(b"slow", (0, 1))
+    outbox.send_full(b"fast", (0, 1))
+    link.lent = link.lent[:1]
+    outbox.flush()
+    assert len(link.sent[b"slow"]) == 1
+    assert len(link.sent[b"fast"]) == 2
