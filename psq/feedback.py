@@ -2,12 +2,16 @@
 
     gradient recipes   c = g + e          straight from the tensors' own memory, no copy
     Adam recipes       c = u + e          u from this worker's moments, in the cache
-    both               d = C(c);  e <- c - d;  push d         (no e without error feedback)
+    local steps        x <- x - u         H - 1 times, said to nobody (`descend`); then
+                       c = x0 - x + u + e                     x0: where the replica stands
+    all                d = C(c);  e <- c - d;  push d         (no e without error feedback)
 
 The residual e is what the codec could not say this time, and is said later: the sum of all decoded
 pushes plus e is the sum of all directions, up to float32 addition. A push that the server did not
 apply is sent again byte for byte, or folded back with `restore`; d is lost only where no server
 would ever take it (`MAX_SCALE`). A step may also say nothing at all (`absorb`): e <- u + e.
+With local steps the same holds of x0 - x + u, which is the sum of the local directions as far as
+the weights have taken it: float32 rounds x in every step.
 
 The residual may be kept in bf16: 2 bytes a value instead of 4. What stays in it is then rounded to
 nearest, and the sum above holds up to 2^-8 of each residual there was; a direction below 2^-9 of
@@ -71,7 +75,8 @@ class Compressor:
 
     Memory in bytes: 4 numel for the residual with error feedback, half of it in bf16; 4 numel times
     2 or 3 for Adam's state. Its scratch is addressed for the largest segment, but only a cache's
-    worth is touched, unless one scale spans a segment (block=0).
+    worth is touched, unless one scale spans a segment (block=0); with local steps it is the largest
+    shard.
 
     Args:
         plan: the job.
@@ -102,10 +107,12 @@ class Compressor:
             msg = f"a {residual_dtype} residual: recipe {recipe.name!r} has no error feedback"
             raise ConfigError(msg)
         self._adams = None
+        self._local_steps = recipe.direction.local_steps
         if recipe.direction.adam is not None:
             self._adams, moments = per_shard(recipe.direction.adam, layout, plan.world_size)
             self._state |= moments
-            largest = max(cut.numel for shard in layout.shards for cut in shard.segments)
+            cuts = [cut for shard in layout.shards for cut in shard.segments]
+            largest = max(cut.numel for cut in (layout.shards if self._local_steps > 1 else cuts))
             self._scratch = np.empty(largest, np.float32)
 
     def nbytes(self, shard: int) -> int:
@@ -171,6 +178,72 @@ class Compressor:
         self._step(shard, gradients, lr, None, weights)
         self._steps[shard] += 1
 
+    def descend(self, shard: int, gradients: Segments, lr: float, weights: Segments) -> None:
+        """Take one local step: weights -= u. Nothing is said, the residual is not looked at.
+
+        Args:
+            shard: its index.
+            gradients: as for `compress`, finite.
+            lr: of this step.
+            weights: this worker's own, f32[segment.numel] per segment; written.
+
+        Raises:
+            UsageError: as for `compress`, or the gradients are what is pushed: there is no step.
+
+        Cost: `Adam.write`, and one pass over the weights.
+        """
+        adam, cut = self._local_adam(shard), self._shards[shard]
+        for values in (gradients, weights):
+            _check_segments(cut, values)
+        adam.advance(lr)
+        for segment, g, x in zip(cut.segments, gradients, weights, strict=True):
+            u = self._scratch[: segment.numel]
+            adam.write(g, u, start=segment.offset, x=x)
+            with np.errstate(over="ignore"):  # then the next gradients will not be finite
+                np.subtract(x, u, out=x)
+
+    def compress_drift(  # noqa: PLR0913 - as `compress`, and where the steps began
+        self,
+        shard: int,
+        gradients: Segments | None,
+        lr: float,
+        payload: Buffer,
+        *,
+        weights: Segments,
+        start: Segments,
+    ) -> None:
+        """Write one shard's push after local steps: how far they went, this last one included.
+
+        Args:
+            shard: its index.
+            gradients: as for `compress`, finite; None leaves this step out, not those before it.
+            lr: of this step.
+            payload: u8[nbytes(shard)], written.
+            weights: as for `descend`, but not written: backward may still read them.
+            start: the replica's weights, from which the first local step started.
+
+        Raises:
+            UsageError: as for `descend`.
+
+        Cost: `Adam.write`, two passes over the weights, one over start, and encoding.
+        """
+        adam, cut, codec = self._local_adam(shard), self._shards[shard], self._codecs[shard]
+        for values in (weights, start) if gradients is None else (gradients, weights, start):
+            _check_segments(cut, values)
+        parts = [self._scratch[s.offset : s.offset + s.numel] for s in cut.segments]
+        if gradients is not None:
+            adam.advance(lr)
+        with np.errstate(over="ignore", invalid="ignore"):  # the payload will tell
+            for index, (segment, drift) in enumerate(zip(cut.segments, parts, strict=True)):
+                x = weights[index]
+                if gradients is not None:
+                    adam.write(gradients[index], drift, start=segment.offset, x=x)
+                    x = np.subtract(x, drift, out=drift)
+                np.subtract(start[index], x, out=drift)
+        residual, seed = self._residual_of(shard), self._next_seed(shard)
+        codec.encode_segments(parts, residual, payload, seed=seed)
+        self._steps[shard] += 1
+
     def payload_finite(self, shard: int, payload: Buffer) -> bool:
         """Whether what `compress` wrote says no NaN or Inf. Cost: one read of the scales."""
         try:
@@ -229,10 +302,19 @@ class Compressor:
         return dict(self._state)
 
     def resume(self, steps: int) -> None:
-        """Take the step counter of a saved state, whose arrays were copied into `state_arrays`."""
+        """Take the step counter of a saved state, whose arrays were copied into `state_arrays`.
+
+        With local steps it counts those that pushed: no state is saved between two of these.
+        """
         self._steps = [steps] * len(self._shards)
         for adam in self._adams or ():
-            adam.resume(steps)
+            adam.resume(steps * self._local_steps)
+
+    def _local_adam(self, shard: int) -> Adam:
+        if self._adams is None or self._local_steps == 1:
+            msg = "this recipe has no local steps: its workers push in every step"
+            raise UsageError(msg)
+        return self._adams[shard]
 
     def _residual_of(self, shard: int) -> Residual | None:
         if self._residual is None:

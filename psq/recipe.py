@@ -23,6 +23,8 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 from psq.errors import ConfigError
 
 __all__ = [
+    "MAX_EVERY",
+    "MAX_LOCAL_STEPS",
     "PRESETS",
     "AdamConfig",
     "Apply",
@@ -148,25 +150,38 @@ class AdamConfig:
             raise ConfigError(msg)
 
 
+MAX_LOCAL_STEPS: Final = 1000
+MAX_EVERY: Final = 1024
+
+
 @dataclass(frozen=True, slots=True)
 class Direction:
-    """What a worker says: "gradient", or "adam" (its own moments, learning rate inside)."""
+    """What a worker says: "gradient", or "adam" (its own moments, learning rate inside).
+
+    An Adam worker may take several `local_steps` on its own weights before it says how far they
+    have moved since the last round: it pushes in every `local_steps`-th step.
+    """
 
     kind: DirectionKind = "gradient"
     adam: AdamConfig | None = None
+    local_steps: int = 1
 
     def __post_init__(self) -> None:
-        """An Adam direction has settings, a gradient has none."""
+        """An Adam direction has settings, a gradient has none, and takes no step by itself."""
         _check_choice("direction", self.kind, get_args(DirectionKind))
         _check_pair("direction", self.adam, needed=self.kind == "adam")
+        _check_count("direction local_steps", self.local_steps, MAX_LOCAL_STEPS)
+        if self.local_steps > 1 and self.kind != "adam":
+            msg = (
+                f"direction local_steps={self.local_steps} needs Adam on the workers, a "
+                f"{self.kind} moves no weights: choose a recipe such as local-adam or qadam-1bit"
+            )
+            raise ConfigError(msg)
 
     @property
     def meaning(self) -> Meaning:
         """What the message is: a gradient, or an update that already holds the learning rate."""
         return "update" if self.kind == "adam" else "gradient"
-
-
-MAX_EVERY: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +197,7 @@ class Uplink:
 
     def __post_init__(self) -> None:
         """A shard speaks now and then, or always."""
-        if type(self.every) is not int or not 1 <= self.every <= MAX_EVERY:
-            msg = f"uplink every must be a whole number 1..{MAX_EVERY}, got {self.every!r}"
-            raise ConfigError(msg)
+        _check_count("uplink every", self.every, MAX_EVERY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +273,9 @@ class Recipe:
         """The same recipe with some Adam settings changed, on whichever side they live."""
         if self.direction.adam is not None:
             adam = _replace_checked(self.direction.adam, changes)
-            return dataclasses.replace(self, direction=Direction("adam", adam))
+            return dataclasses.replace(
+                self, direction=dataclasses.replace(self.direction, adam=adam)
+            )
         return dataclasses.replace(self, apply=Apply("adam", _replace_checked(self.adam, changes)))
 
     def with_codecs(self, *, uplink: str | None = None, downlink: str | None = None) -> Recipe:
@@ -278,11 +293,26 @@ class Recipe:
             recipe = dataclasses.replace(recipe, downlink=_parse_downlink(downlink, self.downlink))
         return recipe
 
+    def with_rhythm(self, *, local_steps: int | None = None, every: int | None = None) -> Recipe:
+        """The same recipe with another rhythm of pushes; None leaves what it has."""
+        recipe = self
+        if local_steps is not None:
+            direction = dataclasses.replace(self.direction, local_steps=local_steps)
+            recipe = dataclasses.replace(recipe, direction=direction)
+        if every is not None:
+            uplink = dataclasses.replace(self.uplink, every=every)
+            recipe = dataclasses.replace(recipe, uplink=uplink)
+        return recipe
+
     def to_plain(self) -> dict[str, Any]:
         """Plain data in a fixed order: what the plan's digest covers."""
         return {
             "name": self.name,
-            "direction": {"kind": self.direction.kind, "adam": _adam_plain(self.direction.adam)},
+            "direction": {
+                "kind": self.direction.kind,
+                "adam": _adam_plain(self.direction.adam),
+                "local_steps": self.direction.local_steps,
+            },
             "uplink": {
                 "codec": self.uplink.codec,
                 "error_feedback": self.uplink.error_feedback,
@@ -305,7 +335,11 @@ class Recipe:
             uplink, downlink = plain["uplink"], plain["downlink"]
             return cls(
                 name=_text(plain["name"]),
-                direction=Direction(direction["kind"], _adam_from_plain(direction["adam"])),
+                direction=Direction(
+                    direction["kind"],
+                    _adam_from_plain(direction["adam"]),
+                    direction["local_steps"],
+                ),
                 uplink=Uplink(
                     _text(uplink["codec"]), _flag(uplink["error_feedback"]), uplink["every"]
                 ),
@@ -351,6 +385,11 @@ def _qadam_1bit(adam: AdamConfig) -> Recipe:
     )
 
 
+def _local_adam(adam: AdamConfig) -> Recipe:
+    one_bit = _qadam_1bit(adam)
+    return dataclasses.replace(one_bit, name="local-adam").with_rhythm(local_steps=8)
+
+
 def _efficient_adam(adam: AdamConfig) -> Recipe:
     return Recipe(
         "efficient-adam",
@@ -375,6 +414,7 @@ PRESETS = {
     "server-adam": _server_adam,
     "qadam": _qadam,
     "qadam-1bit": _qadam_1bit,
+    "local-adam": _local_adam,
     "efficient-adam": _efficient_adam,
     "fp32": _fp32,
 }
@@ -409,6 +449,12 @@ def _parse_downlink(text: str, old: Downlink) -> Downlink:
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         msg = f"{what} must be one of {', '.join(choices)}, got {value!r}"
+        raise ConfigError(msg)
+
+
+def _check_count(what: str, value: int, most: int) -> None:
+    if type(value) is not int or not 1 <= value <= most:
+        msg = f"{what} must be a whole number 1..{most}, got {value!r}"
         raise ConfigError(msg)
 
 

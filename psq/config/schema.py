@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 from psq.config.setting import COMMA, check_fields, setting, switch
 from psq.errors import ConfigError
+from psq.recipe import MAX_EVERY, MAX_LOCAL_STEPS
 
 __all__ = [
     "DEFAULT_ENDPOINT",
@@ -128,7 +129,7 @@ class WorkerConfig:
     )
     recipe: str = setting(
         DEFAULT_RECIPE,
-        "the algorithm: server-adam, qadam, qadam-1bit, efficient-adam or fp32",
+        "the algorithm: server-adam, qadam, qadam-1bit, local-adam, efficient-adam or fp32",
         metavar="NAME",
     )
     uplink: str | None = setting(
@@ -141,6 +142,19 @@ class WorkerConfig:
         None,
         "codec of the answers, as in delta:sign or weights:uniform:bits=8 (default: the recipe's)",
         metavar="CODEC",
+    )
+    local_steps: int | None = setting(
+        None,
+        "steps that a worker takes on its own weights for each one that it pushes, that one "
+        "included; for Adam on the workers (default: the recipe's)",
+        low=1,
+        high=MAX_LOCAL_STEPS,
+    )
+    every: int | None = setting(
+        None,
+        "push each shard in every Nth step only, in rotation (default: the recipe's)",
+        low=1,
+        high=MAX_EVERY,
     )
     adam: str | None = setting(
         None,
@@ -327,7 +341,7 @@ def _check_codec(told: WorkerConfig) -> None:
     """What auto chooses cannot be said as well."""
     if told.codec != "auto":
         return
-    said = {"uplink": told.uplink, "downlink": told.downlink}
+    said: dict[str, object] = {"uplink": told.uplink, "downlink": told.downlink}
     if told.recipe != DEFAULT_RECIPE:
         said["recipe"] = told.recipe
     for name, value in said.items():

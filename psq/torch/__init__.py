@@ -9,7 +9,7 @@
 observer(worker, report, loss, samples).
 """
 
-from psq.torch.report import StepReport
+from psq.torch.report import LOCAL, StepReport
 from psq.torch.worker import Worker, close_workers, observers
 
-__all__ = ["StepReport", "Worker", "close_workers", "observers"]
+__all__ = ["LOCAL", "StepReport", "Worker", "close_workers", "observers"]

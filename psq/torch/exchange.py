@@ -10,6 +10,12 @@ step (without error feedback it is lost). How that is noticed:
   itself). Checking the payload costs a hundredth of what reading the gradients a second time would.
 - Adam on the worker: by reading the shard's gradients first, since its moments must not take NaN.
 
+With local steps (`Direction.local_steps`) most steps say nothing: `step_locally` moves the weights
+that the model computes with and leaves the replica alone. One whose gradients are not all finite is
+left out whole. The last one says how far they have moved; of a shard whose gradient is not finite
+then it says how far the steps before have. No weights are taken in before all of that is said: they
+would move the place that the distance is measured from.
+
 Weights are written in `poll` and `finish`, which only `step` calls.
 """
 
@@ -60,6 +66,7 @@ class Exchange:
         self._downlinks = [ShardCodec(downlink, shard) for shard in plan.layout.shards]
         self._dense = get_codec("fp32")
         self._reads_first = plan.recipe.direction.adam is not None
+        self._is_local = plan.recipe.direction.local_steps > 1
         self._said = [False] * len(self._shards)
         self.open = False
         self.rate = 0.0
@@ -84,6 +91,22 @@ class Exchange:
         self._said[:] = [False] * len(self._said)
         self.encode_s = self.decode_s = 0.0
 
+    def step_locally(self, rate: float) -> None:
+        """Take a step on this worker's own weights, unless a gradient is not finite."""
+        started_s = time.perf_counter()
+        self.rate = rate
+        self.left_out.clear()
+        self.decode_s = 0.0
+        for shard in range(len(self._shards)):
+            if not self.compressor.finite(self._table.gradients(shard)):
+                self.left_out[shard] = self._fault_of(shard)
+        if not self.left_out:
+            for shard in range(len(self._shards)):
+                gradients, own = self._table.gradients(shard), self._table.local(shard)
+                self.compressor.descend(shard, gradients, rate, own)
+            self._table.publish_local()
+        self.encode_s = time.perf_counter() - started_s
+
     def say(self, shard: int) -> None:
         """Compress and push a shard, or leave it out. Cost: `Compressor.compress`, one CRC."""
         started_s = time.perf_counter()
@@ -97,7 +120,8 @@ class Exchange:
         for shard, said in enumerate(self._said):
             if not said:
                 self.say(shard)
-                self.client.poll()
+                if not self._is_local:
+                    self.client.poll()
         if self.left_out:
             self.client.skip()  # nothing for every shard that was not pushed
 
@@ -109,6 +133,8 @@ class Exchange:
 
     def _pushed(self, shard: int) -> bool:
         """Push the shard, if all of it is finite."""
+        if self._is_local:
+            return self._pushed_drift(shard)
         gradients = self._table.gradients(shard)
         if self._reads_first and not self.compressor.finite(gradients):
             return False
@@ -116,6 +142,27 @@ class Exchange:
         weights = self._table.weights(shard)
         self.compressor.compress(shard, gradients, self.rate, payload, weights=weights)
         if not self.compressor.payload_finite(shard, payload):
+            self.restore(shard)
+            return False
+        self.client.push(shard)
+        return True
+
+    def _pushed_drift(self, shard: int) -> bool:
+        """Push how far local steps have moved the shard, if that is finite."""
+        payload, compressor = self.client.payload(shard), self.compressor
+        gradients = self._table.gradients(shard)
+        is_finite = compressor.finite(gradients)
+        if not is_finite:
+            self.left_out[shard] = self._fault_of(shard)
+        compressor.compress_drift(
+            shard,
+            gradients if is_finite else None,
+            self.rate,
+            payload,
+            weights=self._table.local(shard),
+            start=self._table.weights(shard),
+        )
+        if not compressor.payload_finite(shard, payload):
             self.restore(shard)
             return False
         self.client.push(shard)

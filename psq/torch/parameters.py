@@ -8,6 +8,10 @@ weights decoded, where they lie. A tensor that has no such view (on a GPU, or no
 through a buffer of its own: gradients are copied there before encoding; for weights the buffer
 holds what the replica is, and is copied into the parameter after decoding.
 
+A worker that takes local steps has weights of its own between two rounds, apart from the replica:
+then every tensor has such a buffer (4 bytes per parameter), the parameters themselves are `local`
+and move by themselves, and `publish` brings them back to the replica, whatever they were.
+
 Views are kept between steps. A gradient's view is good as long as the gradient is the same memory,
 which is checked each step; a parameter's memory must not change at all, and that is checked too,
 because weights decoded into memory that the model no longer uses would be lost without a word.
@@ -55,7 +59,9 @@ class _Slot:
         owner, attribute: where the model keeps it, to notice when another takes its place.
         address: of its memory, to notice when that moves.
         weights: f32[numel]: its own memory, or `stage`'s.
-        stage: the buffer of a parameter that has no view, in the parameter's shape.
+        stage: the buffer of a parameter that has no view, or is not the replica, in its shape.
+        local: f32[numel]: the model's own weights; the replica's where there are no others.
+        local_stage: like `stage`, of a parameter that has neither a view nor the replica.
         places: (shard, segment, slice of the tensor) of each segment it has.
         gradient: f32[numel] of this step.
         tensor: the gradient that `gradient` shows, as torch has it.
@@ -72,6 +78,8 @@ class _Slot:
     address: int
     weights: Floats
     stage: Tensor | None
+    local: Floats
+    local_stage: Tensor | None = None
     places: list[tuple[int, int, slice]] = field(default_factory=list)
     gradient: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
     tensor: Tensor | None = None
@@ -84,13 +92,17 @@ class _Slot:
 class ParameterTable:
     """The trainable parameters of a model, each once, however often the model uses it.
 
+    Args:
+        model: whose.
+        apart: whether the model's weights may depart from the replica between two rounds.
+
     Raises:
         ConfigError: a parameter psq cannot train: half precision, not initialized, or no parameter
             at all; the message names it and says what to do.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._slots = [_make_slot(model, name, p) for name, p in _trainable(model)]
+    def __init__(self, model: nn.Module, *, apart: bool = False) -> None:
+        self._slots = [_make_slot(model, name, p, apart=apart) for name, p in _trainable(model)]
         if not self._slots:
             msg = (
                 "the model has no parameters that require grad: nothing to train; "
@@ -99,6 +111,7 @@ class ParameterTable:
             raise ConfigError(msg)
         self._zeros: Floats = np.zeros(0, np.float32)
         self._weights: list[list[Floats]] = []
+        self._local: list[list[Floats]] = []
         self._gradients: list[list[Floats]] = []
         self._devices = {s.parameter.device for s in self._slots if s.parameter.is_cuda}
         self._unstaged = [slot.parameter for slot in self._slots if slot.stage is None]
@@ -113,17 +126,23 @@ class ParameterTable:
         """Cut the parameters as the plan says."""
         for shard in layout.shards:
             self._weights.append([])
+            self._local.append([])
             self._gradients.append([])
             for index, segment in enumerate(shard.segments):
                 slot = self._slots[segment.tensor]
                 part = slice(segment.start, segment.start + segment.numel)
                 slot.places.append((shard.index, index, part))
                 self._weights[-1].append(slot.weights[part])
+                self._local[-1].append(slot.local[part])
                 self._gradients[-1].append(slot.weights[part])  # a placeholder, until `refresh`
 
     def weights(self, shard: int) -> list[Floats]:
-        """f32[segment.numel] per segment: where to decode to."""
+        """f32[segment.numel] per segment: the replica, where to decode to."""
         return self._weights[shard]
+
+    def local(self, shard: int) -> list[Floats]:
+        """f32[segment.numel] per segment: the weights that the model computes with."""
+        return self._local[shard]
 
     def gradients(self, shard: int) -> list[Floats]:
         """f32[segment.numel] per segment, as of the last `refresh`."""
@@ -216,6 +235,17 @@ class ParameterTable:
         for slot in self._staged:
             assert slot.stage is not None  # noqa: S101 - chosen so
             slot.parameter.copy_(slot.stage, non_blocking=slot.parameter.is_cuda)
+            if slot.local_stage is not None:
+                slot.local_stage.copy_(slot.stage)
+
+    @torch.no_grad()
+    def publish_local(self) -> None:
+        """The `local` weights were changed: the same for them."""
+        own = [slot.parameter for slot in self._staged if slot.local_stage is None]
+        _increment_versions(own)
+        for slot in self._staged:
+            if slot.local_stage is not None:
+                slot.parameter.copy_(slot.local_stage, non_blocking=slot.parameter.is_cuda)
 
     @torch.no_grad()
     def zero_gradients(self, meanwhile: Callable[[], None] | None = None) -> None:
@@ -311,18 +341,27 @@ def _check_trainable(name: str, parameter: nn.Parameter) -> None:
         raise ConfigError(msg)
 
 
-def _make_slot(model: nn.Module, name: str, parameter: nn.Parameter) -> _Slot:
+def _make_slot(model: nn.Module, name: str, parameter: nn.Parameter, *, apart: bool) -> _Slot:
     path, _, attribute = name.rpartition(".")
-    stage = None
-    if _has_view(parameter):
-        weights = _flat_view(parameter)
-    else:
-        stage = _new_stage(parameter)
-        with torch.no_grad():
-            stage.copy_(parameter)
-        weights = _flat_view(stage)
-    owner = model.get_submodule(path)
-    return _Slot(name, parameter, owner, attribute, parameter.data_ptr(), weights, stage)
+    has_view = _has_view(parameter)
+    stage = None if has_view and not apart else _copied_stage(parameter)
+    local_stage = _copied_stage(parameter) if apart and not has_view else None
+    own = _flat_view(parameter) if has_view else None
+    weights = _flat_view(stage) if stage is not None else own
+    local = weights if not apart else own if local_stage is None else _flat_view(local_stage)
+    assert weights is not None  # noqa: S101 - one of the two is there
+    assert local is not None  # noqa: S101 - as above
+    return _Slot(
+        name=name,
+        parameter=parameter,
+        owner=model.get_submodule(path),
+        attribute=attribute,
+        address=parameter.data_ptr(),
+        weights=weights,
+        stage=stage,
+        local=local,
+        local_stage=local_stage,
+    )
 
 
 def _has_view(tensor: Tensor) -> bool:
@@ -337,6 +376,13 @@ def _flat_view(tensor: Tensor) -> Floats:
 def _new_stage(like: Tensor) -> Tensor:
     """A CPU buffer in the shape of `like`, pinned where that makes the copies faster."""
     return torch.empty(like.shape, dtype=torch.float32, pin_memory=like.is_cuda)
+
+
+@torch.no_grad()
+def _copied_stage(parameter: nn.Parameter) -> Tensor:
+    stage = _new_stage(parameter)
+    stage.copy_(parameter)
+    return stage
 
 
 @torch.no_grad()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-__all__ = ["StepReport"]
+__all__ = ["LOCAL", "StepReport"]
+
+LOCAL: Final = "local"
+"""The reason of a step that this worker took on its own weights: a later one says it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +20,7 @@ class StepReport:
         version: the version of the weights now.
         applied: this worker's gradient counted, all of it.
         reason: why it did not ("" when applied): some of the gradient was not finite, the server
-            rejected some of it, or it was only accumulated.
+            rejected some of it, it was only accumulated, or LOCAL.
         lr: the learning rate asked for.
         compute_s: the user's own time, since the step before had its weights; zeroing the gradients
             is in it.

@@ -3,9 +3,11 @@
     step:     compress and push shard by shard, decoding what comes back meanwhile
               -> zero the gradients -> wait for the rest of the new weights
     overlap:  the same, but shards are pushed while backward still runs; step pushes what is left
+    local:    a recipe with local steps moves this worker's own weights in most steps, and only
+              every so many steps does what is above
 
 What holds:
-- Every replica has the same bytes after each step: all decode the same payloads.
+- Every replica has the same bytes after each round: all decode the same payloads.
 - Weights change inside `step` only, never between a forward and its backward pass.
 - A shard whose gradient has NaN or Inf is not sent: this worker sits the round out for that shard,
   and training goes on with what the others say (`psq.torch.exchange` says what stays as it was).
@@ -39,7 +41,7 @@ from psq.recipe import AdamConfig, Recipe, preset
 from psq.torch.exchange import Exchange
 from psq.torch.overlap import Overlap
 from psq.torch.parameters import ParameterTable
-from psq.torch.report import StepReport
+from psq.torch.report import LOCAL, StepReport
 
 __all__ = ["LearningRate", "Observer", "Worker", "close_workers", "observers"]
 
@@ -78,8 +80,14 @@ class Worker:
     A backward pass that is not for training (an adversarial example, say) goes under `no_sync` too,
     with `zero_grad` after it.
 
-    A schedule counts by the job's steps, which is what `version` says: a function given as `lr`, or
-    `ps.lr = schedule(ps.version)` before each step. All ranks must ask for the same rate, a
+    With a recipe of H local steps, H - 1 of H steps send nothing: the worker's Adam moves the
+    weights in its model, their report says `reason="local"`, and `version` stays. The H-th step
+    pushes how far they have moved since the last round, and replaces them by the job's. So replicas
+    are equal after every H-th step only: save and evaluate then. Steps after the last round are
+    dropped by `close`, which leaves the job's weights in the model.
+
+    A schedule counts by the job's steps, which is what `steps` says: a function given as `lr`, or
+    `ps.lr = schedule(ps.steps)` before each step. All ranks must ask for the same rate, a
     restarted one included, and a script's own counter would start at 0 again.
 
     Args:
@@ -140,7 +148,7 @@ class Worker:
         }
         settled = ["lr"] if callable(lr) else []
         if isinstance(recipe, Recipe):
-            settled += ["recipe", "uplink", "downlink", "adam", "codec"]
+            settled += ["recipe", "uplink", "downlink", "local_steps", "every", "adam", "codec"]
         if isinstance(adam, AdamConfig):
             settled += ["adam"]
         config = worker_config(said, settled=settled)
@@ -149,8 +157,8 @@ class Worker:
         self._empty_steps = 0
         self._samples = 0
         self._lr: LearningRate = lr if callable(lr) else (config.lr or DEFAULT_LR)
-        self._table = ParameterTable(model)
         made = _recipe(config, recipe, adam)
+        self._table = ParameterTable(model, apart=made.direction.local_steps > 1)
         self.choice = ""
         if config.codec == "auto":
             made, self.choice = _settle(config, self._table.specs, made, recipe)
@@ -162,6 +170,8 @@ class Worker:
             consistency=config.consistency,
         )
         self._table.bind(self.plan.layout)
+        self._local_steps = self.plan.recipe.direction.local_steps
+        self._local_step = 0  # how many the worker has taken since the last round
         self._accumulating = False
         self._failed = ""
         self._process = os.getpid()
@@ -209,11 +219,16 @@ class Worker:
         return self._client.version
 
     @property
+    def steps(self) -> int:
+        """How many steps of every worker the job has behind it: `version`, but for local steps."""
+        return self.version * self._local_steps + self._local_step
+
+    @property
     def lr(self) -> float:
         """The learning rate of the next step. May be set, to a number or a function of the step."""
-        value = float(self._lr(self.version) if callable(self._lr) else self._lr)
+        value = float(self._lr(self.steps) if callable(self._lr) else self._lr)
         if not (math.isfinite(value) and value >= 0.0):
-            msg = f"lr must be a finite number >= 0, got {value!r} for step {self.version}"
+            msg = f"lr must be a finite number >= 0, got {value!r} for step {self.steps}"
             raise UsageError(msg)
         return value
 
@@ -277,7 +292,7 @@ class Worker:
         if not present:
             self._say_empty()
         try:
-            report = self._round()
+            report = self._round() if self._pushes else self._step_locally()
         except BaseException as error:
             self._fail(error)
             raise
@@ -296,6 +311,8 @@ class Worker:
             reason, text = "error", self._failed
         if self._overlap is not None:
             self._overlap.close()
+        if self._local_step:
+            self._drop_local_steps()
         self._client.leave(reason, text)
 
     # ---- one round
@@ -312,6 +329,7 @@ class Worker:
         result = exchange.finish()
         waited_s, stood_s = watch.lap_s(), client.waited_s - stood_s
         self._table.publish()
+        self._local_step = 0
         if self._overlap is not None:
             self._overlap.reset()
         publish_s = watch.lap_s()
@@ -338,6 +356,40 @@ class Worker:
             received_bytes=received - before[1],
         )
 
+    @property
+    def _pushes(self) -> bool:
+        """Whether the next step is one that pushes."""
+        return self._local_step == self._local_steps - 1
+
+    def _step_locally(self) -> StepReport:
+        """A step of this worker alone."""
+        exchange, client = self._exchange, self._client
+        exchange.step_locally(self.lr)
+        fault = self._fault()
+        self._local_step += 1
+        self._table.zero_gradients()
+        before_s, self._returned_s = self._returned_s, time.perf_counter()
+        sent, received = client.sent_bytes, client.received_bytes
+        before, self._counted = self._counted, (sent, received)
+        return StepReport(
+            step=self.version,
+            version=self.version,
+            applied=False,
+            reason=fault or LOCAL,
+            lr=exchange.rate,
+            compute_s=self._returned_s - before_s - exchange.encode_s,
+            encode_s=exchange.encode_s,
+            left_out=tuple(sorted(exchange.left_out)),
+            sent_bytes=sent - before[0],
+            received_bytes=received - before[1],
+        )
+
+    def _drop_local_steps(self) -> None:
+        words = "%d local steps of rank %d came after the last round: nobody will hear of them"
+        _log.info(words, self._local_step, self.rank)
+        self._local_step = 0
+        self._table.publish()
+
     def _begin(self) -> None:
         """Open the step, if no hook has done so."""
         lr, exchange = self.lr, self._exchange
@@ -359,7 +411,8 @@ class Worker:
 
     def _is_armed(self) -> bool:
         """Whether a backward pass that runs now is one whose gradients are pushed."""
-        return not (self._accumulating or self._failed) and self.in_this_process
+        still = self._accumulating or self._failed or not self._pushes
+        return not still and self.in_this_process
 
     def _fault(self) -> str:
         """What was wrong with this step's gradients; empty when nothing was."""
@@ -369,8 +422,11 @@ class Worker:
         self.skipped += 1
         fault = left_out[min(left_out)]
         shards = f"{len(left_out)} of {len(self.plan.layout.shards)} shards"
-        words = "step %d: %s; rank %d sits this round out for %s"
-        _log.warning(words, self._exchange.step, fault, self.rank, shards)
+        if self._local_steps == 1:
+            words = "step %d: %s; rank %d sits this round out for %s"
+        else:
+            words = "step %d: %s; rank %d does not take this step, for %s"
+        _log.warning(words, self.steps, fault, self.rank, shards)
         return fault
 
     def _fail(self, error: BaseException) -> None:
@@ -448,7 +504,8 @@ def _recipe(
         made = preset(config.recipe, adam)
     else:
         made = with_adam_text(preset(config.recipe), config.adam)
-    return made.with_codecs(uplink=config.uplink, downlink=config.downlink)
+    made = made.with_codecs(uplink=config.uplink, downlink=config.downlink)
+    return made.with_rhythm(local_steps=config.local_steps, every=config.every)
 
 
 def _settle(

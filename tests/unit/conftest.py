@@ -7,9 +7,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import psq.torch
@@ -143,3 +147,44 @@ def eventually(condition: Callable[[], object], what: str) -> None:
 @pytest.fixture(name="eventually")
 def _eventually() -> Callable[[Callable[[], object], str], None]:
     return eventually
+
+
+@dataclass
+class Trained:
+    """What one worker of a job saw: its weights after each step, and its reports."""
+
+    weights: list[np.ndarray] = field(default_factory=list)
+    reports: list[psq.torch.StepReport] = field(default_factory=list)
+
+
+@pytest.fixture
+def join_many(serve):
+    """Train a small model with several workers, each in a thread, on batches of their own."""
+
+    def train(workers: int, *, steps: int, width: int = 16, **options) -> list[Trained]:
+        endpoint, runs = serve().endpoint, [Trained() for _ in range(workers)]
+        models = [_small_model(width) for _ in runs]
+
+        def work(rank: int) -> None:
+            settings = {"lr": 0.02, "connect": endpoint, "rank": rank, "world_size": workers}
+            with psq.torch.Worker(models[rank], **{**settings, **options}) as worker:
+                for step in range(steps):
+                    rng = np.random.default_rng((step, rank))
+                    x = torch.from_numpy(rng.standard_normal((8, 8), np.float32))
+                    error = models[rank](x) - torch.sin(x[:, :2])
+                    error.square().mean().backward()
+                    runs[rank].reports.append(worker.step())
+                    flat = [p.detach().reshape(-1) for p in models[rank].parameters()]
+                    runs[rank].weights.append(torch.cat(flat).numpy().copy())
+
+        with ThreadPoolExecutor(workers) as pool:
+            for done in [pool.submit(work, rank) for rank in range(workers)]:
+                done.result(10 * END_S)
+        return runs
+
+    return train
+
+
+def _small_model(width: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 2))

@@ -17,6 +17,7 @@ class Step:
     staleness: int = 0
     exposed_s: float = 0.25
     applied: bool = True
+    reason: str = ""
     sent_bytes: int = 10
     received_bytes: int = 20
     compute_s: float = 1.0
@@ -83,7 +84,8 @@ def test_a_step_that_was_not_applied_is_counted_by_its_reason():
     reporter, said, _ = make()
     reporter.step(Step(applied=False, left_out=(3,)), None, 1)
     assert (said[-1].skipped, said[-1].rejected, said[-1].loss) == (1, 0, None)
-    reporter.step(Step(applied=False), None, 1)
+    reporter.step(Step(applied=False, reason="the server refused shards 0"), None, 1)
+    reporter.step(Step(applied=False, reason="local"), None, 1)
     reporter.step(Step(), None, 1)
     assert (said[-1].skipped, said[-1].rejected) == (1, 1)
     assert (reporter.summary().skipped, reporter.summary().rejected) == (1, 1)

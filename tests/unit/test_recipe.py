@@ -165,3 +165,24 @@ def test_shards_that_take_turns_are_refused_rather_than_ignored():
     del plain["uplink"]["every"]
     with pytest.raises(ConfigError, match="not a recipe: KeyError"):
         Recipe.from_plain(plain)
+
+
+def test_several_local_steps_need_adam_on_the_workers():
+    with pytest.raises(ConfigError, match="local_steps=2 needs Adam on the workers"):
+        preset("server-adam").with_rhythm(local_steps=2)
+    assert preset("qadam").with_rhythm(local_steps=2).direction.local_steps == 2
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, True, "2", None])
+def test_a_number_of_local_steps_that_is_none_is_refused(steps):
+    plain = preset("qadam").to_plain()
+    plain["direction"]["local_steps"] = steps
+    with pytest.raises(ConfigError, match=r"local_steps must be a whole number 1\.\.1000"):
+        Recipe.from_plain(plain)
+
+
+def test_local_steps_survive_a_change_of_codecs_and_of_adams_settings():
+    changed = preset("local-adam").with_codecs(uplink="sign").with_adam(beta=0.5)
+    assert changed.direction.local_steps == 8
+    assert changed.with_rhythm().direction.local_steps == 8
+    assert changed.adam.beta == 0.5

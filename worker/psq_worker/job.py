@@ -28,6 +28,7 @@ class Job:
         seed: of the initial weights and of the order of samples.
         eval_every: steps between evaluations; the last step is always evaluated.
         start_step: global batches already done; 0 for a new run.
+        round_steps: steps from one round to the next: replicas are equal after these.
         threads: CPU threads of this process.
     """
 
@@ -38,11 +39,12 @@ class Job:
     seed: int = 0
     eval_every: int = 100
     start_step: int = 0
+    round_steps: int = 1
     threads: int = 1
 
     def __post_init__(self) -> None:
         """Counts are positive, the learning rate is a positive number."""
-        for name in ("steps", "batch_size", "eval_every", "threads"):
+        for name in ("steps", "batch_size", "eval_every", "round_steps", "threads"):
             if getattr(self, name) < 1:
                 msg = f"job: {name} must be at least 1, got {getattr(self, name)}"
                 raise ConfigError(msg)
@@ -63,8 +65,16 @@ class Job:
         return self.lr * max(0.0, 1.0 - step / self.steps)
 
     def is_evaluated(self, done: int) -> bool:
-        """Whether scores are taken once `done` steps are done."""
-        return done == self.steps or done % self.eval_every == 0
+        """Whether scores are taken once `done` steps are done: with the round that makes it due."""
+        if done == self.steps:
+            return True
+        due = done // self.eval_every > (done - self.round_steps) // self.eval_every
+        return due and done % self.round_steps == 0
+
+    def in_rounds(self, round_steps: int) -> Job:
+        """The same job where a round takes so many steps: it ends with one, a little later."""
+        steps = -(-self.steps // round_steps) * round_steps
+        return dataclasses.replace(self, steps=steps, round_steps=round_steps)
 
 
 def job_for(task: Task, **chosen: Any) -> Job:

@@ -2,7 +2,7 @@
 
 Every rank draws its slice of each global batch, computes gradients and calls the worker's `step`;
 rank 0 evaluates every so often. The loop never touches the network, the weights or the optimizer:
-those are the worker's. Evaluations happen between steps, when all replicas are equal.
+those are the worker's. Evaluations happen between rounds, when all replicas are equal.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from psq.torch import StepReport
+from psq.torch import LOCAL, StepReport
 from psq_worker.events import PHASES
 from psq_worker.job import History, Job, LossMeter, OnRecord, Record
 from psq_worker.tasks import Task, check_model
@@ -107,7 +107,7 @@ class _Trace:
     def add(self, report: StepReport) -> None:
         """Counts one step, and makes a record when one is due."""
         self._done += 1
-        self._skipped += not report.applied
+        self._skipped += not report.applied and report.reason != LOCAL
         self._sent_bytes += report.sent_bytes
         self._received_bytes += report.received_bytes
         for phase in PHASES:

@@ -24,6 +24,7 @@ def recipe_of(told: WorkerConfig) -> Recipe:
             message lists what there is.
     """
     recipe = preset(told.recipe).with_codecs(uplink=told.uplink, downlink=told.downlink)
+    recipe = recipe.with_rhythm(local_steps=told.local_steps, every=told.every)
     get_codec(recipe.uplink.codec)
     get_codec(recipe.downlink.codec)
     parse_consistency(told.consistency)

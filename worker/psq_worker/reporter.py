@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from psq.torch import LOCAL
 from psq_worker.events import PHASES, Evaluation, Event, Progress, Started, Summary
 
 __all__ = ["Reporter", "StepNumbers"]
@@ -22,6 +23,11 @@ class StepNumbers(Protocol):
     @property
     def applied(self) -> bool:
         """Whether the gradient was used, all of it."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why it was not; LOCAL where a later step says it."""
         ...
 
     @property
@@ -109,7 +115,8 @@ class Reporter:
         totals.sent_bytes += numbers.sent_bytes
         totals.received_bytes += numbers.received_bytes
         totals.skipped += bool(numbers.left_out)
-        totals.rejected += not numbers.applied and not numbers.left_out
+        counts = numbers.applied or numbers.reason == LOCAL
+        totals.rejected += not counts and not numbers.left_out
         totals.staleness_sum += numbers.staleness
         totals.staleness_max = max(totals.staleness_max, numbers.staleness)
         if loss is not None and math.isfinite(loss):

@@ -34,6 +34,7 @@ from psq_worker.board import Board
 from psq_worker.events import Evaluation, Event, Progress, Started, Summary, format_event
 from psq_worker.job import Job, Record, job_for
 from psq_worker.loop import Stepper, train
+from psq_worker.recipes import recipe_of
 from psq_worker.reporter import Reporter
 from psq_worker.tasks import Task, get_task
 
@@ -55,13 +56,13 @@ def run_task(given: Given, config: WorkerConfig) -> None:
     with _process(config) as emit:
         emit(Started(rank=config.rank, world_size=config.world_size, task=config.task))
         task = _task_of(config)
-        job = _job_of(task, config)
+        job = _job_of(task, config).in_rounds(recipe_of(config).direction.local_steps)
         model = task.model(job.seed)
         # The loop's schedule starts from the rate that was typed: the worker must not see it twice.
         rest = {key: value for key, value in given.values.items() if key != "lr"}
         with use_given(Given(rest, given.file)):
             worker = psq.torch.Worker(model, lr=job.lr_at)
-        job = dataclasses.replace(job, start_step=min(worker.version, job.steps))
+        job = dataclasses.replace(job, start_step=min(worker.steps, job.steps))
         watch = _Watch(config, emit, task.name, job, _description(task))
         with worker, watch.installed():
             train(task, model, worker, job, watch.on_record(task.metric))
@@ -229,6 +230,10 @@ def _job_of(task: Task, config: WorkerConfig) -> Job:
 def _recipe_words(recipe: Recipe, choice: str) -> str:
     up, down = recipe.uplink.codec, recipe.downlink
     words = f"{recipe.name} ({up} up, {down.kind} {down.codec} down)"
+    if recipe.direction.local_steps > 1:
+        words += f", {recipe.direction.local_steps} local steps a round"
+    if recipe.uplink.every > 1:
+        words += f", each shard in every {recipe.uplink.every}th step"
     return f"{words}, codec auto: {choice}" if choice else words
 
 
