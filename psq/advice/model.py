@@ -10,12 +10,15 @@ work for t_r in a step, and c_r of the chain are its part in what a single shard
 the whole of which takes c. Work cannot be there before the first shard has come to it, nor can the
 last shard have left before what follows is done, so with the resource that never pauses
 
-    communication = max over r of (t_r + c - c_r) + round trip
+    communication = max over r of (t_r + c - c_r), and over r of t_r, + round trip
     step          = compute + communication
 
-With one shard that is the plain sum of the stages, with many it is the slowest resource and the
-fill of the pipeline. With overlap, pushes leave while backward still runs: backward (two thirds of
-compute) is then work of the worker's thread, in the pipeline.
+The answers of a server leave one worker after another, and whoever has its own goes on and pushes
+while the link still brings the others theirs: of a shard's answers a worker waits for half of the
+others', though the link is taken up by all. With one shard all that is about the sum of the stages,
+with many it is the slowest resource and the fill of the pipeline. With overlap, pushes leave while
+backward still runs: backward (two thirds of compute) is then work of the worker's thread, in the
+pipeline.
 
 The model knows of no losses, no stragglers and no other traffic. Never here: a clock, a socket, an
 array. Bits per second are what a program sees, without the frames' headers.
@@ -175,7 +178,7 @@ class Prediction:
     """Seconds of one step, and what they are made of.
 
     Stages run at the same time, so they add up to more than the step; `fill_s` is what the step
-    takes beyond its slowest resource.
+    takes beyond its slowest resource. `cpu_s` is of all processes, compute not counted.
     """
 
     step_s: float
@@ -186,6 +189,7 @@ class Prediction:
     down_s: float
     decode_s: float
     fill_s: float
+    cpu_s: float
     bottleneck: str
 
 
@@ -199,6 +203,7 @@ class _Stages:
     down_s: float
     decode_s: float
     copy_s: float
+    taken_s: float  # of the link down, by the answers to all workers
 
     @property
     def all_s(self) -> float:
@@ -231,10 +236,11 @@ def predict(
     early_s = BACKWARD_SHARE * compute_s if overlap else 0.0
     whole, chain = _step_stages(work, cluster), _chain_stages(work, cluster)
     found = _resources(work, cluster, whole, chain, early_s)
-    slowest = max(found.values(), key=lambda each: each.total_s - each.chain_s)
+    slack_s = max(each.total_s - each.chain_s for each in found.values())
     busiest = max(found, key=lambda name: found[name].total_s)
-    fill_s = chain.all_s - slowest.chain_s + cluster.link.round_trip_s
-    step_s = compute_s - early_s + slowest.total_s + fill_s
+    most_s = found[busiest].total_s
+    round_s = max(chain.all_s + slack_s, most_s) + cluster.link.round_trip_s
+    step_s = compute_s - early_s + round_s
     return Prediction(
         step_s=step_s,
         compute_s=compute_s,
@@ -243,7 +249,8 @@ def predict(
         server_s=whole.server_s,
         down_s=whole.down_s,
         decode_s=whole.decode_s,
-        fill_s=fill_s,
+        fill_s=round_s - most_s,
+        cpu_s=sum(_busy_s(work, cluster)),
         bottleneck="compute" if compute_s >= step_s / 2 else busiest,
     )
 
@@ -268,6 +275,7 @@ def _step_stages(work: Work, cluster: Cluster) -> _Stages:
         down_s=8 * down_bytes / cluster.link.down_bit_s,
         decode_s=crowd * (work.numel / work.rates.decode + messages),
         copy_s=_copied_s(work, cluster) * workers / servers,
+        taken_s=8 * down_bytes / cluster.link.down_bit_s,
     )
 
 
@@ -277,12 +285,14 @@ def _chain_stages(work: Work, cluster: Cluster) -> _Stages:
     sent = cluster.workers - (1 if cluster.beside else 0)  # its own worker's takes no link
     to_server = sent * 8 / shards
     copied_s = (cluster.workers + 1) * cluster.copy_s / 2 / shards
-    link = cluster.link
+    down_s = to_server * work.down_bytes / cluster.link.down_bit_s
+    awaited = (sent + 1) / (2 * sent) if sent else 1.0
     return _Stages(
         encode_s=step.encode_s / shards,
-        up_s=max(to_server * work.up_bytes / link.up_bit_s, copied_s * work.up_bytes),
+        up_s=max(to_server * work.up_bytes / cluster.link.up_bit_s, copied_s * work.up_bytes),
         server_s=step.server_s * servers / shards,
-        down_s=max(to_server * work.down_bytes / link.down_bit_s, copied_s * work.down_bytes),
+        down_s=max(awaited * down_s, copied_s * work.down_bytes),
+        taken_s=max(down_s, copied_s * work.down_bytes),
         decode_s=step.decode_s / shards,
         copy_s=copied_s * (work.up_bytes + work.down_bytes),
     )
@@ -298,13 +308,13 @@ def _resources(
     found = {
         "worker": _Resource(worker_s, chain.encode_s + chain.decode_s),
         "up": _Resource(whole.up_s, chain.up_s),
-        "down": _Resource(whole.down_s, chain.down_s),
+        "down": _Resource(whole.down_s, chain.taken_s),
         "server": _Resource(whole.server_s, chain.server_s),
         "copying": _Resource(whole.copy_s, chain.copy_s),
         "cores": _Resource(_cores_s(work, cluster, early_s), chain.cpu_s),
     }
     if cluster.beside:
-        found["link"] = _Resource(_shared_link_s(work, cluster), chain.up_s + chain.down_s)
+        found["link"] = _Resource(_shared_link_s(work, cluster), chain.up_s + chain.taken_s)
     return found
 
 
@@ -330,18 +340,23 @@ def _shared_link_s(work: Work, cluster: Cluster) -> float:
 
 def _cores_s(work: Work, cluster: Cluster, early_s: float) -> float:
     """Seconds of all cores of the busiest machine, shared out evenly."""
-    workers, servers, messages = cluster.workers, cluster.servers, work.shards * MESSAGE_S
-    rates, end_s = work.rates, _copied_s(work, cluster)
-    values_s = 1 / rates.encode + 1 / rates.decode + 1 / rates.zero
-    worker_s = early_s + work.numel * values_s + 2 * messages + end_s
-    server_s = (work.numel / rates.server + workers * (2 * messages + end_s)) / servers
+    workers_s, servers_s = _busy_s(work, cluster)
+    worker_s, server_s = workers_s / cluster.workers + early_s, servers_s / cluster.servers
     if cluster.one_machine:
-        busy_s = workers * worker_s + servers * server_s
+        busy_s = cluster.workers * worker_s + servers_s
     elif cluster.beside:
         busy_s = worker_s + server_s
     else:
         busy_s = max(worker_s, server_s)
     return busy_s / cluster.cores
+
+
+def _busy_s(work: Work, cluster: Cluster) -> tuple[float, float]:
+    """Seconds of cores that all workers take together, and all servers, without compute."""
+    rates, each_s = work.rates, _copied_s(work, cluster) + 2 * work.shards * MESSAGE_S
+    values_s = 1 / rates.encode + 1 / rates.decode + 1 / rates.zero
+    workers_s = cluster.workers * (work.numel * values_s + each_s)
+    return workers_s, work.numel / rates.server + cluster.workers * each_s
 
 
 def _copied_s(work: Work, cluster: Cluster) -> float:

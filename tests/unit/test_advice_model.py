@@ -90,12 +90,13 @@ def test_what_limits_a_step_has_a_name(work, cluster):
     assert predict(work, cluster).bottleneck in BOTTLENECKS
 
 
-def test_with_nothing_but_a_link_a_step_is_the_bytes_of_all_workers_and_a_shard_on_its_way_back():
+def test_with_nothing_but_a_link_a_step_is_all_workers_bytes_and_a_shard_on_its_way_back():
     work = Work(1_000, 10, 1_000_000, 500_000, FREE)
     found = predict(work, Cluster(4, 1, Link(8e6, 8e6, 0.25), cores=8))
     messages_s = (1 + 1 + 4 * 2) * MESSAGE_S  # of one shard: encode, decode, the server's
-    # 4 MB through the server's way in at 1 MB/s, then a tenth of 2 MB on its way out
-    assert found.step_s == pytest.approx(4.0 + 0.2 + 0.25 + messages_s)
+    # 4 MB through the server's way in at 1 MB/s, then a shard's answers, a twentieth of a MB each:
+    # one's own and, on average, half of those to the three others
+    assert found.step_s == pytest.approx(4.0 + 0.05 * 2.5 + 0.25 + messages_s)
     assert (found.up_s, found.down_s) == (4.0, 2.0)
     assert found.bottleneck == "up"
 
