@@ -71,7 +71,7 @@ def main() -> None:
         if case.verb in options.verbs.split(",")
     ]
     if options.halves:
-        report_halves(cases, shards, options.rounds)
+        report_halves(cases, shards, options.rounds, as_json=options.json)
         return
     seconds = measure(streams, cases, shards, options)
     report(streams, cases, {key: x.size / s / 1e9 for key, s in seconds.items()}, options)
@@ -137,13 +137,14 @@ def measure(
     return {key: float(parts.sum()) for key, parts in best.items()}
 
 
-def report_halves(cases: list[Case], shards: int, rounds: int) -> None:
+def report_halves(cases: list[Case], shards: int, rounds: int, *, as_json: bool) -> None:
     """Two threads against one, in turn; the best and the median of all rounds."""
 
     def sweep(call: PerShard, indices: range) -> None:
         for index in indices:
             call(index)
 
+    rows = []
     with ThreadPoolExecutor(2) as pool:
         for case in cases:
             gains, best = [], [np.inf, np.inf]
@@ -157,8 +158,15 @@ def report_halves(cases: list[Case], shards: int, rounds: int) -> None:
                     took = (half - start, time.perf_counter() - half)
                     gains.append(took[0] / took[1])
                     best = [min(pair) for pair in zip(best, took, strict=True)]
-            gain = f"{best[0] / best[1]:5.2f} times as fast (median {np.median(gains):.2f})"
-            print(f"{case.level:3} {case.codec:32} {case.verb:11} two threads {gain}")
+            gained = {"best": best[0] / best[1], "median": float(np.median(gains))}
+            rows.append({**case._asdict(), **gained})
+            del rows[-1]["call"]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        gain = "{best:5.2f} times as fast (median {median:.2f})".format(**row)
+        print("{level:3} {codec:32} {verb:11} two threads ".format(**row) + gain)
 
 
 def clocked(call: PerShard, index: int) -> float:

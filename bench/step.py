@@ -44,7 +44,7 @@ from peers.wire import floor_s
 LOOPBACK = "loopback"
 RATES = "loopback,100mbit,1gbit,10gbit"
 PEERS = "psq,ddp-fp32,gloo-fp32,ddp-bf16,ddp-fp16,powersgd-1,powersgd-2,powersgd-4"
-STEPS = (2, 200)
+MAX_STEPS = 200
 MB, MIB_KB = 1e6, 1024
 
 
@@ -61,6 +61,7 @@ class Seat:
     cpu_s: list[float] = field(default_factory=list)
     link_bytes: list[float] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
+    digests: list[list[int]] = field(default_factory=list)
     peaks_kb: dict[str, int] = field(default_factory=dict)
 
 
@@ -91,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of steps a system and round")
+    parser.add_argument("--least-steps", type=int, default=2, help="a round, however slow")
     parser.add_argument("--fresh", action="store_true", help="start anew each round: less memory")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--json", action="store_true")
@@ -113,8 +115,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             _ = rate == LOOPBACK or netns.rate_of(rate)
         except ValueError as error:
             parser.error(f"--rates: {error}")
-    if min(options.workers, options.rounds) < 1 or options.seconds <= 0:
-        parser.error("--workers, --rounds and --seconds must be positive")
+    if min(options.workers, options.rounds, options.least_steps) < 1 or options.seconds <= 0:
+        parser.error("--workers, --rounds, --least-steps and --seconds must be positive")
 
 
 # ---- measuring
@@ -136,7 +138,7 @@ def compare(rate: str, size: str, options: argparse.Namespace, logs: Path) -> di
         finally:
             for seat in seats:
                 end(seat, at_once=sys.exc_info()[0] is not None)
-    return {**result, "rows": rows_of(seats, setup)}
+    return {**result, "numel": setup.numel, "rows": rows_of(seats, setup)}
 
 
 @contextlib.contextmanager
@@ -152,7 +154,7 @@ def take_turn(seat: Seat, setup: Setup, options: argparse.Namespace, *, last: bo
     """One round of one system, which is started for it if it does not run."""
     try:
         if seat.running is None:
-            start(seat, setup, options.seconds)
+            start(seat, setup, options)
         measure(seat, setup.site)
     except (FailedError, UnavailableError) as error:
         seat.failure = str(error)
@@ -162,14 +164,14 @@ def take_turn(seat: Seat, setup: Setup, options: argparse.Namespace, *, last: bo
         end(seat)
 
 
-def start(seat: Seat, setup: Setup, seconds: float) -> None:
+def start(seat: Seat, setup: Setup, options: argparse.Namespace) -> None:
     """Start it, warm it up, and settle how many steps a round has."""
     seat.running = Running()
     seat.system.start(setup, seat.running)
     seat.versions = seat.running.versions
     warm = seat.running.steps(seat.system.warm_up)
-    low, high = STEPS
-    seat.count = seat.count or max(low, min(high, round(seconds / warm["steps"][-1])))
+    wanted = round(options.seconds / warm["steps"][-1])
+    seat.count = seat.count or max(options.least_steps, min(MAX_STEPS, wanted))
 
 
 def measure(seat: Seat, site: Site) -> None:
@@ -180,6 +182,7 @@ def measure(seat: Seat, site: Site) -> None:
     seat.rounds.append(done["steps"])
     seat.cpu_s.append(done["cpu_s"])
     seat.notes.append(done["notes"])
+    seat.digests.append(done["digests"])
     seat.link_bytes.append(max(carried, default=0) / seat.count)
     for name, kb in seat.running.peaks_kb().items():
         seat.peaks_kb[name] = max(kb, seat.peaks_kb.get(name, 0))
@@ -226,6 +229,7 @@ def row_of(seat: Seat, ours: Seat | None, setup: Setup) -> dict[str, Any]:
         "peak_mib": {kind: kb / MIB_KB for kind, kb in peaks.items()},
         "rounds_s": seat.rounds,
         "notes": seat.notes,
+        "replicas_equal": all(len(set(each)) <= 1 for each in seat.digests),
         **({} if ours is None else against(seat, ours)),
     }
 

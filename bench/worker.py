@@ -7,11 +7,13 @@ of the same level: the direction to a shard of scratch, then the codec. Every ro
 stream and all kernels in turn, and the best of all rounds counts, shard by shard.
 
     python bench/worker.py [--numel 25000000] [--rounds 15] [--levels v4,v3] [--codecs "sign"]
+                           [--json]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -49,7 +51,7 @@ def main() -> None:
             part[:] = rng.random(SHARD, dtype=np.float32) - np.float32(0.5)
     calls = dict(cases(options, vectors))
     best = measure(calls, vectors, options.rounds)
-    report(best, shards * SHARD)
+    report(best, shards * SHARD, as_json=options.json)
 
 
 def parse() -> argparse.Namespace:
@@ -58,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--levels", default=kernels.available()[0])
     parser.add_argument("--codecs", default="sign lloyd-max:bits=4,block=256")
+    parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
@@ -134,16 +137,30 @@ def measure(
     return {key: float(parts.sum()) for key, parts in best.items()}
 
 
-def report(best: dict[object, float], numel: int) -> None:
+def report(best: dict[object, float], numel: int, *, as_json: bool) -> None:
+    rows = [
+        row(case, best, numel) for case in best if isinstance(case, Case) and case.how == "fused"
+    ]
+    if as_json:
+        print(json.dumps({"numel": numel, "rows": rows}))
+        return
     print(f"{STREAM}: {numel / best[STREAM] / 1e9:.2f} G elements/s, one thread, {numel} values")
-    for case, seconds in best.items():
-        if not isinstance(case, Case) or case.how != "fused":
-            continue
-        limit = best[STREAM] * BYTES[case.residual] / BYTES["f32"]
-        passes = best[case._replace(how="passes")]
-        left = f"{case.level:3} {case.codec:28} {case.residual:5}"
-        rate = f"{numel / seconds / 1e9:5.2f} G/s {limit / seconds:5.2f} of {STREAM}"
-        print(f"{left} {rate}, {passes / seconds:5.2f} times as fast as passes")
+    for each in rows:
+        left = "{level:3} {codec:28} {residual:5}".format(**each)
+        rate = f"{each['gelements_s']:5.2f} G/s {each['ratio']:5.2f} of {STREAM}"
+        print(f"{left} {rate}, {each['passes']:5.2f} times as fast as passes")
+
+
+def row(case: Case, best: dict[object, float], numel: int) -> dict[str, object]:
+    limit = best[STREAM] * BYTES[case.residual] / BYTES["f32"]
+    return {
+        "level": case.level,
+        "codec": case.codec,
+        "residual": case.residual,
+        "gelements_s": numel / best[case] / 1e9,
+        "ratio": limit / best[case],
+        "passes": best[case._replace(how="passes")] / best[case],
+    }
 
 
 if __name__ == "__main__":

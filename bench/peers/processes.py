@@ -167,13 +167,19 @@ class Running:
         self.stepping += children
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Do so many steps: rank 0's seconds, all processes' CPU seconds per step, its notes."""
+        """Do so many steps.
+
+        Rank 0's seconds and notes, all processes' CPU seconds per step, and the digests of the
+        weights that ranks ended with, of systems that tell them.
+        """
         before_s = self.cpu_s()
         for child in self.stepping:
             child.say(f"steps {count}")
         said = [child.hear("steps") for child in self.stepping]
         cpu_s = self.cpu_s() - before_s - sum(s["fill_cpu_s"] for s in said)
-        return {"steps": said[0]["steps"], "cpu_s": cpu_s / count, "notes": said[0]["notes"]}
+        digests = [s["notes"]["digest"] for s in said if "digest" in s["notes"]]
+        first = {"steps": said[0]["steps"], "notes": said[0]["notes"]}
+        return {**first, "cpu_s": cpu_s / count, "digests": digests}
 
     def cpu_s(self) -> float:
         return sum(_cpu_s(pid) for child in self.children for pid in family(child.pid))

@@ -1,4 +1,7 @@
-"""One psq worker of a measured step: `Worker.step` zeroes gradients, so they are filled again."""
+"""One psq worker of a measured step: `Worker.step` zeroes gradients, so they are filled again.
+
+After each round of steps it tells a digest of its weights: those of all ranks must be equal.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
+import crc32c
 import torch
 from given import Given
 from job import Job, serve
@@ -43,11 +47,18 @@ class PsqWorker(Job):
         self.reports.append(self.worker.step())
 
     def notes(self) -> dict[str, Any]:
-        """Mean seconds by phase, and steps that did not count."""
+        """Mean seconds by phase, steps that did not count, and the weights' digest."""
         reports, self.reports = [asdict(report) for report in self.reports], []
         phases = [name for name in reports[0] if name.endswith("_s") and name != "compute_s"]
         means = {name: sum(r[name] for r in reports) / len(reports) for name in phases}
-        return {"phases": means, "not_applied": sum(not r["applied"] for r in reports)}
+        missed = sum(not r["applied"] for r in reports)
+        return {"phases": means, "not_applied": missed, "digest": self.digest()}
+
+    def digest(self) -> int:
+        value = 0
+        for tensor in self.model.tensors:
+            value = crc32c.crc32c(tensor.detach().numpy().reshape(-1).view("u1"), value)
+        return value
 
     def close(self) -> None:
         self.worker.close()

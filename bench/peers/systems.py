@@ -88,10 +88,11 @@ class Psq:
     uplink: str | None = None
     downlink: str | None = None
     beside: int = 0
+    residual: str = "f32"
 
     def start(self, setup: Setup, running: Running) -> None:
         endpoints = [self._server(setup, running, machine) for machine in self._hosts(setup)]
-        env = {"PSQ_RECIPE": self.recipe}
+        env = {"PSQ_RECIPE": self.recipe, "PSQ_RESIDUAL": self.residual}
         env |= {"PSQ_UPLINK": self.uplink} if self.uplink else {}
         env |= {"PSQ_DOWNLINK": self.downlink} if self.downlink else {}
         argv = [sys.executable, str(HERE / "psq_worker.py"), "--connect", ",".join(endpoints)]
