@@ -3,6 +3,7 @@
     python bench/recipes.py                 every preset beside plain Adam, 100 steps: half a minute
     python bench/recipes.py --task char-lm --recipe server-adam --steps 600 --seeds 0 1 2
     python bench/recipes.py --recipe server-adam --downlink delta:lloyd-max:bits=2 --workers 4
+    python bench/recipes.py --recipe qadam-1bit --local-steps 8 --steps 800
 
 W workers' gradients are computed one after another on one copy of the weights, pushed through
 `psq.feedback.Compressor`, reduced by `psq_server.reduce.Reducer`, and the answer is decoded into
@@ -48,6 +49,8 @@ class Run:
     recipe: str
     uplink: str
     downlink: str
+    local_steps: int
+    every: int
     workers: int
     job: Job
 
@@ -55,12 +58,18 @@ class Run:
     def key(self) -> str:
         job = self.job
         parts = [self.task, self.recipe, self.uplink, self.downlink, f"W{self.workers}"]
+        parts += [f"H{self.local_steps}"] if self.local_steps > 1 else []
+        parts += [f"every{self.every}"] if self.every > 1 else []
         parts += [f"B{job.batch_size}", f"{job.steps}x{job.lr:g}-{job.schedule}", f"s{job.seed}"]
         return " ".join(parts)
 
 
 class Cluster:
-    """A server and its workers, all in this process, on one copy of the weights."""
+    """A server and its workers, all in this process, on one copy of the weights.
+
+    With local steps each worker has weights of its own as well, which `push` puts in the model's
+    place: gradients of rank r must be computed after `turn(r)`.
+    """
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe, workers: int) -> None:
         names = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
@@ -72,43 +81,86 @@ class Cluster:
         self.downlinks = [ShardCodec(get_codec(recipe.downlink.codec), s) for s in self.shards]
         self.is_delta = recipe.downlink.kind == "delta"
         self.weights = np.concatenate([p.detach().numpy().ravel() for p in self.parameters])
+        self.local_steps = recipe.direction.local_steps
+        self.steps = 0
+        self.own = [self.weights.copy() for _ in range(workers)] if self.local_steps > 1 else []
+        self.replica = self.weights.copy() if self.own else self.weights
         self._hand_over(self.weights)
         for tensor, parameter in zip(self.plan.layout.tensors, self.parameters, strict=True):
             flat = self.weights[tensor.offset : tensor.offset + tensor.numel]
             parameter.data = torch.from_numpy(flat).view(tensor.shape)
         self.payloads: list[list[npt.NDArray[np.uint8]]] = [[] for _ in self.shards]
 
+    def turn(self, rank: int) -> None:
+        """The model's weights are this rank's from now on."""
+        if self.own:
+            self.weights[:] = self.own[rank]
+
     def push(self, rank: int, lr: float) -> None:
-        """Compresses the gradients that lie in the model, as this rank's."""
+        """Takes the gradients that lie in the model, as this rank's, and compresses them."""
+        version, still = divmod(self.steps + 1, self.local_steps)
         for shard in self.shards:
-            gradients = [self._slice(shard, index) for index in range(len(shard.segments))]
-            payload = np.empty(self.compressors[rank].nbytes(shard.index), np.uint8)
-            self.compressors[rank].compress(shard.index, gradients, lr, payload)
-            self.payloads[shard.index].append(payload)
+            if self.own and still:
+                own = self._segments(shard, self.own[rank])
+                self.compressors[rank].descend(shard.index, self._gradients(shard), lr, own)
+            elif self.plan.due(shard.index, version - 1):
+                payload = np.empty(self.compressors[rank].nbytes(shard.index), np.uint8)
+                self._say(rank, shard, lr, payload)
+                self.payloads[shard.index].append(payload)
+            else:
+                self._say(rank, shard, lr, None)
+
+    def _say(
+        self, rank: int, shard: Shard, lr: float, payload: npt.NDArray[np.uint8] | None
+    ) -> None:
+        compressor, gradients = self.compressors[rank], self._gradients(shard)
+        if self.own:
+            own, start = (self._segments(shard, x) for x in (self.own[rank], self.replica))
+            compressor.compress_drift(shard.index, gradients, lr, payload, weights=own, start=start)
+        elif payload is None:
+            compressor.absorb(shard.index, gradients, lr)
+        else:
+            compressor.compress(shard.index, gradients, lr, payload)
 
     def step(self, lr: float) -> None:
-        """One round on the server, and what every worker does with the answer."""
+        """One round on the server, if this step has one, and what workers do with the answer."""
+        self.steps += 1
+        version, still = divmod(self.steps, self.local_steps)
+        if still:
+            return
         for shard, payloads in zip(self.shards, self.payloads, strict=True):
+            if not self.plan.due(shard.index, version - 1):
+                continue
             answer = self.reducer.reduce(shard.index, payloads, lr)
-            here = self.weights[shard.offset : shard.offset + shard.numel]
+            here = self.replica[shard.offset : shard.offset + shard.numel]
             if self.is_delta:
                 self.downlinks[shard.index].decode_add(answer, here)
             else:
                 self.downlinks[shard.index].decode(answer, here)
             payloads.clear()
+        for weights in (self.weights, *self.own) if self.own else ():
+            weights[:] = self.replica
 
     def bits(self) -> tuple[float, float]:
-        """Payload bits per parameter, up and down."""
-        numel = self.plan.layout.numel
+        """Payload bits per parameter and step, up and down."""
+        values = self.plan.layout.numel * self.local_steps * self.plan.recipe.uplink.every
         up = sum(self.compressors[0].nbytes(s.index) for s in self.shards)
         down = sum(self.reducer.payload_nbytes(s.index) for s in self.shards)
-        return 8 * up / numel, 8 * down / numel
+        return 8 * up / values, 8 * down / values
 
     def _hand_over(self, weights: Floats) -> None:
         for shard in self.shards:
             values = weights[shard.offset : shard.offset + shard.numel]
             for part, start in enumerate(range(0, shard.numel, PART_NUMEL)):
                 self.reducer.init(shard.index, part, values[start : start + PART_NUMEL])
+
+    def _gradients(self, shard: Shard) -> list[Floats]:
+        return [self._slice(shard, index) for index in range(len(shard.segments))]
+
+    @staticmethod
+    def _segments(shard: Shard, flat: Floats) -> list[Floats]:
+        at = shard.offset
+        return [flat[at + s.offset : at + s.offset + s.numel] for s in shard.segments]
 
     def _slice(self, shard: Shard, index: int) -> Floats:
         segment = shard.segments[index]
@@ -120,9 +172,10 @@ class Cluster:
 
 def train_in_process(task: Task, run: Run) -> dict[str, Any]:
     """Trains one cell; the result as plain data."""
-    job = run.job
+    recipe = recipe_of(run)
+    job = run.job.in_rounds(recipe.direction.local_steps)
     model = task.model(job.seed)
-    cluster = Cluster(model, recipe_of(run), run.workers)
+    cluster = Cluster(model, recipe, run.workers)
     streams = [
         task.batches(rank=r, world_size=run.workers, batch_size=job.batch_size, seed=job.seed)
         for r in range(run.workers)
@@ -130,6 +183,7 @@ def train_in_process(task: Task, run: Run) -> dict[str, Any]:
     curve, losses = [], LossMeter()
     for step, batches in enumerate(islice(zip(*streams, strict=True), job.steps)):
         for rank, batch in enumerate(batches):
+            cluster.turn(rank)
             model.zero_grad()
             loss = task.loss(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -143,7 +197,8 @@ def train_in_process(task: Task, run: Run) -> dict[str, Any]:
 
 def recipe_of(run: Run) -> Recipe:
     recipe = preset(run.recipe)
-    return recipe.with_codecs(uplink=run.uplink or None, downlink=run.downlink or None)
+    recipe = recipe.with_codecs(uplink=run.uplink or None, downlink=run.downlink or None)
+    return recipe.with_rhythm(local_steps=run.local_steps or None, every=run.every)
 
 
 def run_one(task: Task, run: Run) -> dict[str, Any]:
@@ -167,7 +222,7 @@ def show(results: list[dict[str, Any]]) -> None:
         scores = [run["curve"][-1][2] for run in runs]
         losses = [run["curve"][-1][1] for run in runs]
         up, down = runs[0]["bits"]
-        line = f"{key}: {up:.2f}/{down:.2f} bits, score {statistics.mean(scores):.4f} "
+        line = f"{key}: {up:.3f}/{down:.3f} bits, score {statistics.mean(scores):.4f} "
         line += f"{[round(s, 4) for s in scores]}, training loss {statistics.mean(losses):.4f}"
         print(line, file=sys.stderr)
 
@@ -180,6 +235,8 @@ def main() -> None:
     parser.add_argument("--recipe", action="append", help="a preset, or adam; may be repeated")
     parser.add_argument("--uplink", default="", help="codec in place of the recipe's")
     parser.add_argument("--downlink", default="", help='as in "delta:sign" or "weights:fp32"')
+    parser.add_argument("--local-steps", type=int, default=0, help="in place of the recipe's")
+    parser.add_argument("--every", type=int, default=1, help="each shard in every Nth step")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch-size", type=int, help="samples per worker")
     parser.add_argument("--steps", type=int, default=100)
@@ -195,7 +252,16 @@ def main() -> None:
     for recipe in options.recipe or ["adam", *PRESETS]:
         for seed in options.seeds:
             job = job_for(task, **chosen, seed=seed)
-            run = Run(options.task, recipe, options.uplink, options.downlink, options.workers, job)
+            run = Run(
+                task=options.task,
+                recipe=recipe,
+                uplink=options.uplink,
+                downlink=options.downlink,
+                local_steps=options.local_steps,
+                every=options.every,
+                workers=options.workers,
+                job=job,
+            )
             if run.key not in found:
                 found[run.key] = run_one(task, run)
                 _append(options.out, found[run.key])

@@ -172,9 +172,7 @@ class Compressor:
 
         Cost: as `compress`.
         """
-        if self._residual is None:
-            msg = "without error feedback a step cannot wait: there is no residual to wait in"
-            raise UsageError(msg)
+        self._check_can_wait()
         self._step(shard, gradients, lr, None, weights)
         self._steps[shard] += 1
 
@@ -207,27 +205,31 @@ class Compressor:
         shard: int,
         gradients: Segments | None,
         lr: float,
-        payload: Buffer,
+        payload: Buffer | None,
         *,
         weights: Segments,
         start: Segments,
     ) -> None:
         """Write one shard's push after local steps: how far they went, this last one included.
 
+        Without a payload nothing is said, as in `absorb`.
+
         Args:
             shard: its index.
             gradients: as for `compress`, finite; None leaves this step out, not those before it.
             lr: of this step.
-            payload: u8[nbytes(shard)], written.
+            payload: u8[nbytes(shard)], written; or None.
             weights: as for `descend`, but not written: backward may still read them.
             start: the replica's weights, from which the first local step started.
 
         Raises:
-            UsageError: as for `descend`.
+            UsageError: as for `descend`; without a payload also as for `absorb`.
 
         Cost: `Adam.write`, two passes over the weights, one over start, and encoding.
         """
-        adam, cut, codec = self._local_adam(shard), self._shards[shard], self._codecs[shard]
+        if payload is None:
+            self._check_can_wait()
+        adam, cut = self._local_adam(shard), self._shards[shard]
         for values in (weights, start) if gradients is None else (gradients, weights, start):
             _check_segments(cut, values)
         parts = [self._scratch[s.offset : s.offset + s.numel] for s in cut.segments]
@@ -240,8 +242,11 @@ class Compressor:
                     adam.write(gradients[index], drift, start=segment.offset, x=x)
                     x = np.subtract(x, drift, out=drift)
                 np.subtract(start[index], x, out=drift)
-        residual, seed = self._residual_of(shard), self._next_seed(shard)
-        codec.encode_segments(parts, residual, payload, seed=seed)
+        if payload is None:
+            self._wait(shard, self._scratch[: cut.numel])
+        else:
+            residual, seed = self._residual_of(shard), self._next_seed(shard)
+            self._codecs[shard].encode_segments(parts, residual, payload, seed=seed)
         self._steps[shard] += 1
 
     def payload_finite(self, shard: int, payload: Buffer) -> bool:
@@ -276,11 +281,7 @@ class Compressor:
             return False
         said = np.empty(residual.size, np.float32)
         codec.decode(payload, said)
-        form = codec.codec.format
-        fold = WorkerStep(
-            uplink=form, gradients=[said], starts=[0], payload=None, residual=residual
-        )
-        kernels.active().worker_step(fold)
+        self._wait(shard, said)
         return True
 
     def forget(self, shard: int) -> None:
@@ -324,6 +325,18 @@ class Compressor:
 
     def _next_seed(self, shard: int) -> int:
         return stream_seed(self._seed, self._rank, self._steps[shard], shard)
+
+    def _check_can_wait(self) -> None:
+        if self._residual is None:
+            msg = "without error feedback a step cannot wait: there is no residual to wait in"
+            raise UsageError(msg)
+
+    def _wait(self, shard: int, values: Floats) -> None:
+        """Add what is not said now, f32[shard.numel], to the residual."""
+        form, residual = self._codecs[shard].codec.format, self._residual_of(shard)
+        kernels.active().worker_step(
+            WorkerStep(uplink=form, gradients=[values], starts=[0], payload=None, residual=residual)
+        )
 
     def _step(
         self,

@@ -73,6 +73,12 @@ class Plan:
             raise ConfigError(msg)
         get_codec(self.recipe.uplink.codec)
         get_codec(self.recipe.downlink.codec)
+        if self.recipe.uplink.every > 1 and consistency.max_staleness != 0:
+            msg = (
+                f"every={self.recipe.uplink.every} needs bsp, got {self.consistency}: a late push "
+                "would be of shards that its round does not move"
+            )
+            raise ConfigError(msg)
 
     @classmethod
     def of(  # noqa: PLR0913 - all that the processes of a job agree on
@@ -145,6 +151,40 @@ class Plan:
             for shard, owner in zip(layout.shards, layout.owners, strict=True)
             if owner == self.server
         )
+
+    def due(self, shard: int, round: int) -> bool:  # noqa: A002 - the word of the field
+        """Whether a round moves a shard: with the uplink's `every` k, each k-th round does.
+
+        The shards of a server take turns in the order of their indexes, so that about as many are
+        due in each round; those that are not stay as they are.
+        """
+        return self.due_after(shard, round) == round
+
+    def due_after(self, shard: int, version: int) -> int:
+        """The first round from this one on that moves a shard: until then its weights are these."""
+        every = self.recipe.uplink.every
+        return version + -(version + self._places[shard]) % every
+
+    def due_shards(self, round: int) -> tuple[int, ...]:  # noqa: A002 - as above
+        """The shards of this plan's server that a round moves, ascending; there always is one."""
+        return self._turns[round % len(self._turns)]
+
+    @cached_property
+    def _turns(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(
+            tuple(shard.index for shard in self.owned if self.due(shard.index, turn))
+            for turn in range(self.recipe.uplink.every)
+        )
+
+    @cached_property
+    def _places(self) -> tuple[int, ...]:
+        """Of each shard of the job: which of its server's it is."""
+        counts = [0] * self.servers
+        places: list[int] = []
+        for owner in self.layout.owners:
+            places.append(counts[owner])
+            counts[owner] += 1
+        return tuple(places)
 
     def for_server(self, server: int) -> Plan:
         """The same job as its server number `server` has it.
@@ -273,7 +313,15 @@ def _tensor(entry: Any) -> tuple[str, tuple[int, ...]]:
 def _cut(plan: Plan) -> Layout:
     uplink = plan.recipe.uplink
     up, down = get_codec(uplink.codec), get_codec(plan.recipe.downlink.codec)
-    return cut(plan.tensors, (up.nbytes, down.nbytes), plan.servers, uplink.every)
+    layout = cut(plan.tensors, (up.nbytes, down.nbytes), plan.servers, uplink.every)
+    fewest = min(layout.owners.count(server) for server in range(plan.servers))
+    if fewest < uplink.every:
+        msg = (
+            f"every={uplink.every} needs as many shards on each server, the model makes {fewest}: "
+            f"set it to {fewest} or less"
+        )
+        raise ConfigError(msg)
+    return layout
 
 
 def _check_numel(plan: Plan) -> None:

@@ -256,8 +256,11 @@ class Recipe:
                 f"direction={self.direction.kind} sends {self.direction.meaning}s"
             )
             raise ConfigError(msg)
-        if self.uplink.every > 1:
-            msg = f"recipe {self.name!r}: uplink every={self.uplink.every} is not supported yet"
+        if self.uplink.every > 1 and not self.uplink.error_feedback:
+            msg = (
+                f"recipe {self.name!r}: uplink every={self.uplink.every} needs error feedback: "
+                "what a shard does not say waits in the residual"
+            )
             raise ConfigError(msg)
 
     @property

@@ -188,7 +188,13 @@ class Client:
 
     def takes_part(self, shard: int) -> bool:
         """Whether this step says something of a shard: one that does not is not to be pushed."""
-        return self._owners[shard].machine.round is not None
+        current = self._owners[shard].machine.round
+        return current is not None and self.plan.due(shard, current.number)
+
+    def rests(self, shard: int) -> bool:
+        """Whether a shard is not due in this step: what it has to say waits in the residual."""
+        current = self._owners[shard].machine.round
+        return current is not None and not self.plan.due(shard, current.number)
 
     def payload(self, shard: int) -> NDArray[np.uint8]:
         """Where to encode a shard: u8[nbytes], the very bytes that `push` will send."""

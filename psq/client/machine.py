@@ -202,7 +202,8 @@ class Machine:
             raise UsageError(msg)
         self._drop_pushes()  # copies of a round that is over: their buffers are needed now
         self._progress = False
-        self.round = Round(self.replica.version, rate, self._shards, fence=self._beats)
+        version = self.replica.version
+        self.round = Round(version, rate, self._plan.due_shards(version), fence=self._beats)
         return self.round
 
     def push(self, shard: int) -> None:

@@ -2,8 +2,9 @@
 
 A delta applied twice, or to the wrong version, is a wrong weight for ever. So every frame is judged
 here before a byte of it is decoded: apply it, or leave it because the shard has it already. Shards
-move one by one: between two rounds some are a version ahead of others. Pure bookkeeping: no I/O, no
-arrays.
+move one by one: between two rounds some are a version ahead of others. A shard that is not due in
+every round (`Plan.due_after`) has the same weights in several versions, and is counted as having
+the last of these. Pure bookkeeping: no I/O, no arrays.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ class ReplicaVersions:
 
     def _set(self, shard: int, version: int) -> None:
         """Keep the lowest version at hand: it is asked for far more often than it changes."""
+        if version != NONE:
+            version = self._plan.due_after(shard, version)
         before, self._versions[shard] = self._versions[shard], version
         if before == version:
             return

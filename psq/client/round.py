@@ -1,7 +1,7 @@
 """One contribution on its way to one server: what was said of each shard, what became of it.
 
 A contribution is named by `number`, the version of the weights that it was computed from. Of every
-shard that the server owns something is said once: a payload, or nothing (a skip). The verdict comes
+shard due in that round something is said once: a payload, or nothing (a skip). The verdict comes
 for the whole of it and names the shards that were refused; only it says what counts, and silence
 says nothing. Pure bookkeeping: no I/O, no arrays.
 """
@@ -48,7 +48,7 @@ class Round:
     Attributes:
         number: its name, and its `seq`: the version it was computed from.
         rate: the learning rate this worker asks for.
-        shards: what the server owns: something is to be said of each.
+        shards: what the server owns and its round moves: something is to be said of each.
         pushed, skipped: the shards of which something was said so far.
         skipped_whole: nothing was pushed, and one message says so of all shards.
         outcome: the verdict; empty until it is known.

@@ -16,6 +16,9 @@ left out whole. The last one says how far they have moved; of a shard whose grad
 then it says how far the steps before have. No weights are taken in before all of that is said: they
 would move the place that the distance is measured from.
 
+A shard that is not due in a round (`Plan.due`) says nothing in it and its weights stay as they are:
+what it would have said waits in the residual.
+
 Weights are written in `poll` and `finish`, which only `step` calls.
 """
 
@@ -32,6 +35,7 @@ from psq.client import Client, Hooks, Patience, RoundResult
 from psq.codec import ShardCodec, get_codec
 from psq.config import WorkerConfig
 from psq.feedback import Compressor
+from psq.kernels import Buffer
 from psq.plan import Plan
 from psq.torch.parameters import ParameterTable
 from psq_proto.frames import Header
@@ -108,11 +112,17 @@ class Exchange:
         self.encode_s = time.perf_counter() - started_s
 
     def say(self, shard: int) -> None:
-        """Compress and push a shard, or leave it out. Cost: `Compressor.compress`, one CRC."""
+        """Compress and push a shard, or leave it out; or let it wait, where it is not due.
+
+        Cost: `Compressor.compress`, one CRC.
+        """
         started_s = time.perf_counter()
         self._said[shard] = True
-        if self.client.takes_part(shard) and not self._pushed(shard):
-            self.left_out[shard] = self._fault_of(shard)
+        if self.client.takes_part(shard):
+            if not self._pushed(shard):
+                self.left_out[shard] = self._fault_of(shard)
+        elif self.client.rests(shard):
+            self._keep(shard)
         self.encode_s += time.perf_counter() - started_s
 
     def say_rest(self) -> None:
@@ -147,26 +157,45 @@ class Exchange:
         self.client.push(shard)
         return True
 
+    def _keep(self, shard: int) -> None:
+        """Let what the shard has to say wait in the residual."""
+        if self._is_local:
+            self._write_drift(shard, None)
+            return
+        gradients = self._table.gradients(shard)
+        is_finite = self._is_finite(shard)
+        if is_finite or not self._reads_first:
+            weights = self._table.weights(shard)
+            self.compressor.absorb(shard, gradients, self.rate, weights)
+
     def _pushed_drift(self, shard: int) -> bool:
         """Push how far local steps have moved the shard, if that is finite."""
-        payload, compressor = self.client.payload(shard), self.compressor
-        gradients = self._table.gradients(shard)
-        is_finite = compressor.finite(gradients)
-        if not is_finite:
-            self.left_out[shard] = self._fault_of(shard)
-        compressor.compress_drift(
+        payload = self.client.payload(shard)
+        self._write_drift(shard, payload)
+        if not self.compressor.payload_finite(shard, payload):
+            self.restore(shard)
+            return False
+        self.client.push(shard)
+        return True
+
+    def _write_drift(self, shard: int, payload: Buffer | None) -> None:
+        """Compress it, or let it wait where there is no payload to write."""
+        gradients = self._table.gradients(shard) if self._is_finite(shard) else None
+        self.compressor.compress_drift(
             shard,
-            gradients if is_finite else None,
+            gradients,
             self.rate,
             payload,
             weights=self._table.local(shard),
             start=self._table.weights(shard),
         )
-        if not compressor.payload_finite(shard, payload):
-            self.restore(shard)
-            return False
-        self.client.push(shard)
-        return True
+
+    def _is_finite(self, shard: int) -> bool:
+        """Whether all gradients of a shard are; if not it is noted."""
+        if self.compressor.finite(self._table.gradients(shard)):
+            return True
+        self.left_out[shard] = self._fault_of(shard)
+        return False
 
     def _fault_of(self, shard: int) -> str:
         tensors = [segment.tensor for segment in self._shards[shard].segments]

@@ -145,3 +145,32 @@ def test_no_delta_is_ever_applied_twice_or_to_the_wrong_version(frames):
             values[part] = version
         whole = values[0] is not None and values[0] == values[1]
         assert versions.version == (values[0] if whole else -1)
+
+
+def test_a_shard_that_is_not_due_counts_as_having_the_versions_until_it_is():
+    recipe = preset("server-adam").with_codecs(uplink="sign").with_rhythm(every=2)
+    plan = Plan.of([("w", (70_000,))], recipe, 1)
+    versions = ReplicaVersions(plan)
+    for shard in plan.owned:
+        versions.took(weights(0, shard.index))
+    assert versions.version == 0  # of the shards that round 0 moves
+    assert set(versions.versions.values()) == {0, 1}
+    for round_ in range(4):
+        for shard in plan.due_shards(round_):
+            size = payload_bytes(plan, shard)
+            assert versions.version == round_
+            assert not versions.wants(delta(round_, shard), size)
+            assert versions.wants(delta(round_ + 1, shard), size)
+            assert versions.misses(delta(round_ + 3, shard))
+            versions.took(delta(round_ + 1, shard))
+        assert versions.version == round_ + 1
+
+
+def test_full_weights_of_a_shard_that_has_not_moved_since_are_not_wanted_again():
+    recipe = preset("server-adam").with_codecs(uplink="sign").with_rhythm(every=2)
+    plan = Plan.of([("w", (70_000,))], recipe, 1)
+    versions = ReplicaVersions(plan)
+    late, size = plan.due_shards(1)[0], 4 * plan.layout.shards[plan.due_shards(1)[0]].numel
+    versions.took(weights(0, late))
+    assert not versions.wants(weights(1, late), size)
+    assert versions.wants(weights(2, late), size)

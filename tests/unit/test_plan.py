@@ -302,3 +302,47 @@ def test_damaged_bytes_of_a_plan_are_a_plan_or_refused(patch, data):
     except RemotePlanError:
         return
     assert made.body == body
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("every", [1, 3])
+def test_each_shard_is_due_once_in_so_many_rounds_and_each_server_moves_some_in_each(
+    servers, every
+):
+    recipe = preset("server-adam").with_rhythm(every=every)
+    job = Plan.of([("w", (400_000,))], recipe, 2, servers=servers)
+    for server in range(servers):
+        plan = job.for_server(server)
+        rounds = [plan.due_shards(r) for r in range(7, 7 + every)]
+        assert all(rounds)
+        assert sorted(k for due in rounds for k in due) == [s.index for s in plan.owned]
+        assert max(map(len, rounds)) - min(map(len, rounds)) <= 1
+        assert all(job.due(k, 7 + turn) for turn, due in enumerate(rounds) for k in due)
+
+
+def test_a_shard_keeps_its_weights_until_the_round_that_is_due():
+    recipe = preset("server-adam").with_rhythm(every=3)
+    plan = Plan.of([("w", (400_000,))], recipe, 2)
+    for shard in plan.owned:
+        for version in range(10):
+            due = plan.due_after(shard.index, version)
+            assert version <= due < version + 3
+            assert plan.due(shard.index, due)
+            assert not any(plan.due(shard.index, r) for r in range(version, due))
+
+
+def test_a_model_with_too_few_shards_to_take_turns_is_refused_when_it_is_cut():
+    recipe = preset("server-adam").with_rhythm(every=5)
+    plan = Plan.of([("w", (3 * 8192,))], recipe, 2)
+    with pytest.raises(ConfigError, match="every=5 needs as many shards on each server"):
+        _ = plan.layout
+    with pytest.raises(RemotePlanError, match="every=5 needs as many shards"):
+        Plan.parse(plan.body)
+
+
+@pytest.mark.parametrize("consistency", ["ssp:1", "asp"])
+def test_shards_take_turns_only_where_nothing_is_stale(consistency):
+    recipe = preset("server-adam").with_rhythm(every=2)
+    with pytest.raises(ConfigError, match="every=2 needs bsp"):
+        Plan.of([("w", (400_000,))], recipe, 2, consistency=consistency)
+    Plan.of([("w", (400_000,))], recipe, 2, consistency="bsp,quorum=1")

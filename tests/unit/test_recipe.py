@@ -157,11 +157,14 @@ def test_an_uplink_speaks_every_so_many_steps_and_nothing_else(every):
         Recipe.from_plain(plain)
 
 
-def test_shards_that_take_turns_are_refused_rather_than_ignored():
+def test_shards_take_turns_only_where_what_they_do_not_say_can_wait():
+    assert preset("server-adam").with_rhythm(every=2).uplink.every == 2
+    with pytest.raises(ConfigError, match="every=2 needs error feedback"):
+        preset("fp32").with_rhythm(every=2)
+
+
+def test_a_recipe_without_its_rhythm_is_none():
     plain = preset("server-adam").to_plain()
-    plain["uplink"]["every"] = 2
-    with pytest.raises(ConfigError, match="every=2 is not supported yet"):
-        Recipe.from_plain(plain)
     del plain["uplink"]["every"]
     with pytest.raises(ConfigError, match="not a recipe: KeyError"):
         Recipe.from_plain(plain)

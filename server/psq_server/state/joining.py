@@ -181,9 +181,8 @@ def _plan_of(world: World, peer: Peer) -> Plan:
 
 def _adopt(world: World, plan: Plan) -> None:
     world.job = Job(plan)
-    shards = tuple(world.job.shards)
-    world.round = OpenRound(0, shards, world.now_s)
-    world.versions = dict.fromkeys(shards, 0)
+    world.round = OpenRound(0, plan.due_shards(0), world.now_s)
+    world.versions = dict.fromkeys(world.job.shards, 0)
     world.out.append(Adopt(plan))
     world.log(
         "job",

@@ -30,7 +30,8 @@ Invariants, which `validate` checks:
 
 - a shard is reduced once a round, and a rank's payload counts at most once in it;
 - the version grows by exactly 1, equals the open round, and is the least of the shards' versions;
-  a shard is at most one ahead, and only while the open round has reduced it;
+  a shard is at most one ahead, and only while the open round has reduced it (one that a round
+  does not move has its version all the same);
 - a contribution that counts is at most as stale as the consistency allows;
 - a shard is said in one way only: staged, counted, skipped or refused;
 - nobody has a verdict for a contribution that is still open, or one that is not committed;
@@ -273,7 +274,9 @@ class ServerState:
         assert not (open_round.is_reduced and open_round.shards), "a round was not committed"
         for shard, version in world.versions.items():
             ahead = open_round.closed.get(shard) is not None
-            assert version == world.version + ahead, (shard, version, world.version)
+            now = job.plan.due_after(shard, world.version + ahead)
+            assert job.plan.due_after(shard, version) == now, (shard, version, world.version)
+            assert version <= world.version + ahead, (shard, version, world.version)
         for rank, mine in contributions:
             self._check_contribution(rank, mine)
         staged_bytes = sum(mine.staged_bytes for _, mine in contributions)
@@ -289,7 +292,7 @@ class ServerState:
         assert mine.payloads.keys() | mine.counted == mine.checksums.keys(), rank
         said = [*mine.checksums, *mine.nothing, *mine.refused]
         assert len(said) == len(set(said)) == mine.said_count, (rank, sorted(said))
-        assert job.shards.keys() >= set(said), (rank, sorted(said))
+        assert set(said) <= set(world.round.shards), (rank, sorted(said))
         assert not mine.counted - world.round.closed.keys(), rank
         if not world.round.whole:
             assert not mine.payloads.keys() & world.round.closed.keys(), rank

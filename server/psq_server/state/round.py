@@ -82,7 +82,7 @@ class OpenRound:
 
     Args:
         number: the round; it turns version `number` into `number` + 1.
-        shards: the indexes of the shards that make a contribution complete, ascending.
+        shards: the indexes of the shards that it moves, ascending: a contribution says all of them.
         opened_s: when it began.
 
     Attributes:
@@ -250,9 +250,9 @@ class OpenRound:
                 self.staged_bytes -= payload.nbytes
         return tuple(payloads)
 
-    def following(self, now_s: float) -> OpenRound:
+    def following(self, shards: tuple[int, ...], now_s: float) -> OpenRound:
         """The next round, with what this one leaves: contributions that it did not take."""
-        following = OpenRound(self.number + 1, self.shards, now_s)
+        following = OpenRound(self.number + 1, shards, now_s)
         if self.whole:
             following._contributions = self._contributions
             following.staged_bytes = self.staged_bytes

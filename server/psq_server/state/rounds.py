@@ -140,13 +140,13 @@ def _commit(world: World) -> None:
     """Version r becomes r + 1."""
     closed = world.round
     world.version += 1
-    world.round = closed.following(world.now_s)
+    world.round = closed.following(world.need_job().plan.due_shards(world.version), world.now_s)
     world.counts.rounds += 1
     staleness: list[int] = []
     for rank, mine in sorted(closed.closing.items()) if closed.whole else closed.items():
         if mine.counts:
             staleness.append(closed.number - mine.base)
-        _settle(world, world.members[rank], mine, world.version)
+        _settle(world, world.members[rank], mine, closed.shards, world.version)
     world.counts.max_staleness = max([world.counts.max_staleness, *staleness])
     world.server_s = 0.0
     world.note_opened()
@@ -175,9 +175,11 @@ def reject_late(world: World, member: Member, seq: int) -> None:
     resolve(world, member, Verdict("rejected", reason), seq, world.version)
 
 
-def _settle(world: World, member: Member, mine: Contribution, version: int) -> None:
+def _settle(
+    world: World, member: Member, mine: Contribution, shards: tuple[int, ...], version: int
+) -> None:
     """Resolve a contribution as what it came to: all of it counts, or some, or nothing."""
-    rejected = mine.uncounted(world.round.shards)
+    rejected = mine.uncounted(shards)
     if not mine.counts:
         resolve(world, member, Verdict("rejected", clip_text(mine.reason)), mine.base, version)
         return
@@ -233,4 +235,4 @@ def abandon_round(world: World, reason: str) -> None:
         version = abandoned.number + 1 if mine.counted else abandoned.number
         if not mine.counted:
             mine.nothing.clear()
-        _settle(world, world.members[rank], mine, version)
+        _settle(world, world.members[rank], mine, abandoned.shards, version)

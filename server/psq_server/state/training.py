@@ -93,7 +93,11 @@ def on_pull(world: World, peer: Peer, message: Message) -> None:
 
 
 def _send_lacking(world: World, member: Member, peer: Peer, have: int) -> None:
-    """Send each shard of which this worker may have an older version than this server."""
+    """Send each shard of which this worker may have an older version than this server.
+
+    One that it lacks the last move of is repeated, for a delta meets what the worker has then.
+    """
+    plan = world.need_job().plan
     if have == NO_VERSION:
         member.base = world.version
     repeated: dict[int, list[int]] = {}
@@ -101,7 +105,8 @@ def _send_lacking(world: World, member: Member, peer: Peer, have: int) -> None:
     for shard, version in world.versions.items():
         if have != NO_VERSION and version <= have:
             continue
-        if shard in world.last_frames and (version == have + 1 or _replaces(world)):
+        last = have != NO_VERSION and version == plan.due_after(shard, have) + 1
+        if shard in world.last_frames and (last or _replaces(world)):
             repeated.setdefault(version, []).append(shard)
         else:
             whole[shard] = version
@@ -242,6 +247,10 @@ def _check_shard(world: World, member: Member, header: Header) -> None:
     except RemotePayloadError as error:
         msg = f"{_who(member, header)}: {error}"
         raise RemoteProtocolError(msg) from error
+    due = world.need_job().plan.due_after(header.shard, header.round)
+    if due != header.round:
+        msg = f"{_who(member, header)}: it is not due before round {due} by the plan"
+        raise RemoteProtocolError(msg)
 
 
 def _repeats(member: Member, mine: Contribution, header: Header) -> bool:

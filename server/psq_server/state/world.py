@@ -84,7 +84,8 @@ class World:
         self.version = 0
         self.round = OpenRound(0, ())
         self.versions: dict[int, int] = {}
-        """Of each shard: `version`, or one more if the open round has reduced it already."""
+        """Of each shard, the version that moved it last; up to the next round that moves it
+        (`Plan.due_after`) its weights are those of every version."""
         self.last_frames: dict[int, Buffer] = {}
         """Of each shard, what was broadcast last."""
         self.server_s = 0.0

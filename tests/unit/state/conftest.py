@@ -129,8 +129,8 @@ class Worker:
         return self.send(MessageType.PUSH, body, **{**header, **fields})
 
     def push_all(self, round_=None, **fields):
-        for shard in self.plan.owned:
-            self.push(shard.index, round_, **fields)
+        for shard in self.plan.due_shards(self.cluster.version if round_ is None else round_):
+            self.push(shard, round_, **fields)
 
     def skip(self, round_=None, *, shard=NO_SHARD):
         number = self.cluster.version if round_ is None else round_

@@ -14,17 +14,19 @@ from hypothesis.stateful import (
 )
 
 from psq import layout
+from psq.recipe import preset
 from psq_proto.errors import UsageError
 from psq_proto.messages import NO_SHARD, NO_VERSION, Verdict
 from psq_server.state import PeerBehind, PeerGone, Reduce, Stop
 
 SPECS = [("big", (layout.SPLIT_NUMEL,)), ("small", (10,))]
+RECIPE = preset("server-adam").with_codecs(uplink="sign")
 RANKS = st.integers(0, 2)
 EXAMPLES = 60
 STEPS = 50
 
 
-def machine_of(cluster, plan_of, reached):  # noqa: C901 - one class of many small rules
+def machine_of(cluster, plan_of, reached, recipe):  # noqa: C901 - one class of many small rules
     """A class, because hypothesis wants one; `reached` takes the version each run got to."""
 
     class Conversation(RuleBasedStateMachine):
@@ -32,7 +34,7 @@ def machine_of(cluster, plan_of, reached):  # noqa: C901 - one class of many sma
 
         @initialize()
         def begin(self):
-            self.job = cluster(plan_of(3, specs=SPECS), give_up_after_s=1e6)
+            self.job = cluster(plan_of(3, specs=SPECS, recipe=recipe), give_up_after_s=1e6)
             self.job.hold_reductions = True
             self.workers = dict(enumerate(self.job.started()))
 
@@ -143,6 +145,10 @@ def machine_of(cluster, plan_of, reached):  # noqa: C901 - one class of many sma
                 return
             reduced = [(action.round, action.shard) for action in self.job.of(Reduce)]
             assert len(reduced) == len(set(reduced)), "a shard was reduced twice in a round"
+            assert all(self.job.plan.due(shard, round_) for round_, shard in reduced)
+            for round_ in range(self.job.version):
+                moved = {shard for r, shard in reduced if r == round_}
+                assert moved == set(self.job.plan.due_shards(round_)), round_
             assert len(self.job.of(Stop)) <= 1
             reached.append(self.job.version)
 
@@ -154,10 +160,11 @@ def _small_shards(monkeypatch):
     monkeypatch.setattr(layout, "MAX_SHARD_NUMEL", layout.SPLIT_NUMEL)
 
 
-def test_no_conversation_breaks_an_invariant(cluster, plan_of):
-    reached = []
+@pytest.mark.parametrize("every", [1, 2])
+def test_no_conversation_breaks_an_invariant(cluster, plan_of, every):
+    reached, recipe = [], RECIPE.with_rhythm(every=every)
     run_state_machine_as_test(
-        machine_of(cluster, plan_of, reached),
+        machine_of(cluster, plan_of, reached, recipe),
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
