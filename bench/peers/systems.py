@@ -91,7 +91,7 @@ class Psq:
     residual: str = "f32"
 
     def start(self, setup: Setup, running: Running) -> None:
-        endpoints = [self._server(setup, running, machine) for machine in self._hosts(setup)]
+        endpoints = self.servers(setup, running)
         env = {"PSQ_RECIPE": self.recipe, "PSQ_RESIDUAL": self.residual}
         env |= {"PSQ_UPLINK": self.uplink} if self.uplink else {}
         env |= {"PSQ_DOWNLINK": self.downlink} if self.downlink else {}
@@ -113,6 +113,10 @@ class Psq:
 
     def _recipe(self) -> Recipe:
         return preset(self.recipe).with_codecs(uplink=self.uplink, downlink=self.downlink)
+
+    def servers(self, setup: Setup, running: Running) -> list[str]:
+        """Start its servers; returns their addresses."""
+        return [self._server(setup, running, machine) for machine in self._hosts(setup)]
 
     def _hosts(self, setup: Setup) -> list[str]:
         return setup.machines[: self.beside] or [SERVER]

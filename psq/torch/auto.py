@@ -7,7 +7,9 @@ The time of forward and backward is not measured, and need not be: without overl
 number in every candidate's prediction and cancels. With overlap it hides some of the difference,
 never turns it round.
 
-Rank 0 speaks for all: its link and its cores are taken for everybody's. A rank 0 that comes back to
+Rank 0 speaks for all: its link and its cores are taken for everybody's. One whose servers are all
+on loopback takes the whole job to be on this machine, so where it is not, rank 0 should be a worker
+that reaches a server as the others do. A rank 0 that comes back to
 a job that runs takes over that job's codecs like any other rank.
 """
 
@@ -52,7 +54,7 @@ _log = logging.getLogger("psq.torch")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The recipe of the job, and why it is this one."""
+    """The recipe of the job, and why it is this one: "reason: codecs"."""
 
     recipe: Recipe
     words: str
@@ -151,8 +153,9 @@ def _check_same_model(job: Plan, specs: Specs, endpoint: str) -> None:
 
 
 def _with_codecs_of(recipe: Recipe, chosen: Recipe) -> Recipe:
-    """The chosen recipe with this worker's Adam settings: if they differ, the server says so."""
-    return replace(chosen, direction=recipe.direction, apply=recipe.apply)
+    """The chosen recipe's codecs in this worker's: if others ask for more, the server says so."""
+    uplink = replace(chosen.uplink, every=recipe.uplink.every)
+    return replace(chosen, direction=recipe.direction, uplink=uplink, apply=recipe.apply)
 
 
 def _probed(endpoints: Sequence[str]) -> Sequence[str]:
@@ -180,8 +183,8 @@ def _reason(advice: Advice, cluster: Cluster) -> str:
     took = 1e3 * chosen.prediction.step_s
     against = "" if not advice.pays else f" where dense fp32 takes {1e3 * dense:.1f}"
     return (
-        f"chosen {where}: {_codecs(chosen.candidate.make())}, predicted {took:.1f} ms of "
-        f"communication a step{against}"
+        f"chosen {where}, predicted {took:.1f} ms of communication a step{against}: "
+        f"{_codecs(chosen.candidate.make())}"
     )
 
 
