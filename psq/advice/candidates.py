@@ -81,7 +81,6 @@ _ALL: Final = (
     Candidate("bf16", "fp32", "bf16", "delta:bf16"),
     Candidate("8 bits", "server-adam", "uniform:bits=8", "delta:uniform:bits=8"),
     Candidate("8 + 4 bits", "server-adam", "uniform:bits=8", "delta:uniform:bits=4"),
-    Candidate("4 bits", "server-adam", "lloyd-max:bits=4,block=256", "delta:uniform:bits=4"),
     Candidate("default, 4 + 3 bits", "server-adam"),
     Candidate("4 + 1 bits", "server-adam", "log:k=6,block=256", "delta:sign"),
     Candidate("qadam-1bit", "qadam-1bit"),

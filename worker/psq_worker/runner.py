@@ -234,7 +234,8 @@ def _recipe_words(recipe: Recipe, choice: str) -> str:
         words += f", {recipe.direction.local_steps} local steps a round"
     if recipe.uplink.every > 1:
         words += f", each shard in every {recipe.uplink.every}th step"
-    return f"{words}, codec auto: {choice}" if choice else words
+    reason = choice.partition(": ")[0]  # the codecs stand there already
+    return f"{words}, codec auto: {reason}" if choice else words
 
 
 def _every_s(config: WorkerConfig) -> float:
