@@ -106,7 +106,7 @@ def parse() -> argparse.Namespace:
             _ = rate == LOOPBACK or netns.rate_of(rate)
         except ValueError as error:
             parser.error(f"--cases: {error}")
-    options.fresh, options.least_steps, options.cache = False, 2, Path()
+    options.fresh, options.cache = False, Path()
     return options
 
 

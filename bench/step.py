@@ -55,6 +55,7 @@ class Seat:
     system: System
     running: Running | None = None
     count: int = 0
+    least_steps: int = 2
     failure: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     rounds: list[list[float]] = field(default_factory=list)
@@ -124,7 +125,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 def compare(rate: str, size: str, options: argparse.Namespace, logs: Path) -> dict[str, Any]:
     """All systems at one rate and size."""
-    seats = [Seat(SYSTEMS[name]) for name in options.systems.split(",")]
+    names = options.systems.split(",")
+    seats = [Seat(SYSTEMS[name], least_steps=options.least_steps) for name in names]
     result = {"rate": rate, "size": size, "workers": options.workers}
     if rate != LOOPBACK and (reason := netns.unavailable()):
         return {**result, "skipped": reason}
@@ -154,7 +156,7 @@ def take_turn(seat: Seat, setup: Setup, options: argparse.Namespace, *, last: bo
     """One round of one system, which is started for it if it does not run."""
     try:
         if seat.running is None:
-            start(seat, setup, options)
+            start(seat, setup, options.seconds)
         measure(seat, setup.site)
     except (FailedError, UnavailableError) as error:
         seat.failure = str(error)
@@ -164,14 +166,14 @@ def take_turn(seat: Seat, setup: Setup, options: argparse.Namespace, *, last: bo
         end(seat)
 
 
-def start(seat: Seat, setup: Setup, options: argparse.Namespace) -> None:
+def start(seat: Seat, setup: Setup, seconds: float) -> None:
     """Start it, warm it up, and settle how many steps a round has."""
     seat.running = Running()
     seat.system.start(setup, seat.running)
     seat.versions = seat.running.versions
     warm = seat.running.steps(seat.system.warm_up)
-    wanted = round(options.seconds / warm["steps"][-1])
-    seat.count = seat.count or max(options.least_steps, min(MAX_STEPS, wanted))
+    wanted = round(seconds / warm["steps"][-1])
+    seat.count = seat.count or max(seat.least_steps, min(MAX_STEPS, wanted))
 
 
 def measure(seat: Seat, site: Site) -> None:
