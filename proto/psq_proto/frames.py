@@ -42,12 +42,14 @@ __all__ = [
     "NO_RUN",
     "Buffer",
     "Frame",
+    "Glance",
     "Header",
     "decode_control",
     "decode_frame",
     "digest64",
     "encode_control",
     "encode_frame",
+    "glance",
     "pack_header",
     "seal",
 ]
@@ -60,6 +62,7 @@ NO_RUN: Final = bytes(16)
 """The run_id of a worker that belongs to no run yet."""
 
 _LAYOUT: Final = struct.Struct("<4sBBH16sIIIIQQQdQIIIII")
+_GLANCE: Final = struct.Struct("<5xB26xI12xQ24xI16x")
 _CRC: Final = struct.Struct("<I")
 HEADER_BYTES: Final = _LAYOUT.size
 MAX_FRAME_BYTES: Final = HEADER_BYTES + MAX_PAYLOAD_BYTES
@@ -115,6 +118,25 @@ class Frame(NamedTuple):
 
     header: Header
     body: memoryview
+
+
+class Glance(NamedTuple):
+    """Some fields of a header, as they stand there: not checked."""
+
+    type: int
+    rank: int
+    round: int
+    shard: int
+
+
+def glance(frame: Buffer) -> Glance | None:
+    """What a frame seems to be, for those who only watch; None where there is no whole header.
+
+    Nothing may be done because of it: the frame may be damaged, or a lie.
+    """
+    if len(frame) < HEADER_BYTES:
+        return None
+    return Glance._make(_GLANCE.unpack_from(frame))
 
 
 def _misuse(header: Header) -> str:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from psq.client.channel import Channel
 from psq.client.hooks import Hooks
 from psq.client.machine import Machine
+from psq.client.offset import ClockOffset
 from psq.client.pulse import Pulse
 from psq.client.round import RoundResult, merge
 from psq.client.waits import Patience, Wait
@@ -34,6 +35,7 @@ from psq.clock import parse_consistency
 from psq.errors import ConfigError, GaveUpError, PsqError
 from psq.link import WorkerLinks
 from psq.plan import Plan
+from psq.timeline import MIN_WAIT_S, NOWHERE, Phase, Timeline
 from psq_proto.messages import Leave, clip_text
 
 __all__ = ["Client"]
@@ -60,6 +62,7 @@ class Client:
         patience: how it waits.
         rng: jitter, nonces and the lineage come from it.
         clock: seconds, monotonic.
+        timeline: records the waits, on the same clock.
 
     Raises:
         ConfigError: the rank is not in the plan, an endpoint is no address, or there are not as
@@ -76,12 +79,15 @@ class Client:
         patience: Patience | None = None,
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
+        timeline: Timeline | None = None,
     ) -> None:
         self.plan = plan
         self.rank = rank
         self.waited_s = 0.0  # what blocked `join` and `finish`, in all
         self._patience = patience or Patience()
         self._clock = clock
+        self._timeline = timeline
+        self._step = NOWHERE
         self._in_step = parse_consistency(plan.consistency).max_staleness == 0
         addresses = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
         if len(addresses) != plan.servers:
@@ -153,6 +159,11 @@ class Client:
         """How often a residual had to start again from zero."""
         return sum(machine.resets for machine in self._machines)
 
+    @property
+    def clock_offsets(self) -> list[ClockOffset | None]:
+        """How far each server's clock is from this machine's; None before its first answer."""
+        return [machine.offset.best for machine in self._machines]
+
     def join(self) -> int:
         """Join the job and take the weights; blocks until every server has some.
 
@@ -180,7 +191,7 @@ class Client:
             The step's number: the lowest version of the weights.
         """
         with self._lock:
-            step = self.version
+            step = self._step = self.version
             for machine in self._machines:
                 if machine.replica.version == step or not self._in_step:
                     machine.begin(rate)
@@ -326,10 +337,15 @@ class Client:
         before_s = self._clock() if timeout_s else 0.0
         ready = self._links.wait(timeout_s, blocked if timeout_s else ())
         if timeout_s:
-            self.waited_s += self._clock() - before_s
+            self._note_wait(before_s, self._clock())
         for index in ready:
             self._channels[index].take_in()
         return bool(ready)
+
+    def _note_wait(self, start_s: float, end_s: float) -> None:
+        self.waited_s += end_s - start_s
+        if self._timeline is not None and end_s - start_s >= MIN_WAIT_S:
+            self._timeline.add(Phase.WAIT, start_s, end_s=end_s, round=self._step)
 
     def _pause_s(self, wait: Wait, now_s: float) -> float:
         """How long nothing has to be done, unless something comes."""

@@ -37,6 +37,7 @@ from typing import Final
 import psq
 from psq.client.frames import PushFrames
 from psq.client.hooks import Hooks
+from psq.client.offset import OffsetEstimate
 from psq.client.replica import ReplicaVersions
 from psq.client.round import Round
 from psq.client.waits import Backoff, name_ranks
@@ -125,6 +126,7 @@ class Machine:
         self.round: Round | None = None
         self.left = False
         self.notes: deque[str] = deque(maxlen=64)
+        self.offset = OffsetEstimate()
         self.damaged_frames = 0
         self.resent_frames = 0
         self.resets = 0
@@ -261,8 +263,10 @@ class Machine:
 
     def sent(self, now_s: float) -> None:
         """The link has taken what `next_frame` gave."""
-        self._outbox.popleft()
+        frame = self._outbox.popleft()
         self._alone_since_s = None
+        if frame[_TYPE_OFFSET] == MessageType.HEARTBEAT:
+            self.offset.asked(now_s)
         if self.session.state is State.GREETED:
             self._hello_at_s = now_s + self._backoff.next_s()
 
@@ -385,6 +389,7 @@ class Machine:
     def answered_unseen(self) -> None:
         """A STATUS came that nobody will look at: one heartbeat fewer is under way."""
         self._answers += 1
+        self.offset.unseen()
 
     def receive(self, frame: memoryview, now_s: float) -> None:
         """Take in one frame.
@@ -416,6 +421,7 @@ class Machine:
             case Welcome():
                 self._on_welcome(body, now_s)
             case Status():
+                self.offset.answered(now_s, body.clock_s)
                 self._on_status(body)
             case Verdict():
                 self._on_verdict(header, body)
@@ -441,6 +447,7 @@ class Machine:
         self._nonce = self._rng.getrandbits(64)
         self._outbox.clear()
         self._beats = self._answers = 0
+        self.offset.restart()
         self._beat_at_s = now_s  # at once: its answer says what arrived
         self._pull = True
         self._initial = self._initial_frames() if welcome.init_wanted else None

@@ -83,6 +83,12 @@ class ServerConfig:
     insecure_plaintext: bool = switch(
         "allow an address other than loopback although nothing is encrypted"
     )
+    timeline_filename: str | None = setting(
+        None,
+        "record where the time goes and write it as a Chrome trace; of t.json each process writes "
+        "its part, as t.rank0.json or t.server0.json",
+        metavar="FILE",
+    )
     json: bool = switch("end with a summary as one JSON line on stdout")
     debug: bool = switch("show a traceback with an error")
 
@@ -208,6 +214,12 @@ class WorkerConfig:
         key="progress_every",
         low=0,
         high=3600,
+    )
+    timeline_filename: str | None = setting(
+        None,
+        "record where the time goes and write it as a Chrome trace; of t.json each process writes "
+        "its part, as t.rank0.json or t.server0.json",
+        metavar="FILE",
     )
     json: bool = switch("end with a summary as one JSON line on stdout")
     debug: bool = switch("show a traceback with an error")

@@ -37,6 +37,7 @@ from psq.config import WorkerConfig
 from psq.feedback import Compressor
 from psq.kernels import Buffer
 from psq.plan import Plan
+from psq.timeline import Phase, Timeline
 from psq.torch.parameters import ParameterTable
 from psq_proto.frames import Header
 from psq_proto.messages import Flags
@@ -60,8 +61,16 @@ class Exchange:
         decode_s: spent in decoding in that step.
     """
 
-    def __init__(self, table: ParameterTable, plan: Plan, config: WorkerConfig) -> None:
+    def __init__(
+        self,
+        table: ParameterTable,
+        plan: Plan,
+        config: WorkerConfig,
+        timeline: Timeline | None = None,
+    ) -> None:
         self._table = table
+        self._timeline = timeline
+        self._say_at_s = 0.0
         self._shards = plan.layout.shards
         self.compressor = Compressor(
             plan, config.rank, seed=config.seed, residual_dtype=config.residual
@@ -84,6 +93,7 @@ class Exchange:
             Hooks(table.flat_weights, self.decode, self.restore, self.reset),
             patience=Patience(give_up_after_s=config.give_up_after_s),
             rng=random.Random(),  # noqa: S311 - jitter and names; must differ between processes
+            timeline=timeline,
         )
 
     def begin(self, rate: float) -> None:
@@ -97,7 +107,7 @@ class Exchange:
 
     def step_locally(self, rate: float) -> None:
         """Take a step on this worker's own weights, unless a gradient is not finite."""
-        started_s = time.perf_counter()
+        started_s = time.monotonic()
         self.rate = rate
         self.left_out.clear()
         self.decode_s = 0.0
@@ -109,21 +119,21 @@ class Exchange:
                 gradients, own = self._table.gradients(shard), self._table.local(shard)
                 self.compressor.descend(shard, gradients, rate, own)
             self._table.publish_local()
-        self.encode_s = time.perf_counter() - started_s
+        self.encode_s = time.monotonic() - started_s
 
     def say(self, shard: int) -> None:
         """Compress and push a shard, or leave it out; or let it wait, where it is not due.
 
         Cost: `Compressor.compress`, one CRC.
         """
-        started_s = time.perf_counter()
+        started_s = self._say_at_s = time.monotonic()
         self._said[shard] = True
         if self.client.takes_part(shard):
             if not self._pushed(shard):
                 self.left_out[shard] = self._fault_of(shard)
         elif self.client.rests(shard):
             self._keep(shard)
-        self.encode_s += time.perf_counter() - started_s
+        self.encode_s += time.monotonic() - started_s
 
     def say_rest(self) -> None:
         """Say what was not said yet, first shards first, taking in weights that come meanwhile."""
@@ -154,7 +164,7 @@ class Exchange:
         if not self.compressor.payload_finite(shard, payload):
             self.restore(shard)
             return False
-        self.client.push(shard)
+        self._push(shard, payload.nbytes)
         return True
 
     def _keep(self, shard: int) -> None:
@@ -175,8 +185,18 @@ class Exchange:
         if not self.compressor.payload_finite(shard, payload):
             self.restore(shard)
             return False
-        self.client.push(shard)
+        self._push(shard, payload.nbytes)
         return True
+
+    def _push(self, shard: int, payload_bytes: int) -> None:
+        timeline = self._timeline
+        if timeline is None:
+            self.client.push(shard)
+            return
+        said = {"shard": shard, "round": self.step, "nbytes": payload_bytes}
+        encoded_s = timeline.add(Phase.ENCODE, self._say_at_s, **said)
+        self.client.push(shard)
+        timeline.add(Phase.PUSH, encoded_s, **said)
 
     def _write_drift(self, shard: int, payload: Buffer | None) -> None:
         """Compress it, or let it wait where there is no payload to write."""
@@ -207,7 +227,7 @@ class Exchange:
 
     def decode(self, header: Header, body: memoryview) -> None:
         """Weights came: into the parameters with them (see `ReplicaVersions` for what comes)."""
-        started_s = time.perf_counter()
+        started_s = time.monotonic()
         shard = header.shard
         codec, out = self._downlinks[shard], self._table.weights(shard)
         if Flags.DELTA in header.flags:
@@ -220,7 +240,10 @@ class Exchange:
         else:
             codec.check(body)
             codec.decode_segments(body, out)
-        self.decode_s += time.perf_counter() - started_s
+        self.decode_s += time.monotonic() - started_s
+        if self._timeline is not None:
+            came = {"shard": shard, "round": header.version - 1, "nbytes": body.nbytes}
+            self._timeline.add(Phase.DECODE, started_s, **came)
 
     def restore(self, shard: int) -> None:
         """What was said of a shard in this step did not count: it is still to be said."""

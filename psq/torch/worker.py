@@ -25,6 +25,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self, TypeAlias
 
@@ -35,9 +37,10 @@ from psq.adam_text import with_adam_text
 from psq.advice.candidates import Specs
 from psq.client import RoundResult
 from psq.config import DEFAULT_LR, WorkerConfig, worker_config
-from psq.errors import ConfigError, UsageError
+from psq.errors import ConfigError, StateError, UsageError
 from psq.plan import Plan
 from psq.recipe import AdamConfig, Recipe, preset
+from psq.timeline import Phase, Process, Timeline, check_writable, write_part
 from psq.torch.exchange import Exchange
 from psq.torch.overlap import Overlap
 from psq.torch.parameters import ParameterTable
@@ -112,6 +115,7 @@ class Worker:
     Raises:
         ConfigError: an argument, a parameter of the model, or PSQ_KERNEL cannot be used.
         GaveUpError: no server answered in time.
+        StateError: the timeline that was asked for cannot be written there.
         RemotePlanError, RefusedError: the server trains something else, or does not want this rank.
     """
 
@@ -175,7 +179,12 @@ class Worker:
         self._accumulating = False
         self._failed = ""
         self._process = os.getpid()
-        self._exchange = Exchange(self._table, self.plan, config)
+        self._timeline_path = Path(config.timeline_filename or "")
+        self._timeline: Timeline | None = None
+        if config.timeline_filename is not None:
+            check_writable(self._timeline_path)
+            self._timeline = Timeline()
+        self._exchange = Exchange(self._table, self.plan, config, self._timeline)
         self._client = self._exchange.client
         self._compressor = self._exchange.compressor
         self._overlap: Overlap | None = None
@@ -189,7 +198,7 @@ class Worker:
                 say=self._say_early,
                 fail=self._fail,
             )
-        self._returned_s = time.perf_counter()
+        self._returned_s = time.monotonic()
         self._counted = (self._client.sent_bytes, self._client.received_bytes)
 
     def __enter__(self) -> Self:
@@ -313,19 +322,25 @@ class Worker:
             self._overlap.close()
         if self._local_step:
             self._drop_local_steps()
-        self._client.leave(reason, text)
+        try:
+            self._client.leave(reason, text)
+        finally:
+            self._write_timeline(reason)
 
     # ---- one round
 
     def _round(self) -> StepReport:
-        started_s, exchange, client = time.perf_counter(), self._exchange, self._client
+        started_s, exchange, client = time.monotonic(), self._exchange, self._client
         self._begin()
+        self._record(Phase.COMPUTE, exchange.step, self._returned_s, started_s)
         early_s = exchange.encode_s
         watch = _Watch(exchange, started_s)
         exchange.say_rest()
         encode_s, fault = watch.lap_s(), self._fault()
+        zero_at_s = watch.now_s
         self._table.zero_gradients(client.poll)
         zeroing_s, stood_s = watch.lap_s(), client.waited_s
+        self._record(Phase.ZERO, exchange.step, zero_at_s, watch.now_s)
         result = exchange.finish()
         waited_s, stood_s = watch.lap_s(), client.waited_s - stood_s
         self._table.publish()
@@ -363,12 +378,14 @@ class Worker:
 
     def _step_locally(self) -> StepReport:
         """A step of this worker alone."""
-        exchange, client = self._exchange, self._client
+        exchange, client, started_s = self._exchange, self._client, time.monotonic()
         exchange.step_locally(self.lr)
         fault = self._fault()
         self._local_step += 1
         self._table.zero_gradients()
-        before_s, self._returned_s = self._returned_s, time.perf_counter()
+        before_s, self._returned_s = self._returned_s, time.monotonic()
+        self._record(Phase.COMPUTE, self.version, before_s, started_s)
+        self._record(Phase.LOCAL, self.version, started_s, self._returned_s)
         sent, received = client.sent_bytes, client.received_bytes
         before, self._counted = self._counted, (sent, received)
         return StepReport(
@@ -439,6 +456,10 @@ class Worker:
         if math.log10(self._empty_steps).is_integer():
             _log.warning("step %d: no parameter has a gradient; was backward called?", self.version)
 
+    def _record(self, phase: Phase, step: int, start_s: float, end_s: float) -> None:
+        if self._timeline is not None:
+            self._timeline.add(phase, start_s, end_s=end_s, round=step)
+
     def _observe(self, report: StepReport, loss: float | Tensor | None, samples: int) -> None:
         if not observers:
             return
@@ -456,6 +477,26 @@ class Worker:
             self._fail(error)
             self.close()
             raise
+
+    def _write_timeline(self, reason: Reason) -> None:
+        """Write what was recorded, once; after an error there is a worse one to hear of."""
+        recorder, self._timeline = self._timeline, None
+        if recorder is None:
+            return
+        process, job = Process("rank", self.rank), f"{self.plan.job_digest:016x}"
+        offsets = [
+            {"server": server, **asdict(offset)}
+            for server, offset in enumerate(self._client.clock_offsets)
+            if offset is not None
+        ]
+        try:
+            path = write_part(self._timeline_path, recorder, process, job=job, offsets=offsets)
+            if lost := recorder.lost_spans:
+                _log.info("%s holds the end of the job: %d spans before are lost", path, lost)
+        except StateError as error:
+            if reason == "done":
+                raise
+            _log.error("%s", error)
 
     def _check_usable(self) -> None:
         if self._failed:
@@ -480,7 +521,7 @@ class _Watch:
         self.now_s = now_s
 
     def lap_s(self) -> float:
-        before_s, self.now_s = self.now_s, time.perf_counter()
+        before_s, self.now_s = self.now_s, time.monotonic()
         decoded_s, self._decoded_s = self._decoded_s, self._exchange.decode_s
         return max(0.0, self.now_s - before_s - (self._decoded_s - decoded_s))
 

@@ -29,6 +29,8 @@ from psq.link import ServerLink
 from psq.metrics import CONTENT_TYPE, Metrics, Totals
 from psq.process import watch_parent
 from psq.recipe import preset
+from psq.timeline import Process, Timeline, write_part
+from psq.timeline import check_writable as check_timeline
 from psq_server.health import Health, HealthServer, health_page
 from psq_server.line_log import LineLog
 from psq_server.loop import Ending, Loop
@@ -64,6 +66,8 @@ def serve(given: Given) -> int:
         preset(config.recipe)  # fails at once, and lists what there is
     if save is not None:
         check_writable(save)
+    if config.timeline_filename:
+        check_timeline(Path(config.timeline_filename))
     log = LineLog(sys.stderr)
     for name, meant in stray_variables(os.environ).items():
         hint = {"meant": meant} if meant else {}
@@ -93,6 +97,7 @@ def _serve(
         observer=watcher.metrics,
         save=save,
         insecure=insecure,
+        timeline=Timeline() if config.timeline_filename else None,
     )
     watcher.loop = loop
     health = HealthServer(
@@ -111,9 +116,23 @@ def _serve(
         ending = loop.run()
     finally:
         health.close()
+        if config.timeline_filename:
+            _write_timeline(Path(config.timeline_filename), loop, log)
     if config.json:
         click.echo(json.dumps(_summary(loop, state, ending, time.monotonic() - started_s)))
     return ending.exit_code
+
+
+def _write_timeline(path: Path, loop: Loop, log: LineLog) -> None:
+    """Write what was recorded; a server that never had a job has no number, and nothing to tell."""
+    plan, recorder = loop.plan, loop.timeline
+    if plan is None or recorder is None:
+        log.write("info", "no-timeline", {"text": "there was no job"})
+        return
+    job = f"{plan.job_digest:016x}"
+    part = write_part(path, recorder, Process("server", plan.server), job=job)
+    lost = {"lost_spans": recorder.lost_spans} if recorder.lost_spans else {}
+    log.write("info", "timeline", {"path": str(part), **lost})
 
 
 def _settings(config: ServerConfig) -> Settings:

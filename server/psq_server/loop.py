@@ -21,7 +21,9 @@ from psq.errors import StateError
 from psq.link import DRAIN_LIMIT, Sent, ServerLink
 from psq.metrics import Totals
 from psq.plan import Plan
-from psq_proto.frames import Buffer
+from psq.timeline import MIN_WAIT_S, NOWHERE, Phase, Timeline
+from psq_proto.frames import Buffer, glance
+from psq_proto.messages import NO_SHARD, MessageType
 from psq_server.line_log import LineLog
 from psq_server.outbox import Outbox
 from psq_server.saving import metadata_of, part_path, save_weights
@@ -98,14 +100,22 @@ class _Phases:
         default_factory=lambda: dict.fromkeys(("wait", "receive", "reduce", "send", "save"), 0.0)
     )
 
+    @property
+    def elsewhere_s(self) -> float:
+        """Seconds so far in what receiving brings about."""
+        total_s = self.total_s
+        return total_s["reduce"] + total_s["send"] + total_s["save"]
+
     def add(self, phase: str, duration_s: float) -> None:
         self.total_s[phase] += duration_s
         if phase in self.round_s:
             self.round_s[phase] += duration_s
 
-    def close_round(self, observer: Observer) -> None:
+    def close_rounds(self, observer: Observer, count: int) -> None:
+        """Tell of the rounds that ended in one turn, and share its time among them."""
         for phase, duration_s in self.round_s.items():
-            observer.observe_phase(phase, duration_s)
+            for _ in range(count):
+                observer.observe_phase(phase, duration_s / count)
             self.round_s[phase] = 0.0
 
 
@@ -121,6 +131,10 @@ class Loop:
         save: where the final weights go, if anywhere.
         insecure: shown in the metrics.
         clock: monotonic seconds.
+        timeline: records what happens when, on the same clock.
+
+    Attributes:
+        timeline: that one.
     """
 
     def __init__(  # noqa: PLR0913 - a shell gets its world as arguments
@@ -134,6 +148,7 @@ class Loop:
         save: Path | None,
         insecure: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        timeline: Timeline | None = None,
     ) -> None:
         self._link = link
         self._state = state
@@ -143,10 +158,12 @@ class Loop:
         self._save = save
         self._insecure = insecure
         self._clock = clock
+        self.timeline = timeline
         self._outbox = Outbox(link, lambda shard: self._hold().full(shard))
         self._events: deque[Event] = deque()
         self._weights: Weights | None = None
         self._phases = _Phases(clock)
+        self._committed = 0  # rounds that have ended in the present turn
         self._ending: Ending | None = None
         self._byes: tuple[Send, ...] = ()
         self._saved = ""
@@ -158,6 +175,11 @@ class Loop:
     def phase_seconds(self) -> Mapping[str, float]:
         """Seconds spent in each phase so far."""
         return self._phases.total_s
+
+    @property
+    def plan(self) -> Plan | None:
+        """What is trained, as this server sees it; None before the first worker has said it."""
+        return None if self._weights is None else self._weights.plan
 
     @property
     def watched(self) -> tuple[float, Snapshot]:
@@ -230,17 +252,23 @@ class Loop:
         self._link.wait(self._patience_s(before_s))
         now_s = self._clock()
         self._phases.add("wait", now_s - before_s)
-        elsewhere_s = self._phases.total_s["reduce"] + self._phases.total_s["send"]
+        if self.timeline is not None and now_s - before_s >= MIN_WAIT_S:
+            self.timeline.add(Phase.WAIT, before_s, end_s=now_s)
+        elsewhere_s = self._phases.elsewhere_s
         for peer, frame in self._link.drain(DRAIN_LIMIT):
             self._happen(FrameReceived(peer, frame))
-        self._outbox.flush()
+        if self._outbox.waiting:
+            self._timed("send", self._outbox.flush)
         self._report_gone()
         wish = self._signals.take()
         if wish is not None:
             self._happen(StopRequested(wish))
         after_s = self._clock()
-        elsewhere_s = self._phases.total_s["reduce"] + self._phases.total_s["send"] - elsewhere_s
+        elsewhere_s = self._phases.elsewhere_s - elsewhere_s
         self._phases.add("receive", max(0.0, after_s - now_s - elsewhere_s))
+        if self._committed:
+            self._phases.close_rounds(self._observer, self._committed)
+            self._committed = 0
         if after_s >= self._tick_due_s():
             self._tick_s = after_s
             self._happen(Tick())
@@ -259,8 +287,20 @@ class Loop:
         """Handle an event, and every event that its actions bring about."""
         self._events.append(event)
         while self._events:
-            for action in self._state.handle(self._events.popleft(), self._clock()):
+            event, now_s = self._events.popleft(), self._clock()
+            actions = self._state.handle(event, now_s)
+            if self.timeline is not None and isinstance(event, FrameReceived):
+                self._record_push(self.timeline, event.frame, now_s)
+            for action in actions:
                 self._do(action)
+
+    @staticmethod
+    def _record_push(timeline: Timeline, frame: Buffer, start_s: float) -> None:
+        seen = glance(frame)
+        if seen is not None and seen.type == MessageType.PUSH:
+            shard = NOWHERE if seen.shard == NO_SHARD else seen.shard
+            named = {"shard": shard, "round": seen.round, "rank": seen.rank}
+            timeline.add(Phase.RECEIVE, start_s, nbytes=len(frame), **named)
 
     def _report_gone(self) -> None:
         while self._outbox.gone:
@@ -281,7 +321,10 @@ class Loop:
             case Log():
                 self._log.write(action.level, action.event, action.fields)
             case Save():
+                before_s = self._clock()
                 self._timed("save", lambda: self._write_weights(action.version))
+                if self.timeline is not None and self._save is not None:
+                    self.timeline.add(Phase.SAVE, before_s)
             case Stop():
                 self._log.write("info", "stop", {"reason": action.reason, "text": action.text})
                 self._ending = Ending(action.exit_code, action.reason, action.text, self._saved)
@@ -320,20 +363,29 @@ class Loop:
         frame = self._hold().reduce(action)
         reduce_s = self._clock() - before_s
         self._phases.add("reduce", reduce_s)
+        if self.timeline is not None:
+            named = {"shard": action.shard, "round": action.round, "nbytes": len(frame)}
+            self.timeline.add(Phase.REDUCE, before_s, end_s=before_s + reduce_s, **named)
         self._events.append(ShardReduced(action.round, action.shard, frame, reduce_s))
 
     def _share(self, action: Broadcast) -> None:
+        before_s = self._clock()
         frames = tuple(zip(action.shards, action.frames, strict=True))
         for peer in action.peers:
             if not self._outbox.send_weights(peer, action.version, frames):
                 self._events.append(PeerBehind(peer))
+        if self.timeline is not None:
+            shard = action.shards[0] if len(action.shards) == 1 else NOWHERE
+            named = {"shard": shard, "round": action.version - 1}
+            nbytes = len(action.peers) * sum(map(len, action.frames))
+            self.timeline.add(Phase.BROADCAST, before_s, nbytes=nbytes, **named)
 
     def _close_round(self, action: Committed) -> None:
-        """Tell the observer of a round that is over."""
+        """Tell the observer of a round that is over; of its phases when the turn has ended."""
         now_s = self._clock()
         self._observer.observe_step(now_s - self._round_s)
         self._round_s = now_s
-        self._phases.close_round(self._observer)
+        self._committed += 1
         for steps in action.staleness:
             self._observer.observe_staleness(steps)
 

@@ -18,6 +18,7 @@ from torch import nn
 
 import psq.torch
 from psq.link import ServerLink
+from psq.timeline import Timeline
 from psq_server.line_log import LineLog
 from psq_server.loop import Loop
 from psq_server.state import ServerState, Settings
@@ -62,10 +63,18 @@ class Deaf:
 class Served:
     """One psq-server, without its process: the loop runs in a thread."""
 
-    def __init__(self, bind: str = "tcp://127.0.0.1:0", save: Path | None = None) -> None:
+    def __init__(
+        self,
+        bind: str = "tcp://127.0.0.1:0",
+        save: Path | None = None,
+        *,
+        observer: Deaf | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        timeline: Timeline | None = None,
+    ) -> None:
         self.link = ServerLink(bind)
         self.endpoint = self.link.endpoint
-        self.state = ServerState(Settings(run_id=os.urandom(16)), time.monotonic())
+        self.state = ServerState(Settings(run_id=os.urandom(16)), clock())
         self._log = io.StringIO()
         self._wishes = Wishes()
         self.loop = Loop(
@@ -73,8 +82,10 @@ class Served:
             self.state,
             log=LineLog(self._log),
             signals=self._wishes,
-            observer=Deaf(),
+            observer=observer or Deaf(),
             save=save,
+            clock=clock,
+            timeline=timeline,
         )
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()

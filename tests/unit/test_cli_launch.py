@@ -44,3 +44,13 @@ def test_every_worker_is_told_all_servers_in_their_order():
     words = launch._worker_command(Commands(2, 2), ["tcp://a:1", "tcp://b:2"], 1)
     assert words[words.index("--connect") + 1] == "tcp://a:1,tcp://b:2"
     assert words[words.index("--rank") + 1] == "1"
+
+
+def test_every_process_is_told_where_the_timeline_goes_before_the_script_is_named():
+    commands = Commands(2, 2, timeline="t.json", worker_words=("train.py", "--", "3"))
+    for words in (
+        launch._server_command(commands, 1),
+        launch._worker_command(commands, ["tcp://a:1", "tcp://b:2"], 1)[:-3],
+    ):
+        assert words[words.index("--timeline-filename") + 1] == "t.json"
+    assert "--timeline-filename" not in launch._server_command(Commands(2, 2), 1)

@@ -21,6 +21,7 @@ from psq_proto.frames import (
     digest64,
     encode_control,
     encode_frame,
+    glance,
     pack_header,
     seal,
 )
@@ -321,3 +322,12 @@ def test_a_read_only_or_shaped_buffer_is_as_good_as_any() -> None:
 def test_the_digest_is_blake2b_of_eight_bytes_little_endian() -> None:
     assert digest64(b"") == 0xB4B2_7974_57A0_A6E4
     assert digest64(memoryview(b"plan")) == digest64(b"plan") != digest64(b"plan ")
+
+
+def test_a_glance_shows_what_a_header_says_and_checks_nothing() -> None:
+    header = replace(PUSH, rank=3, round=2**40, shard=17)
+    frame = bytearray(encode_frame(header, b"x"))
+    assert glance(frame) == (MessageType.PUSH, 3, 2**40, 17)
+    frame[-1] ^= 1
+    assert glance(frame) == (MessageType.PUSH, 3, 2**40, 17)
+    assert glance(frame[: HEADER_BYTES - 1]) is None

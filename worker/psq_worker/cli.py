@@ -41,6 +41,7 @@ FOR_SERVER: Final = ("save", "lease", "give_up_after", "metrics_host", "metrics_
 ABOUT_MESSAGES: Final = (
     *("connect", "recipe", "uplink", "downlink"),
     *("consistency", "overlap", "residual", "codec", "give_up_after"),
+    "timeline_filename",
 )
 TASK_ONLY: Final = ("task", "steps", "batch_size", "schedule", "eval_every", "data")
 NOT_FOR_LAUNCH: Final = (
@@ -125,9 +126,10 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
         config.workers,
         servers,
         save=told_server.save,
+        timeline=told.timeline_filename or told_server.timeline_filename,
         metrics_port=first_metrics_port(told_server, servers),
         server_words=flag_words(given, ServerConfig, only=FOR_SERVER),
-        worker_words=(*flag_words(given, WorkerConfig), *words),
+        worker_words=(*flag_words(given, WorkerConfig, without=("timeline_filename",)), *words),
     )
     run_launch(commands, script or told.task, as_json=config.json)
 
@@ -154,7 +156,7 @@ def demo(given: Given) -> None:
         told,
         servers=servers,
         output=given.resolve(DemoConfig).config.output,
-        words=flag_words(given, WorkerConfig),
+        words=flag_words(given, WorkerConfig, without=("timeline_filename",)),
         plain_words=flag_words(given, WorkerConfig, without=ABOUT_MESSAGES),
         as_json=config.json,
     )
@@ -205,6 +207,21 @@ def merge_weights(parts: tuple[str, ...], output: str) -> None:
 
     size_bytes = merge([Path(part) for part in parts], Path(output))
     click.echo(f"{output}: {size_bytes:,} bytes, of {len(parts)} parts", err=True)
+
+
+@psq.command("merge-timeline", epilog=EPILOG, short_help="Make one trace of processes' parts.")
+@click.argument("parts", nargs=-1, required=True, metavar="PART...")
+@click.option("-o", "--output", required=True, metavar="FILE", help="Where the trace goes.")
+def merge_timeline(parts: tuple[str, ...], output: str) -> None:
+    """Make one Chrome trace of the parts that a job's processes wrote, on one clock.
+
+    The parts are named as t.rank0.json and t.server0.json, in any order; they are left as they are.
+    Those of several machines need the parts of workers that talked to servers on other machines.
+    """
+    from psq_worker.tracing import merge_timeline as merge  # noqa: PLC0415 - as above
+
+    events = merge([Path(part) for part in parts], Path(output))
+    click.echo(f"{output}: {events:,} events of {len(parts)} processes", err=True)
 
 
 @psq.command(short_help="Say whether this machine can run psq.")

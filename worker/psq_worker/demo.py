@@ -57,7 +57,9 @@ def run_demo(  # noqa: PLR0913 - one keyword for each thing that is typed
     """
     folder = _make_folder(output)
     data = _data_words(told)
-    psq = _run_psq(told, Commands(told.world_size, servers, worker_words=(*words, *data)))
+    timeline, worker_words = told.timeline_filename, (*words, *data)
+    commands = Commands(told.world_size, servers, timeline=timeline, worker_words=worker_words)
+    psq = _run_psq(told, commands)
     baseline = _run_baseline(told, (*plain_words, *data))
     numbers = _numbers(psq, baseline)
     (folder / NUMBERS).write_text(json.dumps(numbers, indent=2) + "\n")

@@ -18,13 +18,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from psq.errors import StateError
 from psq_worker.board import Board
 from psq_worker.children import Children
 from psq_worker.display import View, make_view
 from psq_worker.doctor import cores
 from psq_worker.watch import Watch, server_names
+
+if TYPE_CHECKING:
+    from psq_worker.tracing import TraceParts
 
 __all__ = [
     "Commands",
@@ -50,6 +54,8 @@ class Commands:
         servers: how many.
         save: the file that the weights go to, if anywhere; several servers leave their parts beside
             it, which become one file at the end.
+        timeline: the file that the timeline goes to, if anywhere; each process leaves its part
+            beside it, which become one file at the end.
         metrics_port: of server 0; the next numbers are the other servers'. 0 lets each take a free
             one.
         server_words: flags for each psq-server, beside its address and the number of workers.
@@ -60,6 +66,7 @@ class Commands:
     workers: int
     servers: int = 1
     save: str | None = None
+    timeline: str | None = None
     metrics_port: int = 0
     server_words: tuple[str, ...] = ()
     worker_words: tuple[str, ...] = ()
@@ -96,7 +103,7 @@ def launch(commands: Commands, view: View, env: Mapping[str, str]) -> Board:
     ranks = [f"rank {rank}" for rank in range(commands.workers)]
     servers = server_names(commands.servers)
     watch = Watch(board, view, ranks, servers)
-    with _merging(commands, view), Children(watch.on_line) as children:
+    with _tracing(commands, view), _merging(commands, view), Children(watch.on_line) as children:
         for number, name in enumerate(servers):
             command = _server_command(commands, number)
             children.start(name, command, _without_pin(env), outlives=True)
@@ -123,6 +130,35 @@ def _merging(commands: Commands, view: View) -> Iterator[None]:
         merged = parts.merge()
         if merged is not None:
             view.say("", f"weights of {commands.servers} servers in {merged}")
+
+
+@contextmanager
+def _tracing(commands: Commands, view: View) -> Iterator[None]:
+    """However a job ends: make one timeline of what its processes have left."""
+    if commands.timeline is None:
+        yield
+        return
+    from psq_worker.tracing import TraceParts  # noqa: PLC0415 - for this alone
+
+    parts = TraceParts(Path(commands.timeline), commands.servers, commands.workers)
+    try:
+        yield
+    except BaseException:
+        try:
+            _merge_trace(parts, commands.timeline, view)
+        except StateError as error:  # what ended the job is what its caller must hear of
+            view.say("", f"no timeline: {error}")
+        raise
+    _merge_trace(parts, commands.timeline, view)
+
+
+def _merge_trace(parts: TraceParts, output: str, view: View) -> None:
+    missing = parts.merge()
+    if missing is None:
+        view.say("", "no timeline: no process has left its part")
+        return
+    but = f", without {', '.join(missing)}: killed, or never in the job" if missing else ""
+    view.say("", f"timeline in {output}{but}")
 
 
 def run_one(name: str, command: Sequence[str], view: View, env: Mapping[str, str]) -> Board:
@@ -175,6 +211,7 @@ def server_count(asked: int | str, workers: int) -> int:
 
 def _server_command(commands: Commands, number: int) -> list[str]:
     own = ["--bind", LOCAL, "--world-size", str(commands.workers), "--no-json"]
+    own += _timeline_words(commands)
     if commands.metrics_port:
         own += ["--metrics-port", str(commands.metrics_port + number)]
     return [sys.executable, "-m", "psq_server", *commands.server_words, *own]
@@ -183,7 +220,12 @@ def _server_command(commands: Commands, number: int) -> list[str]:
 def _worker_command(commands: Commands, endpoints: Sequence[str], rank: int) -> list[str]:
     own = ["--connect", ",".join(endpoints), "--rank", str(rank)]
     told = ["--world-size", str(commands.workers), "--progress", "json", "--json"]
+    told += _timeline_words(commands)
     return [sys.executable, "-m", "psq_worker", *own, *told, *commands.worker_words]
+
+
+def _timeline_words(commands: Commands) -> list[str]:
+    return [] if commands.timeline is None else ["--timeline-filename", commands.timeline]
 
 
 def _without_pin(env: Mapping[str, str]) -> dict[str, str]:

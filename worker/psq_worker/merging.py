@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from psq_server.saving import merge, part_path
+from psq_worker.files import identity
 
 __all__ = ["Parts", "merge_weights"]
 
@@ -34,7 +35,7 @@ class Parts:
     def __init__(self, output: Path, servers: int) -> None:
         self._output = output
         self._paths = [part_path(output, number, servers) for number in range(servers)]
-        self._before = [_identity(path) for path in self._paths]
+        self._before = [identity(path) for path in self._paths]
 
     def merge(self) -> Path | None:
         """Make one file of them and remove them, if each server has left a new one.
@@ -45,19 +46,10 @@ class Parts:
         Raises:
             StateError: they do not fit together, or the disk refused; they are still there.
         """
-        now = [_identity(path) for path in self._paths]
+        now = [identity(path) for path in self._paths]
         if any(new is None or new == old for new, old in zip(now, self._before, strict=True)):
             return None
         merge_weights(self._paths, self._output)
         for path in self._paths:
             path.unlink()
         return self._output
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a file from the one that was in its place before; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
