@@ -13,6 +13,7 @@ from psq.codec import ShardCodec, get_codec
 from psq.errors import EXIT_FENCED
 from psq.plan import Plan
 from psq.recipe import PRESETS, preset
+from psq_server.saving import merge, part_path
 
 
 def weights(path) -> dict[str, np.ndarray]:
@@ -98,6 +99,26 @@ def test_pushing_while_backward_runs_changes_no_byte(cluster):
         assert all(report["applied"] for report in summary(workers[0])["reports"])
         replicas += [weights(out) for out in outs]
     assert all(same_bytes(replicas[0], replica) for replica in replicas[1:])
+
+
+@pytest.mark.parametrize("rhythm", [{"LOCAL_STEPS": "3"}, {"EVERY": "2"}, {"RECIPE": "local-adam"}])
+def test_workers_that_say_less_end_with_the_bytes_of_the_servers(cluster, rhythm):
+    """Two workers, two servers; what each server saves is its part of the replicas."""
+    saved = cluster.folder / "saved.safetensors"
+    servers = [cluster.server("--world-size", "2", "--save", str(saved)) for _ in range(2)]
+    connect = ",".join(server.endpoint for server in servers)
+    outs = [cluster.folder / f"replica{rank}.npz" for rank in range(2)]
+    env = {"PSQ_RECIPE": "qadam-1bit", **{f"PSQ_{name}": text for name, text in rhythm.items()}}
+    workers = [
+        cluster.worker(rank, connect, "--hidden", "300", "--out", str(out), **env)
+        for rank, out in enumerate(outs)
+    ]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    assert [server.wait() for server in servers] == [0, 0]
+    first, second = (weights(out) for out in outs)
+    assert same_bytes(first, second)
+    merge([part_path(saved, server, 2) for server in range(2)], saved)
+    assert same_bytes(first, load_file(saved))
 
 
 def reference(cluster, *options: str) -> dict:

@@ -1,6 +1,11 @@
 """A training run as a value: where its rounds and evaluations fall."""
 
+import pytest
+
+from psq.config import WorkerConfig
+from psq.errors import ConfigError
 from psq_worker.job import Job
+from psq_worker.recipes import check_job, recipe_of
 
 
 def evaluated(job: Job) -> list[int]:
@@ -19,3 +24,26 @@ def test_with_local_steps_it_is_evaluated_when_a_round_ends():
 def test_with_local_steps_it_ends_with_a_round():
     assert Job(steps=30, batch_size=1, lr=1.0).in_rounds(4).steps == 32
     assert Job(steps=30, batch_size=1, lr=1.0).in_rounds(1).steps == 30
+
+
+def test_the_rhythm_of_pushes_is_a_setting():
+    told = WorkerConfig(recipe="qadam-1bit", local_steps=4, every=2)
+    recipe = recipe_of(told)
+    assert (recipe.direction.local_steps, recipe.uplink.every) == (4, 2)
+    usual = recipe_of(WorkerConfig(recipe="local-adam"))
+    assert (usual.direction.local_steps, usual.uplink.every) == (8, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"local_steps": 2}, "local_steps=2 needs Adam on the workers"),
+        ({"recipe": "fp32", "every": 2}, "every=2 needs error feedback"),
+        ({"every": 2, "consistency": "ssp:1"}, "every=2 needs bsp"),
+        ({"recipe": "qadam", "local_steps": 1001}, "local_steps: expected a whole number"),
+        ({"every": 0}, "every: expected a whole number"),
+    ],
+)
+def test_a_rhythm_that_no_job_can_have_is_refused_before_anything_starts(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        check_job(WorkerConfig(**settings))

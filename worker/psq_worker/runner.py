@@ -42,6 +42,7 @@ __all__ = ["run_baseline", "run_script", "run_task"]
 
 TEXT_EVERY_S: Final = 5.0
 JSON_EVERY_S: Final = 0.2
+_log = logging.getLogger("psq.worker")
 BASELINE_RECIPE: Final = "plain torch Adam, one process"
 
 Emit = Callable[[Event], None]
@@ -56,7 +57,7 @@ def run_task(given: Given, config: WorkerConfig) -> None:
     with _process(config) as emit:
         emit(Started(rank=config.rank, world_size=config.world_size, task=config.task))
         task = _task_of(config)
-        job = _job_of(task, config).in_rounds(recipe_of(config).direction.local_steps)
+        job = _in_rounds(_job_of(task, config), recipe_of(config).direction.local_steps)
         model = task.model(job.seed)
         # The loop's schedule starts from the rate that was typed: the worker must not see it twice.
         rest = {key: value for key, value in given.values.items() if key != "lr"}
@@ -225,6 +226,15 @@ def _job_of(task: Task, config: WorkerConfig) -> Job:
         eval_every=config.eval_every,
         threads=torch.get_num_threads(),
     )
+
+
+def _in_rounds(job: Job, local_steps: int) -> Job:
+    """The job with its last steps pushed: those after the last round would be nobody's."""
+    whole = job.in_rounds(local_steps)
+    if whole.steps != job.steps:
+        words = "steps=%d makes it %d: the job ends with a round, of %d local steps"
+        _log.info(words, job.steps, whole.steps, local_steps)
+    return whole
 
 
 def _recipe_words(recipe: Recipe, choice: str) -> str:
