@@ -175,6 +175,13 @@ class ShardCodec:
             )
             raise RemotePayloadError(msg)
 
+    def is_bounded(self, payload: Buffer) -> bool:
+        """Whether no scale of a payload of the right length is NaN or over `MAX_SCALE`.
+
+        The whole question in one look; `check` and `check_bound` say what is wrong.
+        """
+        return bool(np.abs(self.scales(payload)).max(initial=0.0) <= MAX_SCALE)  # NaN: False
+
     def scales(self, payload: Buffer) -> Floats:
         """All scales in a payload of the right length, f32[n]; of bf16 and fp32 the values."""
         received = np.frombuffer(self._bytes(payload), np.uint8)
