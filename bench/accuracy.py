@@ -115,7 +115,7 @@ def main() -> None:
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.read:
-        runs = json.loads(options.read.read_text())
+        runs = [run for path in options.read for run in json.loads(path.read_text())]
     elif reason := netns.unavailable():
         print(f"skipped: {reason}")
         return
@@ -147,7 +147,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target", type=float, default=0.88)
     parser.add_argument("--give-up-s", type=float, default=600.0)
     parser.add_argument("--json", type=Path, help="write all points here, after each seed")
-    parser.add_argument("--read", type=Path, help="train nothing, show what --json has written")
+    parser.add_argument(
+        "--read", type=Path, nargs="+", help="train nothing, show what --json has written"
+    )
     parser.add_argument("--picture", type=Path, help="a PNG")
     options = parser.parse_args()
     for name in options.systems.split(","):
@@ -232,19 +234,23 @@ HEAD = (
     "final score",
     "ms a step",
     "kB a step",
+    "seeds",
 )
 
 
 def table(runs: Sequence[dict[str, Any]], target: float) -> str:
     """Markdown: medians over the seeds; a seed that did not reach the target makes it "never"."""
     first = runs[0]
-    seeds = ", ".join(str(run["seed"]) for run in runs)
     title = "{task}, {workers} workers, {rate}, {steps} steps".format(**first)
-    lines = [f"\n### {title}, target {target:g}, seeds {seeds}\n"]
+    lines = [f"\n### {title}, target {target:g}\n"]
     lines += [f"| {' | '.join(HEAD)} |", "|---" + "|--:" * (len(HEAD) - 1) + "|"]
-    for name in [row["system"] for row in first["rows"]]:
-        rows = [row for run in runs for row in run["rows"] if row["system"] == name]
-        lines.append(f"| {SYSTEMS[name].text} (`{name}`) | {' | '.join(cells(rows, target))} |")
+    found: dict[str, dict[int, Any]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            found.setdefault(row["system"], {})[run["seed"]] = row
+    for name, rows in found.items():
+        words = [*cells(list(rows.values()), target), ", ".join(map(str, sorted(rows)))]
+        lines.append(f"| {SYSTEMS[name].text} (`{name}`) | {' | '.join(words)} |")
     versions = [f"{name} {version}" for name, version in sorted(first["versions"].items())]
     return "\n".join([*lines, f"\n{', '.join(versions)}"])
 
@@ -252,7 +258,7 @@ def table(runs: Sequence[dict[str, Any]], target: float) -> str:
 def cells(rows: Sequence[dict[str, Any]], target: float) -> list[str]:
     failed = next((row["failure"] for row in rows if row["failure"]), "")
     if failed:
-        return [f"not measured: {failed.replace('|', '/')}", *[""] * (len(HEAD) - 2)]
+        return [f"not measured: {failed.replace('|', '/')}", *[""] * (len(HEAD) - 3)]
     hits = [next((p for p in row["points"] if p[3] >= target), None) for row in rows]
     reached = [hit for hit in hits if hit is not None]
     words = ["never"] * 3
