@@ -17,7 +17,7 @@ INSTALLED_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard psq/n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test lint types check build bench results clean distclean
+.PHONY: help install run test lint types check build bench bars results clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -42,9 +42,11 @@ check: lint types test ## all of the above: what CI runs
 build: $(STAMP) ## make a wheel in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-bench: $(STAMP) ## measure codecs and kernels on this machine
-	set -e; for script in $(filter-out bench/results.py,$(wildcard bench/*.py)); do \
-		$(BIN)/python "$$script"; done
+bench: $(STAMP) ## measure everything and write docs/performance.md (half an hour; BENCH="--only step")
+	$(BIN)/python bench/report.py $(BENCH)
+
+bars: $(STAMP) ## measure every bar briefly: name, measured, target, holds (6 minutes)
+	@$(BIN)/python bench/bars.py $(BARS)
 
 results: $(STAMP) ## train every recipe with several seeds and write docs/results.md (long)
 	$(BIN)/python bench/results.py

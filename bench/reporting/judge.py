@@ -473,14 +473,18 @@ def chosen(results: Results, rate: str) -> tuple[float, str]:
 
 
 def timeline_bars(results: Results) -> Iterator[Bar]:
-    def overhead() -> tuple[float, str]:
+    def share() -> tuple[float, str]:
         found = result_of(results, "timeline")
-        if not isinstance(found, dict) or "overhead" not in found:
-            msg = "its JSON has no 'overhead'"
-            raise MissingError(msg)
-        return float(found["overhead"]), "share of a step's time"
+        spans, each = found["spans_a_step_at_most"], found["span_us"]
+        return found["spans_share_of_best_step"], f"{spans:.0f} spans of {each:.2f} us"
 
-    yield bar("timeline: overhead of tracing, share of a step", AT_MOST, 0.01, overhead)
+    def steps() -> tuple[float, str]:
+        found = result_of(results, "timeline")
+        median = found["step_with_by_without_median"]
+        return found["step_with_by_without_best"], f"best by best; median {median:.3f}"
+
+    yield bar("timeline: time of its spans, share of a step", AT_MOST, 0.01, share)
+    yield bar("timeline: step with by step without", AT_MOST, 1.01, steps)
 
 
 def accuracy_bars(results: Results) -> Iterator[Bar]:
