@@ -1,9 +1,9 @@
 """What one process did when: spans of time by phase, shard and round, for one picture of a job.
 
     recorder = Timeline()                                     a ring, made once
-    start_s = recorder.now_s()
+    start_s = time.monotonic()
     ...                                                       encode shard 3 of round 7
-    recorder.add(Phase.ENCODE, start_s, shard=3, round=7, nbytes=4096)
+    recorder.add(Phase.ENCODE, start_s, time.monotonic(), 3, 7)
     write_part(path, recorder, Process("rank", 0), ...)       Chrome's trace event format
 
 The ring holds the last `MAX_SPANS` spans. At the limit the oldest are overwritten, and the file
@@ -23,8 +23,7 @@ import json
 import os
 import platform
 import struct
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -117,35 +116,29 @@ class Timeline:
 
     Args:
         limit: how many are kept.
-        clock: monotonic seconds, one for all processes of the machine.
     """
 
-    def __init__(self, limit: int = MAX_SPANS, clock: Callable[[], float] = time.monotonic) -> None:
-        self.now_s = clock
+    def __init__(self, limit: int = MAX_SPANS) -> None:
         self._limit = limit
         self._ring = bytearray(limit * _SPAN.size)
         self._numbers = itertools.count(1)  # `next` is atomic: two threads get two slots
 
-    def add(  # noqa: PLR0913 - what a span is
+    def add(  # noqa: PLR0913, PLR0917 - what a span is; names double what a call costs
         self,
         phase: Phase,
         start_s: float,
-        *,
-        end_s: float | None = None,
+        end_s: float,
         shard: int = NOWHERE,
         round: int = NOWHERE,  # noqa: A002 - the word of the field
         rank: int = NOWHERE,
         nbytes: int = 0,
-    ) -> float:
-        """Record a span that has just ended, or ended at `end_s`; returns when it ended."""
-        if end_s is None:
-            end_s = self.now_s()
+    ) -> None:
+        """Record a span that has ended; what it was of may be left out."""
         number = next(self._numbers)
         offset = number % self._limit * _SPAN.size
         _SPAN.pack_into(
             self._ring, offset, number, phase, shard, round, rank, nbytes, start_s, end_s
         )
-        return end_s
 
     def spans(self) -> list[Span]:
         """What is in the ring, in the order in which it was recorded."""

@@ -345,7 +345,7 @@ class Client:
     def _note_wait(self, start_s: float, end_s: float) -> None:
         self.waited_s += end_s - start_s
         if self._timeline is not None and end_s - start_s >= MIN_WAIT_S:
-            self._timeline.add(Phase.WAIT, start_s, end_s=end_s, round=self._step)
+            self._timeline.add(Phase.WAIT, start_s, end_s, NOWHERE, self._step)
 
     def _pause_s(self, wait: Wait, now_s: float) -> float:
         """How long nothing has to be done, unless something comes."""

@@ -37,7 +37,7 @@ from psq.config import WorkerConfig
 from psq.feedback import Compressor
 from psq.kernels import Buffer
 from psq.plan import Plan
-from psq.timeline import Phase, Timeline
+from psq.timeline import NOWHERE, Phase, Timeline
 from psq.torch.parameters import ParameterTable
 from psq_proto.frames import Header
 from psq_proto.messages import Flags
@@ -193,10 +193,11 @@ class Exchange:
         if timeline is None:
             self.client.push(shard)
             return
-        said = {"shard": shard, "round": self.step, "nbytes": payload_bytes}
-        encoded_s = timeline.add(Phase.ENCODE, self._say_at_s, **said)
+        step, encoded_s = self.step, time.monotonic()
         self.client.push(shard)
-        timeline.add(Phase.PUSH, encoded_s, **said)
+        end_s = time.monotonic()
+        timeline.add(Phase.ENCODE, self._say_at_s, encoded_s, shard, step, NOWHERE, payload_bytes)
+        timeline.add(Phase.PUSH, encoded_s, end_s, shard, step, NOWHERE, payload_bytes)
 
     def _write_drift(self, shard: int, payload: Buffer | None) -> None:
         """Compress it, or let it wait where there is no payload to write."""
@@ -240,10 +241,11 @@ class Exchange:
         else:
             codec.check(body)
             codec.decode_segments(body, out)
-        self.decode_s += time.monotonic() - started_s
+        end_s = time.monotonic()
+        self.decode_s += end_s - started_s
         if self._timeline is not None:
-            came = {"shard": shard, "round": header.version - 1, "nbytes": body.nbytes}
-            self._timeline.add(Phase.DECODE, started_s, **came)
+            step, nbytes = header.version - 1, body.nbytes
+            self._timeline.add(Phase.DECODE, started_s, end_s, shard, step, NOWHERE, nbytes)
 
     def restore(self, shard: int) -> None:
         """What was said of a shard in this step did not count: it is still to be said."""

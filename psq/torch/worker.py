@@ -40,7 +40,7 @@ from psq.config import DEFAULT_LR, WorkerConfig, worker_config
 from psq.errors import ConfigError, StateError, UsageError
 from psq.plan import Plan
 from psq.recipe import AdamConfig, Recipe, preset
-from psq.timeline import Phase, Process, Timeline, check_writable, write_part
+from psq.timeline import NOWHERE, Phase, Process, Timeline, check_writable, write_part
 from psq.torch.exchange import Exchange
 from psq.torch.overlap import Overlap
 from psq.torch.parameters import ParameterTable
@@ -458,7 +458,7 @@ class Worker:
 
     def _record(self, phase: Phase, step: int, start_s: float, end_s: float) -> None:
         if self._timeline is not None:
-            self._timeline.add(phase, start_s, end_s=end_s, round=step)
+            self._timeline.add(phase, start_s, end_s, NOWHERE, step)
 
     def _observe(self, report: StepReport, loss: float | Tensor | None, samples: int) -> None:
         if not observers:

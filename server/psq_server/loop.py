@@ -253,7 +253,7 @@ class Loop:
         now_s = self._clock()
         self._phases.add("wait", now_s - before_s)
         if self.timeline is not None and now_s - before_s >= MIN_WAIT_S:
-            self.timeline.add(Phase.WAIT, before_s, end_s=now_s)
+            self.timeline.add(Phase.WAIT, before_s, now_s)
         elsewhere_s = self._phases.elsewhere_s
         for peer, frame in self._link.drain(DRAIN_LIMIT):
             self._happen(FrameReceived(peer, frame))
@@ -290,17 +290,16 @@ class Loop:
             event, now_s = self._events.popleft(), self._clock()
             actions = self._state.handle(event, now_s)
             if self.timeline is not None and isinstance(event, FrameReceived):
-                self._record_push(self.timeline, event.frame, now_s)
+                self._record_push(self.timeline, event.frame, now_s, self._clock())
             for action in actions:
                 self._do(action)
 
     @staticmethod
-    def _record_push(timeline: Timeline, frame: Buffer, start_s: float) -> None:
+    def _record_push(timeline: Timeline, frame: Buffer, start_s: float, end_s: float) -> None:
         seen = glance(frame)
         if seen is not None and seen.type == MessageType.PUSH:
             shard = NOWHERE if seen.shard == NO_SHARD else seen.shard
-            named = {"shard": shard, "round": seen.round, "rank": seen.rank}
-            timeline.add(Phase.RECEIVE, start_s, nbytes=len(frame), **named)
+            timeline.add(Phase.RECEIVE, start_s, end_s, shard, seen.round, seen.rank, len(frame))
 
     def _report_gone(self) -> None:
         while self._outbox.gone:
@@ -324,7 +323,7 @@ class Loop:
                 before_s = self._clock()
                 self._timed("save", lambda: self._write_weights(action.version))
                 if self.timeline is not None and self._save is not None:
-                    self.timeline.add(Phase.SAVE, before_s)
+                    self.timeline.add(Phase.SAVE, before_s, self._clock())
             case Stop():
                 self._log.write("info", "stop", {"reason": action.reason, "text": action.text})
                 self._ending = Ending(action.exit_code, action.reason, action.text, self._saved)
@@ -364,8 +363,10 @@ class Loop:
         reduce_s = self._clock() - before_s
         self._phases.add("reduce", reduce_s)
         if self.timeline is not None:
-            named = {"shard": action.shard, "round": action.round, "nbytes": len(frame)}
-            self.timeline.add(Phase.REDUCE, before_s, end_s=before_s + reduce_s, **named)
+            shard, end_s = action.shard, before_s + reduce_s
+            self.timeline.add(
+                Phase.REDUCE, before_s, end_s, shard, action.round, NOWHERE, len(frame)
+            )
         self._events.append(ShardReduced(action.round, action.shard, frame, reduce_s))
 
     def _share(self, action: Broadcast) -> None:
@@ -376,9 +377,9 @@ class Loop:
                 self._events.append(PeerBehind(peer))
         if self.timeline is not None:
             shard = action.shards[0] if len(action.shards) == 1 else NOWHERE
-            named = {"shard": shard, "round": action.version - 1}
             nbytes = len(action.peers) * sum(map(len, action.frames))
-            self.timeline.add(Phase.BROADCAST, before_s, nbytes=nbytes, **named)
+            end_s, version = self._clock(), action.version
+            self.timeline.add(Phase.BROADCAST, before_s, end_s, shard, version - 1, NOWHERE, nbytes)
 
     def _close_round(self, action: Committed) -> None:
         """Tell the observer of a round that is over; of its phases when the turn has ended."""
