@@ -124,7 +124,7 @@ class Compressor:
         """Whether no value of these f32 arrays is NaN or Inf. Cost: one read."""
         return all(kernels.all_finite(values) for values in gradients)
 
-    def compress(
+    def compress(  # noqa: PLR0913 - what a push is made of
         self,
         shard: int,
         gradients: Segments,
@@ -132,6 +132,7 @@ class Compressor:
         payload: Buffer,
         *,
         weights: Segments | None = None,
+        clear: bool = False,
     ) -> None:
         """Write one shard's push; moments and residual take this step.
 
@@ -141,6 +142,7 @@ class Compressor:
             lr: learning rate of this step (it is inside an Adam direction, beside a gradient).
             payload: u8[nbytes(shard)], written.
             weights: the current weights like the gradients; needed for weight decay on the worker.
+            clear: what is finite of the gradients becomes 0 in the same pass.
 
         Raises:
             UsageError: the learning rate is illegal, the arrays do not fit the shard's segments, or
@@ -151,9 +153,10 @@ class Compressor:
         if self._adams is None:
             seed = self._next_seed(shard)
             residual = self._residual_of(shard)
-            self._codecs[shard].encode_segments(gradients, residual, payload, seed=seed)
+            codec = self._codecs[shard]
+            codec.encode_segments(gradients, residual, payload, seed=seed, clear=clear)
         else:
-            self._step(shard, gradients, lr, payload, weights)
+            self._step(shard, gradients, lr, payload, weights, clear=clear)
         self._steps[shard] += 1
 
     def absorb(
@@ -338,13 +341,15 @@ class Compressor:
             WorkerStep(uplink=form, gradients=[values], starts=[0], payload=None, residual=residual)
         )
 
-    def _step(
+    def _step(  # noqa: PLR0913 - as `compress`
         self,
         shard: int,
         gradients: Segments,
         lr: float,
         payload: Buffer | None,
         weights: Segments | None,
+        *,
+        clear: bool = False,
     ) -> None:
         """One pass over a shard: its direction, then its payload or its residual."""
         codec, cut = self._codecs[shard], self._shards[shard]
@@ -357,6 +362,7 @@ class Compressor:
             starts=codec.starts(self._next_seed(shard)),
             payload=payload,
             residual=self._residual_of(shard),
+            clear=clear,
         )
         if self._adams is not None:
             step = self._with_adam(step, self._adams[shard], lr, weights)

@@ -62,26 +62,35 @@ class Codec:
         """Exact payload bytes of a segment of `numel` values: scales and padded words."""
         return self.format.payload_bytes(numel)
 
-    def encode(self, values: Floats, payload: Buffer, *, seed: int = 0) -> None:
+    def encode(
+        self, values: Floats, payload: Buffer, *, seed: int = 0, clear: bool = False
+    ) -> None:
         """Quantize values.
 
         Args:
             values: f32[n], C-contiguous.
             payload: u8[nbytes(n)], written.
             seed: of stochastic codecs: the same seed gives the same payload; 64 bits count.
+            clear: what is finite of the values becomes 0 in the same pass.
 
         Raises:
             TypeError: an argument has another type or layout.
             ValueError: a length that does not fit.
         """
-        kernels.active().encode(*self.format, values, None, payload, self.start(seed))
+        kernels.active().encode(*self.format, values, None, payload, self.start(seed), clear)
 
     def encode_ef(
-        self, values: Floats, residual: Residual, payload: Buffer, *, seed: int = 0
+        self,
+        values: Floats,
+        residual: Residual,
+        payload: Buffer,
+        *,
+        seed: int = 0,
+        clear: bool = False,
     ) -> None:
         """Quantize values + residual and leave in the residual what the payload does not carry.
 
-        One pass over memory, 12 bytes a value; 8 with a residual in bf16.
+        One pass over memory, 12 bytes a value; 8 with a residual in bf16. 4 more with `clear`.
 
         Args:
             values: f32[n], C-contiguous.
@@ -89,12 +98,13 @@ class Codec:
                 bf16, in which what stays is rounded to nearest.
             payload: u8[nbytes(n)], written.
             seed: as for `encode`.
+            clear: as for `encode`.
 
         Raises:
             TypeError: an argument has another type or layout.
             ValueError: a length that does not fit.
         """
-        kernels.active().encode(*self.format, values, residual, payload, self.start(seed))
+        kernels.active().encode(*self.format, values, residual, payload, self.start(seed), clear)
 
     def decode(self, payload: Buffer, out: Floats) -> None:
         """Write the payload's values to out, f32[n]. Any content decodes; see `check`.

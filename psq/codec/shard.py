@@ -76,6 +76,7 @@ class ShardCodec:
         payload: Buffer,
         *,
         seed: int = 0,
+        clear: bool = False,
     ) -> None:
         """Quantize one array per segment, plus the residual if there is one.
 
@@ -84,6 +85,7 @@ class ShardCodec:
             residual: f32[shard.numel], flat, updated in place; or bf16 (uint16); or None.
             payload: u8[nbytes], written.
             seed: of stochastic codecs; each segment draws from a stream of its own.
+            clear: what is finite of the values becomes 0 in the same pass.
 
         Raises:
             UsageError: an argument has another length than the shard or its segment.
@@ -96,9 +98,9 @@ class ShardCodec:
         encode, encode_ef = self.codec.encode, self.codec.encode_ef
         for at, part in zip(self._ranges, values, strict=True):
             if residual is None:
-                encode(part, out[at.payload], seed=seed)
+                encode(part, out[at.payload], seed=seed, clear=clear)
             else:
-                encode_ef(part, residual[at.values], out[at.payload], seed=seed)
+                encode_ef(part, residual[at.values], out[at.payload], seed=seed, clear=clear)
             seed += _SEED_STRIDE
 
     def starts(self, seed: int) -> list[int]:

@@ -20,6 +20,7 @@ class Level:
         residual: Residual | None,
         payload: Buffer,
         start: int,
+        clear: bool = False,
     ) -> None: ...
     def decode(
         self,

@@ -76,6 +76,7 @@ class WorkerStep:
         weights: f32 like the gradients; needed where l2 or decay is not 0.
         scratch: f32, at least as many as the largest segment has; its content means nothing.
             Needed with Adam.
+        clear: what is finite of the gradients becomes 0; they must then be writable.
     """
 
     uplink: Format
@@ -90,6 +91,7 @@ class WorkerStep:
     third: Floats | None = None
     weights: Sequence[Floats] | None = None
     scratch: Floats | None = None
+    clear: bool = False
 
 
 class Kernels(Protocol):
@@ -109,6 +111,7 @@ class Kernels(Protocol):
         residual: Residual | None,
         payload: Buffer,
         start: int,
+        clear: bool = False,  # noqa: FBT001, FBT002 - kernels take positions
     ) -> None: ...
 
     def decode(  # noqa: D102, PLR0913, PLR0917

@@ -59,6 +59,7 @@ __all__ = [
     "Floats",
     "Residual",
     "all_finite",
+    "clear_finite",
     "decode",
     "encode",
     "expand",
@@ -83,6 +84,7 @@ def encode(  # noqa: PLR0913, PLR0917 - the native signature: a format unpacked,
     residual: Residual | None,
     payload: Buffer,
     start: int,
+    clear: bool = False,  # noqa: FBT001, FBT002 - the native signature
 ) -> None:
     """Quantize `values`, or values + residual, which then holds what the payload does not.
 
@@ -96,13 +98,14 @@ def encode(  # noqa: PLR0913, PLR0917 - the native signature: a format unpacked,
             is rounded to nearest, ties to even.
         payload: u8[Format.payload_bytes(n)], written.
         start: u32, position of the first value in the random stream of `stochastic`.
+        clear: what is finite of `values`, which must then be writable, becomes 0 afterwards.
 
     Raises:
         TypeError: an argument is no C-contiguous 1-D array of its type, or not writable.
         ValueError: unknown format, or a length that does not fit.
     """
     form = _known(Format(family, bits, parameter, block))
-    values = _floats(values, "values", writable=False)
+    values = _floats(values, "values", writable=clear)
     numel = values.size
     out = _payload(payload, form.payload_bytes(numel), writable=True)
     if residual is not None:
@@ -120,6 +123,13 @@ def encode(  # noqa: PLR0913, PLR0917 - the native signature: a format unpacked,
             rest = c - d
             kept = rest if residual.dtype == np.float32 else quantize_bf16(rest)[0]
             residual[:] = np.where(live, kept, residual)
+    if clear:
+        clear_finite(values)
+
+
+def clear_finite(values: Floats) -> None:
+    """Set what is finite to 0: what was said. NaN and Inf stay, so that whoever asks finds them."""
+    values[np.isfinite(values)] = ZERO
 
 
 def decode(  # noqa: PLR0913, PLR0917 - the native signature

@@ -3,6 +3,7 @@
     u  = Adam's direction on g (reference_optim), or g itself
     with a payload      payload = C(u + e);  e <- u + e - decoded      (no e: C(u))
     without             e <- u + e                                     the push waits in e
+    asked to clear      g <- 0 where it is finite
 
 A native level does the same piece by piece: a piece stays in the cache while it goes through all of
 it, so g, m, v and e are read from memory once and u never gets there. Its stages are the kernels
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from psq.kernels.quantizers import quantize_bf16
-from psq.kernels.reference import Buffer, Floats, Residual, expand
+from psq.kernels.reference import Buffer, Floats, Residual, clear_finite, expand
 
 if TYPE_CHECKING:
     from psq.kernels.interface import Kernels, WorkerStep
@@ -55,6 +56,8 @@ def compose(level: Kernels, step: WorkerStep) -> None:
             level.encode(*step.uplink, u, residual, payload, cut.start)
         elif residual is not None:
             absorb(u, residual)
+        if step.clear:
+            clear_finite(step.gradients[cut.segment])
 
 
 def absorb(u: Floats, residual: Residual) -> None:

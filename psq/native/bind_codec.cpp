@@ -61,9 +61,9 @@ size_t payload_bytes(const PsqFormat& format, size_t numel) {
 namespace {
 
 void encode(const Level& level, int32_t family, int32_t bits, int32_t parameter, uint32_t block, nb::handle values,
-            nb::handle residual, nb::handle payload, uint32_t start) {
+            nb::handle residual, nb::handle payload, uint32_t start, bool clear) {
   const PsqFormat format = format_of(family, bits, parameter, block);
-  const View x(values, "values", View::kF32, View::kRead);
+  const View x(values, "values", View::kF32, clear ? View::kWrite : View::kRead);
   const View out(payload, "payload", View::kU8, View::kWrite);
   std::optional<View> e;
   bool half = false;  // the residual is bf16
@@ -74,7 +74,8 @@ void encode(const Level& level, int32_t family, int32_t bits, int32_t parameter,
   }
   out.need(payload_bytes(format, x.numel()), kPayloadWhy);
   uint8_t* words = out.u8() + scale_bytes(format, x.numel());
-  const PsqEncode call = {x.f32(), e ? e->u8() : nullptr, out.u8(), words, x.numel(), format, start, half, PSQ_AHEAD};
+  const PsqEncode call = {x.f32(), e ? e->u8() : nullptr, out.u8(), words,    x.numel(), format,
+                          start,   half,                  PSQ_AHEAD, clear};
   nb::gil_scoped_release released;
   level.kernels->codec.encode(call);
 }
@@ -131,7 +132,8 @@ bool topk_ascends(const Level& level, int32_t family, int32_t bits, int32_t para
 
 void bind_codec(nb::class_<Level>& level) {
   level.def("encode", &encode, nb::arg("family"), nb::arg("bits"), nb::arg("parameter"), nb::arg("block"),
-            nb::arg("values"), nb::arg("residual").none(), nb::arg("payload"), nb::arg("start"));
+            nb::arg("values"), nb::arg("residual").none(), nb::arg("payload"), nb::arg("start"),
+            nb::arg("clear") = false);
   level.def("decode", &decode, nb::arg("family"), nb::arg("bits"), nb::arg("parameter"), nb::arg("block"),
             nb::arg("payload"), nb::arg("out"), nb::arg("add"));
   level.def("all_finite", &all_finite, nb::arg("values"));

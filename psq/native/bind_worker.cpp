@@ -24,7 +24,8 @@ PsqFormat uplink_from(nb::tuple from) {
 // The fields of a psq.kernels.WorkerStep, checked.
 class WorkerCall {
  public:
-  explicit WorkerCall(nb::handle step) : format_(uplink_from(nb::cast<nb::tuple>(step.attr("uplink")))) {
+  explicit WorkerCall(nb::handle step)
+      : format_(uplink_from(nb::cast<nb::tuple>(step.attr("uplink")))), clear_(nb::cast<bool>(step.attr("clear"))) {
     read_segments(step.attr("gradients"), step.attr("starts"));
     read_state(step);
     const nb::object payload = step.attr("payload"), weights = step.attr("weights");
@@ -62,7 +63,7 @@ class WorkerCall {
     for (nb::handle start : nb::cast<nb::sequence>(starts)) starts_.push_back(nb::cast<uint32_t>(start));
     size_t largest = 0;
     for (nb::handle values : nb::cast<nb::sequence>(gradients)) {
-      gradients_.emplace_back(values, "gradients", View::kF32, View::kRead);
+      gradients_.emplace_back(values, "gradients", View::kF32, clear_ ? View::kWrite : View::kRead);
       const size_t numel = gradients_.back().numel();
       numel_ += numel;
       payload_bytes_ += payload_bytes(format_, numel);
@@ -124,10 +125,12 @@ class WorkerCall {
     }
     step.start = starts_[index];
     step.scratch = scratch_ ? scratch_->f32() : nullptr;
+    step.clear = clear_;
     return step;
   }
 
   PsqFormat format_;
+  bool clear_;
   std::deque<View> gradients_, weights_;
   std::vector<uint32_t> starts_;
   size_t numel_ = 0, payload_bytes_ = 0, least_scratch_ = 0;

@@ -22,7 +22,7 @@ struct PsqFormat {
   uint32_t block;     // values per scale, a power of two in 256..8192; 0: one scale for all
 };
 
-// values f32[numel]; residual f32[numel] or bf16[numel], updated in place, or null; scales and words, a payload's two
+// values f32[numel], of which what is finite becomes 0 where `clear`; residual f32[numel] or bf16[numel], updated in place, or null; scales and words, a payload's two
 // regions, written.
 // A part of a segment that begins at a multiple of its block and of 8,192 is encoded, or decoded, as the segment would:
 // its scales lie 4 / block bytes a value further on (block 0: one for all parts), its words bits / 8
@@ -37,6 +37,7 @@ struct PsqEncode {
   uint32_t start;     // stochastic: position in the random stream of the first value
   bool half = false;  // the residual is bf16
   size_t ahead = 0;   // how far on to fetch values; 0 where they are in the cache (the residual is always fetched)
+  bool clear = false;
 };
 
 // out f32[numel], written, or added to where `add`.

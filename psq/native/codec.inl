@@ -8,82 +8,67 @@
 
 namespace {
 
-// ---- segments --------------------------------------------------------------------------------------------------
+// ---- groups ----------------------------------------------------------------------------------------------------
 
 template <class Q>
 constexpr size_t kGroupBytes = 64 * Q::kBits;
+// Whether half a group fills whole words: then all formats go half by half, else a half may end within a word.
+template <class Q>
+constexpr bool kCutsInHalves = Q::kBits % 2 == 0;
+template <class Q>
+constexpr size_t kUnit = kCutsInHalves<Q> ? kGroup / 2 : kGroup;
+template <class Q>
+constexpr int kUnitWords = kCutsInHalves<Q> ? Q::kBits / 2 : Q::kBits;
 
 PSQ_INLINE void put_scale(uint8_t* scales, size_t at, float scale) { __builtin_memcpy(scales + 4 * at, &scale, 4); }
 
-// Out of line, once for each kind: short groups come here too.
 template <class Q, int kParts, Feedback kFeedback>
-PSQ_OUTLINE void pack_groups(const Q* parts, const float* values, Residual<kFeedback>* residual, size_t numel,
-                             uint8_t* words, uint32_t index, size_t ahead) {
+PSQ_INLINE void pack_units(const Constants* parts, const float* values, float* residual, size_t numel, uint8_t* words,
+                           uint32_t index, size_t ahead, size_t other) {
   Q local[kParts];
-  for (int part = 0; part < kParts; ++part) local[part] = parts[part];
-  for (size_t from = 0; from < numel; from += kGroup, words += kGroupBytes<Q>) {
-    Residual<kFeedback>* e = kFeedback != kForget ? residual + from : nullptr;
+  for (size_t from = 0, half = 0; from < numel; from += kUnit<Q>, words += 64 * kUnitWords<Q>, ++half) {
+    if (from == 0 || other != 0)
+      for (int part = 0; part < kParts; ++part) local[part] = made_of<Q>(parts[(half + size_t(part)) & other]);
+    float* e = further<kFeedback>(residual, from);
     Rows<Q, kParts, kFeedback> rows = {local, values + from, e, splat(index + uint32_t(from)) + lanes(), ahead, 0};
-    pack_group<Q>(rows, words);
+    pack_group<Q, kUnitWords<Q>>(rows, words);
   }
 }
 
-// A group that is short, or half of which is not finite: through buffers where what is missing or not live is 0, which
-// every codec encodes as code 0; only live values get a new residual.
-template <class Q, int kParts, Feedback kFeedback>
-PSQ_INLINE void pack_careful(const Q* parts, const bool* live, const float* values, Residual<kFeedback>* residual,
-                             size_t numel, uint8_t* words, uint32_t index) {
-  float x[kGroup] = {};
-  Residual<kFeedback> e[kGroup] = {};
-  constexpr size_t kPart = kGroup / kParts;
-  size_t counts[kParts] = {};
-  for (int part = 0; part < kParts; ++part) {
-    const size_t from = part * kPart;
-    if (!live[part] || from >= numel) continue;
-    counts[part] = at_most(kPart, numel - from);
-    __builtin_memcpy(x + from, values + from, counts[part] * sizeof(float));
-    if (kFeedback != kForget) __builtin_memcpy(e + from, residual + from, counts[part] * sizeof e[0]);
-  }
-  pack_groups<Q, kParts, kFeedback>(parts, x, e, kGroup, words, index, 0);
-  for (int part = 0; kFeedback != kForget && part < kParts; ++part)
-    __builtin_memcpy(residual + part * kPart, e + part * kPart, counts[part] * sizeof e[0]);
-}
-
-template <class Q, int kParts, Feedback kFeedback>
-PSQ_INLINE void pack_span(const Q* parts, const bool* live, const float* values, Residual<kFeedback>* residual,
-                          size_t numel, uint8_t* words, uint32_t index, size_t ahead) {
-  const size_t whole = live[0] && live[kParts - 1] ? numel / kGroup * kGroup : 0;
-  if (whole > 0) pack_groups<Q, kParts, kFeedback>(parts, values, residual, whole, words, index, ahead);
-  words += whole / kGroup * kGroupBytes<Q>;
-  for (size_t from = whole; from < numel; from += kGroup, words += kGroupBytes<Q>)
-    pack_careful<Q, kParts, kFeedback>(parts, live, values + from, kFeedback != kForget ? residual + from : nullptr,
-                                       at_most(kGroup, numel - from), words, index + uint32_t(from));
-}
-
-// One span of a segment: up to kSpan values, or a block that is larger.
-template <Feedback kFeedback>
-struct Span {
-  const float* values;
-  Residual<kFeedback>* residual;  // or null
-  uint8_t* words;
-  size_t numel, block;
-  int32_t parameter;
-  uint32_t index;  // of its first value in the random stream
-  size_t ahead;    // as PsqEncode's
-};
-
-// The quantizers of a span's blocks, their scales for the wire, and which blocks are finite. Returns how many.
+// Whole groups: codes to words, the rest to the residual. `other`: 1 where the second half of a group has a quantizer of
+// its own, else 0.
 template <class Q, Feedback kFeedback>
-PSQ_INLINE size_t fit_span(const Span<kFeedback>& a, Q* parts, bool* live, uint8_t* scales) {
-  size_t blocks = 0;
-  for (size_t at = 0; at < a.numel; at += a.block, ++blocks) {
-    float scale;
-    const Residual<kFeedback>* e = kFeedback != kForget ? a.residual + at : nullptr;
-    const size_t count = at_most(a.block, a.numel - at);
-    live[blocks] = fit<Q, kFeedback>(parts[blocks], scale, a.values + at, e, count, a.parameter);
-    put_scale(scales, blocks, scale);
+PSQ_OUTLINE void pack_groups(const Constants* parts, const float* values, float* residual, size_t numel,
+                             uint8_t* words, uint32_t index, size_t ahead, size_t other) {
+  if constexpr (kCutsInHalves<Q>) {
+    pack_units<Q, 1, kFeedback>(parts, values, residual, numel, words, index, ahead, other);
+  } else {
+    other == 0 ? pack_units<Q, 1, kFeedback>(parts, values, residual, numel, words, index, ahead, 0)
+               : pack_units<Q, 2, kFeedback>(parts, values, residual, numel, words, index, ahead, 1);
   }
-  return blocks;
+}
+
+template <class Q, int kParts, bool kAdd>
+PSQ_INLINE void unpack_units(const Constants* parts, const uint8_t* words, float* out, size_t numel, size_t ahead,
+                             size_t other) {
+  Reader<Q> local[kParts];
+  for (size_t from = 0, half = 0; from < numel; from += kUnit<Q>, words += 64 * kUnitWords<Q>, ++half) {
+    if (from == 0 || other != 0)
+      for (int part = 0; part < kParts; ++part) local[part].set(made_of<Q>(parts[(half + size_t(part)) & other]));
+    Sink<Q, kParts, kAdd> sink = {local, out + from, ahead, 0};
+    unpack_group<Q, kUnitWords<Q>>(sink, words);
+  }
+}
+
+template <class Q, bool kAdd>
+PSQ_OUTLINE void unpack_groups(const Constants* parts, const uint8_t* words, float* out, size_t numel, size_t ahead,
+                               size_t other) {
+  if constexpr (kCutsInHalves<Q>) {
+    unpack_units<Q, 1, kAdd>(parts, words, out, numel, ahead, other);
+  } else {
+    other == 0 ? unpack_units<Q, 1, kAdd>(parts, words, out, numel, ahead, 0)
+               : unpack_units<Q, 2, kAdd>(parts, words, out, numel, ahead, 1);
+  }
 }
 
 // ---- Lloyd-Max: codes come before their scale ------------------------------------------------------------------
@@ -93,13 +78,13 @@ template <class Q, Feedback kFeedback>
 struct Places {
   Q q;
   const float* values;
-  const Residual<kFeedback>* residual;
+  const float* residual;
   size_t ahead;
   F product, square;
 
   PSQ_METHOD U next() {
     __builtin_prefetch(values + ahead);
-    if (kFeedback != kForget) __builtin_prefetch(residual + PSQ_AHEAD, 1);
+    if (kFeedback == kKeep) __builtin_prefetch(residual + PSQ_AHEAD, 1);
     const F c = compensated<kFeedback>(values, residual);
     const U sign = sign_of(as_u(c));
     const F size = as_f(as_u(c) ^ sign);
@@ -108,216 +93,370 @@ struct Places {
     product = product + size * point;
     square = square + point * point;
     values += 16;
-    if (kFeedback != kForget) residual += 16;
+    if (kFeedback == kKeep) residual += 16;
     return top;
   }
 };
 
-// What the codes do not say of values + residual.
+// Writes the words of a whole block, returns the sums of its scale.
 template <class Q, Feedback kFeedback>
-struct Rest {
+PSQ_OUTLINE Products place_block(const Constants& fitted, const float* values, const float* residual, size_t numel,
+                                 uint8_t* words, size_t ahead) {
+  Places<Q, kFeedback> places = {made_of<Q>(fitted), values, residual, ahead, splat(0.0f), splat(0.0f)};
+  for (size_t at = 0; at < numel; at += kUnit<Q>, words += 64 * kUnitWords<Q>)
+    pack_group<Q, kUnitWords<Q>>(places, words);
+  return {double(sum(places.product)), double(sum(places.square))};
+}
+
+// What the codes do not say of values + residual.
+template <class Q>
+struct Unsaid {
   Reader<Q> reader;
   const float* values;
-  Residual<kFeedback>* residual;
+  float* residual;
 
   PSQ_METHOD void put_next(U word, int left) {
-    leave(residual, compensated<kFeedback>(values, residual) - reader.value(word, left));
+    store(residual, compensated<kKeep>(values, residual) - reader.value(word, left));
     values += 16;
     residual += 16;
   }
 };
 
-// Rows that a block of half a group, or else a group, can be cut into.
-template <class Q, int kParts>
-constexpr int kUnitWords = kParts == 1 ? Q::kBits : Q::kBits / 2;
-template <int kParts>
-constexpr size_t kUnit = kGroup / kParts;
-
-// Writes a whole block's words, returns its scale.
-template <class Q, int kParts, Feedback kFeedback>
-PSQ_OUTLINE float place_block(const Q& q, const float* values, const Residual<kFeedback>* residual, size_t numel,
-                              uint8_t* words, size_t ahead) {
-  double products = 0.0, squares = 0.0;
-  for (size_t from = 0; from < numel; from += kChunk) {
-    const size_t count = at_most(kChunk, numel - from);
-    const Residual<kFeedback>* e = residual + (kFeedback != kForget ? from : 0);
-    Places<Q, kFeedback> places = {q, values + from, e, ahead, splat(0.0f), splat(0.0f)};
-    for (size_t at = 0; at < count; at += kUnit<kParts>, words += 64 * kUnitWords<Q, kParts>)
-      pack_group<Q, kUnitWords<Q, kParts>>(places, words);
-    products += double(sum(places.product));
-    squares += double(sum(places.square));
-  }
-  return q.scale > 0.0f ? float(products) / float(squares) : 0.0f;
+template <class Q>
+PSQ_OUTLINE void leave_unsaid(const Constants& said, const float* values, float* residual, size_t numel,
+                              const uint8_t* words) {
+  Unsaid<Q> unsaid = {{}, values, residual};
+  unsaid.reader.set(made_of<Q>(said));
+  for (size_t at = 0; at < numel; at += kUnit<Q>, words += 64 * kUnitWords<Q>)
+    unpack_group<Q, kUnitWords<Q>>(unsaid, words);
 }
 
-template <class Q, int kParts, Feedback kFeedback>
-PSQ_OUTLINE void leave_rest(const Q& q, const float* values, Residual<kFeedback>* residual, size_t numel,
-                            const uint8_t* words) {
-  Rest<Q, kFeedback> rest = {{}, values, residual};
-  rest.reader.set(q);
-  for (size_t at = 0; at < numel; at += kUnit<kParts>, words += 64 * kUnitWords<Q, kParts>)
-    unpack_group<Q, kUnitWords<Q, kParts>>(rest, words);
-}
+// ---- what a codec is made of -----------------------------------------------------------------------------------
 
-// A span whose blocks are whole and finite; their quantizers are fitted.
-template <class Q, int kParts, Feedback kFeedback>
-PSQ_INLINE void encode_places(const Span<kFeedback>& a, Q* parts, uint8_t* scales) {
-  const size_t block_bytes = a.block / 8 * Q::kBits;
-  for (size_t from = 0, k = 0; from < a.numel; from += a.block, ++k) {
-    const Residual<kFeedback>* e = kFeedback != kForget ? a.residual + from : nullptr;
-    uint8_t* words = a.words + k * block_bytes;
-    const float scale = place_block<Q, kParts, kFeedback>(parts[k], a.values + from, e, a.block, words, a.ahead);
-    put_scale(scales, k, scale);
-    parts[k].restore(scale, 0);
-  }
-  if constexpr (kFeedback != kForget) {
-    for (size_t from = 0, k = 0; from < a.numel; from += a.block, ++k)
-      leave_rest<Q, kParts, kFeedback>(parts[k], a.values + from, a.residual + from, a.block,
-                                       a.words + k * block_bytes);
-  }
+// Encoders, with feedback or without.
+struct Encoders {
+  float (*norm_part)(const float* values, const float* residual, size_t numel);  // or null
+  void (*pack)(const Constants* parts, const float* values, float* residual, size_t numel, uint8_t* words,
+               uint32_t index, size_t ahead, size_t other);
+  // Of Lloyd-Max, else null.
+  void (*product_part)(const Constants& fitted, const float* values, const float* residual, size_t numel,
+                       Products& products);
+  Products (*place)(const Constants& fitted, const float* values, const float* residual, size_t numel, uint8_t* words,
+                    size_t ahead);
+};
+
+// What is above this line is compiled for each quantizer, what is below once.
+struct Coder {
+  size_t bits;
+  bool cuts_in_halves;
+  Statistic statistic;
+  float (*set)(Constants& fitted, float norm, int32_t parameter);
+  void (*restore)(Constants& said, float scale, int32_t parameter);
+  Encoders forgets, keeps;
+  void (*leave)(const Constants& said, const float* values, float* residual, size_t numel,
+                const uint8_t* words);  // Lloyd-Max
+  void (*unpack[2])(const Constants* parts, const uint8_t* words, float* out, size_t numel, size_t ahead,
+                    size_t other);  // the second adds
+
+  PSQ_METHOD size_t group_bytes() const { return 64 * bits; }
+  PSQ_METHOD const Encoders& encoders(const float* residual) const { return residual == nullptr ? forgets : keeps; }
+};
+
+template <class Q>
+float set_constants(Constants& fitted, float norm, int32_t parameter) {
+  Q quantizer = {};
+  const float scale = quantizer.set(norm, parameter);
+  fitted = quantizer;
+  return scale;
+}
+template <class Q>
+void restore_constants(Constants& said, float scale, int32_t parameter) {
+  Q quantizer = made_of<Q>(said);
+  quantizer.restore(scale, parameter);
+  said = quantizer;
 }
 
 template <class Q, Feedback kFeedback>
-PSQ_INLINE void rescale(const Span<kFeedback>& a, Q* parts, const bool* live, uint8_t* scales) {
+constexpr Encoders encoders_of() {
+  Encoders encoders = {nullptr, pack_groups<Q, kFeedback>, nullptr, nullptr};
+  if constexpr (Q::kStatistic != kNone) encoders.norm_part = norm_part<Q::kStatistic, kFeedback>;
+  if constexpr (kIsLloydMax<Q>) {
+    encoders.product_part = product_part<Q, kFeedback>;
+    encoders.place = place_block<Q, kFeedback>;
+  }
+  return encoders;
+}
+
+template <class Q, bool kDecodes>
+constexpr Coder coder_of() {
+  Coder coder = {Q::kBits,
+                 kCutsInHalves<Q>,
+                 Q::kStatistic,
+                 set_constants<Q>,
+                 restore_constants<Q>,
+                 encoders_of<Q, kForget>(),
+                 encoders_of<Q, kKeep>(),
+                 nullptr,
+                 {}};
+  if constexpr (kIsLloydMax<Q>) coder.leave = leave_unsaid<Q>;
+  if constexpr (kDecodes) {
+    coder.unpack[0] = unpack_groups<Q, false>;
+    coder.unpack[1] = unpack_groups<Q, true>;
+  }
+  return coder;
+}
+template <class Q, bool kDecodes = true>
+constexpr Coder kCoder = coder_of<Q, kDecodes>();
+
+// ---- encoding --------------------------------------------------------------------------------------------------
+
+// One span of a segment: up to kSpan values, or a block, or a chunk of one, that is larger.
+struct Span {
+  const float* values;
+  float* residual;
+  uint8_t* words;
+  size_t numel, block;
+  size_t other;  // as in pack_groups
+  int32_t parameter;
+  uint32_t index;  // of its first value in the random stream
+  size_t ahead;    // as PsqEncode's
+
+  PSQ_METHOD Span part(const Coder& coder, size_t from, size_t count) const {
+    return {values + from, residual_at(residual, from), words + from / kGroup * coder.group_bytes(), count, block, other,
+            parameter, index + uint32_t(from), ahead};
+  }
+};
+
+// The quantizer of a norm, its scale for the wire (Lloyd-Max: what comes before the scale). False: the block is not
+// finite, its scale a NaN.
+PSQ_INLINE bool fit(const Coder& coder, Constants& fitted, float& scale, float norm, int32_t parameter) {
+  const bool finite = is_finite(norm);
+  scale = coder.set(fitted, finite ? norm : 0.0f, parameter);
+  if (!finite) scale = float_of(kNaN);
+  return finite;
+}
+
+// The quantizers of a span's blocks, their scales, and which blocks are finite. Returns how many.
+PSQ_INLINE size_t fit_span(const Coder& coder, const Span& a, Constants* parts, bool* live, uint8_t* scales) {
+  size_t blocks = 0;
+  for (size_t at = 0; at < a.numel; at += a.block, ++blocks) {
+    const size_t count = at_most(a.block, a.numel - at);
+    Norm norm = {};
+    norm.add(coder.encoders(a.residual).norm_part(a.values + at, residual_at(a.residual, at), count));
+    float scale;
+    live[blocks] = fit(coder, parts[blocks], scale, norm.of(coder.statistic, count), a.parameter);
+    put_scale(scales, blocks, scale);
+  }
+  return blocks;
+}
+
+// A group that is short, or half of which is not finite: through buffers where what is missing or not live is 0, which
+// every codec encodes as code 0; only live values get a new residual.
+PSQ_OUTLINE void pack_careful(const Coder& coder, const Constants* parts, const bool* live, const Span& a) {
+  float x[kGroup] = {}, e[kGroup] = {};
+  const size_t part = kGroup >> a.other;
+  const bool keeps = a.residual != nullptr;
+  size_t bytes[2] = {};
+  for (size_t i = 0, from = 0; from < a.numel; from += part, ++i) {
+    bytes[i] = live[i] ? at_most(part, a.numel - from) * sizeof(float) : 0;
+    __builtin_memcpy(x + from, a.values + from, bytes[i]);
+    if (keeps) __builtin_memcpy(e + from, a.residual + from, bytes[i]);
+  }
+  coder.encoders(a.residual).pack(parts, x, keeps ? e : nullptr, kGroup, a.words, a.index, 0, a.other);
+  if (!keeps) return;
+  __builtin_memcpy(a.residual, e, bytes[0]);
+  __builtin_memcpy(a.residual + part, e + part, bytes[1]);
+}
+
+// The words of blocks that have their quantizers.
+PSQ_INLINE void pack_span(const Coder& coder, const Constants* parts, const bool* live, const Span& a) {
+  const size_t unit = a.other ? kGroup : a.block;
+  for (size_t from = 0; from < a.numel; from += unit, parts += 1 + a.other, live += 1 + a.other) {
+    const size_t end = from + at_most(unit, a.numel - from);
+    const size_t whole = live[0] && live[a.other] ? from + (end - from) / kGroup * kGroup : from;
+    if (whole > from) {
+      const Span b = a.part(coder, from, whole - from);
+      coder.encoders(a.residual).pack(parts, b.values, b.residual, b.numel, b.words, b.index, b.ahead, b.other);
+    }
+    for (size_t at = whole; at < end; at += kGroup)
+      pack_careful(coder, parts, live, a.part(coder, at, at_most(kGroup, end - at)));
+  }
+}
+
+// Lloyd-Max: a span whose blocks are whole and finite; their quantizers are fitted.
+PSQ_INLINE void encode_places(const Coder& coder, const Span& a, Constants* parts, uint8_t* scales) {
+  const size_t block_bytes = a.block / 8 * coder.bits;
+  for (size_t from = 0, k = 0; from < a.numel; from += a.block, ++k) {
+    const Products products = coder.encoders(a.residual).place(
+        parts[k], a.values + from, residual_at(a.residual, from), a.block, a.words + k * block_bytes, a.ahead);
+    parts[k].scale = products.scale(parts[k]);
+    put_scale(scales, k, parts[k].scale);
+  }
+  for (size_t from = 0, k = 0; a.residual != nullptr && from < a.numel; from += a.block, ++k)
+    coder.leave(parts[k], a.values + from, residual_at(a.residual, from), a.block, a.words + k * block_bytes);
+}
+
+// Lloyd-Max: scales before codes, where blocks are short or not finite.
+PSQ_INLINE void rescale(const Coder& coder, const Span& a, Constants* parts, const bool* live, uint8_t* scales) {
   for (size_t from = 0, k = 0; from < a.numel; from += a.block, ++k) {
     if (!live[k]) continue;
-    float scale = 0.0f;
-    if (parts[k].scale > 0.0f)
-      scale = best_scale<Q, kFeedback>(parts[k], a.values + from, kFeedback != kForget ? a.residual + from : nullptr,
-                                       at_most(a.block, a.numel - from));
-    put_scale(scales, k, scale);
-    parts[k].restore(scale, 0);
+    Products products = {};
+    coder.encoders(a.residual).product_part(parts[k], a.values + from, residual_at(a.residual, from), at_most(a.block, a.numel - from), products);
+    parts[k].scale = products.scale(parts[k]);
+    put_scale(scales, k, parts[k].scale);
   }
 }
 
-// ---- segments --------------------------------------------------------------------------------------------------
-
-template <class Q, int kParts, Feedback kFeedback>
-PSQ_INLINE void encode_span(const Span<kFeedback>& a, uint8_t*& scales) {
-  Q parts[kMostParts + 1] = {};
-  bool live[kMostParts + 1];
-  if constexpr (Q::kStatistic == kNone) {
-    live[0] = true;
-  } else {
-    const size_t blocks = fit_span<Q, kFeedback>(a, parts, live, scales);
-    uint8_t* const here = scales;
-    scales += 4 * blocks;
+PSQ_INLINE void encode_span(const Coder& coder, const Span& a, uint8_t* scales) {
+  Constants parts[kMostParts + 1] = {};
+  bool live[kMostParts + 1] = {true};
+  if (coder.statistic != kNone) {
+    const size_t blocks = fit_span(coder, a, parts, live, scales);
     live[blocks] = true;  // the missing half of a last group
-    parts[blocks].set(0.0f, a.parameter);
-    if constexpr (kIsLloydMax<Q>) {
-      bool whole = a.numel % a.block == 0 && a.numel % kGroup == 0;
+    coder.set(parts[blocks], 0.0f, a.parameter);
+    if (coder.leave != nullptr) {
+      bool whole = a.numel % a.block == 0 && a.numel % kGroup == 0 && (a.other == 0 || coder.cuts_in_halves);
       for (size_t k = 0; k < blocks; ++k) whole = whole && live[k];
-      if constexpr (kParts == 1 || Q::kBits % 2 == 0)
-        if (whole) return encode_places<Q, kParts, kFeedback>(a, parts, here);
-      rescale<Q, kFeedback>(a, parts, live, here);
+      if (whole) return encode_places(coder, a, parts, scales);
+      rescale(coder, a, parts, live, scales);
     }
   }
-  const size_t unit = kParts == 1 ? a.block : kGroup;
-  uint8_t* words = a.words;
-  for (size_t from = 0, part = 0; from < a.numel; from += unit, part += kParts) {
-    const size_t count = at_most(unit, a.numel - from);
-    Residual<kFeedback>* e = kFeedback != kForget ? a.residual + from : nullptr;
-    pack_span<Q, kParts, kFeedback>(parts + part, live + part, a.values + from, e, count, words,
-                                    a.index + uint32_t(from), a.ahead);
-    words += (count + kGroup - 1) / kGroup * kGroupBytes<Q>;
-  }
+  pack_span(coder, parts, live, a);
 }
 
-template <class Q, int kParts, Feedback kFeedback>
-PSQ_OUTLINE void encode_segment(const PsqEncode& a) {
-  const size_t block = a.format.block == 0 ? a.numel : a.format.block;
-  const size_t span = block > kSpan ? block : kSpan;
-  Residual<kFeedback>* residual = (Residual<kFeedback>*)a.residual;
-  uint8_t *words = a.words, *scales = a.scales;
+// What is finite becomes 0.
+PSQ_OUTLINE void clear(float* values, size_t numel) {
+  const size_t whole = numel & ~size_t(15);
+  for (size_t i = 0; i < whole; i += 16) {
+    const U bits = as_u(load(values + i));
+    store(values + i, as_f(drop(less(as_i(as_u(absolute(as_f(bits)))), splat(int32_t(kInfinity))), bits)));
+  }
+  for (size_t i = whole; i < numel; ++i)
+    if (is_finite(values[i])) values[i] = 0.0f;
+}
+
+PSQ_INLINE Span span_of(const PsqEncode& a, const Coder& coder, Memory& memory, size_t from, size_t numel) {
+  const bool scaled = coder.statistic != kNone && a.format.block != 0;
+  return {a.values + from, memory.open(from, numel), a.words + from / kGroup * coder.group_bytes(), numel,
+          scaled ? a.format.block : numel, a.format.block == kGroup / 2, a.format.parameter, a.start + uint32_t(from),
+          a.ahead};
+}
+
+// What comes after a span of a segment.
+PSQ_INLINE void close_span(const PsqEncode& a, Memory& memory, size_t from, size_t numel) {
+  memory.close(from, numel);
+  if (a.clear) clear((float*)a.values + from, numel);
+}
+
+PSQ_OUTLINE void encode_spans(const Coder& coder, const PsqEncode& a) {
+  const size_t block = a.format.block, span = block > kSpan ? block : kSpan;
+  Memory memory(a.residual, a.half);
   for (size_t from = 0; from < a.numel; from += span) {
     const size_t count = at_most(span, a.numel - from);
-    Residual<kFeedback>* e = kFeedback != kForget ? residual + from : nullptr;
-    const Span<kFeedback> here = {a.values + from,    e,                        words,  count, block,
-                                  a.format.parameter, a.start + uint32_t(from), a.ahead};
-    encode_span<Q, kParts, kFeedback>(here, scales);
-    words += (count + kGroup - 1) / kGroup * kGroupBytes<Q>;
+    encode_span(coder, span_of(a, coder, memory, from, count), block > 0 ? a.scales + from / block * 4 : nullptr);
+    close_span(a, memory, from, count);
   }
 }
 
-template <class Q, int kParts, bool kAdd>
-PSQ_OUTLINE void unpack_groups(const Q* parts, const uint8_t* words, float* out, size_t numel, size_t ahead) {
-  Reader<Q> local[kParts];
-  for (int part = 0; part < kParts; ++part) local[part].set(parts[part]);
-  for (size_t from = 0; from < numel; from += kGroup, words += kGroupBytes<Q>) {
-    Sink<Q, kParts, kAdd> sink = {local, out + from, ahead, 0};
-    unpack_group<Q>(sink, words);
+// One scale for all: chunk by chunk, each part of the work by itself.
+PSQ_OUTLINE void encode_whole(const Coder& coder, const PsqEncode& a) {
+  Memory memory(a.residual, a.half);
+  Norm norm = {};
+  for (size_t from = 0; from < a.numel; from += kChunk) {
+    const Span b = span_of(a, coder, memory, from, at_most(kChunk, a.numel - from));
+    norm.add(coder.encoders(b.residual).norm_part(b.values, b.residual, b.numel));
+  }
+  Constants fitted = {};
+  float scale;
+  const bool live = fit(coder, fitted, scale, norm.of(coder.statistic, a.numel), a.format.parameter);
+  if (coder.leave != nullptr && live) {
+    Products products = {};
+    for (size_t from = 0; from < a.numel; from += kChunk) {
+      const Span b = span_of(a, coder, memory, from, at_most(kChunk, a.numel - from));
+      coder.encoders(b.residual).product_part(fitted, b.values, b.residual, b.numel, products);
+    }
+    scale = fitted.scale = products.scale(fitted);
+  }
+  put_scale(a.scales, 0, scale);
+  for (size_t from = 0; from < a.numel; from += kChunk) {
+    const size_t count = at_most(kChunk, a.numel - from);
+    pack_span(coder, &fitted, &live, span_of(a, coder, memory, from, count));
+    close_span(a, memory, from, count);
   }
 }
 
-template <class Q, int kParts, bool kAdd>
-PSQ_OUTLINE void decode_segment(const PsqDecode& a) {
-  const size_t block = a.format.block == 0 ? a.numel : a.format.block;
-  const size_t span = kParts == 1 ? block : kGroup;
+PSQ_INLINE void encode_segment(const Coder& coder, const PsqEncode& a) {
+  if (a.numel == 0) return;
+  coder.statistic != kNone && a.format.block == 0 ? encode_whole(coder, a) : encode_spans(coder, a);
+}
+
+// ---- decoding --------------------------------------------------------------------------------------------------
+
+PSQ_OUTLINE void decode_segment(const Coder& coder, const PsqDecode& a) {
+  const size_t block = a.format.block == 0 ? a.numel : a.format.block, other = a.format.block == kGroup / 2;
+  const size_t span = other ? kGroup : block;
   const uint8_t *words = a.words, *scales = a.scales;
+  const auto unpack = coder.unpack[a.add];
   for (size_t from = 0; from < a.numel; from += span) {
     const size_t count = at_most(span, a.numel - from);
-    Q parts[kParts] = {};
-    for (int part = 0; part < kParts; ++part) {
+    Constants parts[2] = {};
+    for (size_t part = 0; part <= other; ++part) {
       float scale = 0.0f;
-      if (Q::kStatistic != kNone && part * block < count) {
+      if (coder.statistic != kNone && part * block < count) {
         __builtin_memcpy(&scale, scales, 4);
         scales += 4;
       }
-      parts[part].restore(scale, a.format.parameter);
+      coder.restore(parts[part], scale, a.format.parameter);
     }
     float* out = a.out + from;
     const size_t whole = count / kGroup * kGroup;
-    if (whole > 0) unpack_groups<Q, kParts, kAdd>(parts, words, out, whole, a.ahead);
-    words += whole / kGroup * kGroupBytes<Q>;
+    if (whole > 0) unpack(parts, words, out, whole, a.ahead, other);
+    words += whole / kGroup * coder.group_bytes();
     if (whole == count) continue;
     float last[kGroup] = {};
     const size_t bytes = (count - whole) * sizeof(float);
-    if (kAdd) __builtin_memcpy(last, out + whole, bytes);
-    unpack_groups<Q, kParts, kAdd>(parts, words, last, kGroup, 0);
+    if (a.add) __builtin_memcpy(last, out + whole, bytes);
+    unpack(parts, words, last, kGroup, 0, other);
     __builtin_memcpy(out + whole, last, bytes);
-    words += kGroupBytes<Q>;
+    words += coder.group_bytes();
   }
-}
-
-template <class Q>
-void encode_with(const PsqEncode& a) {
-  const bool halves = a.format.block == kGroup / 2;
-  if (a.residual == nullptr) return halves ? encode_segment<Q, 2, kForget>(a) : encode_segment<Q, 1, kForget>(a);
-  if (a.half) return halves ? encode_segment<Q, 2, kHalf>(a) : encode_segment<Q, 1, kHalf>(a);
-  return halves ? encode_segment<Q, 2, kWhole>(a) : encode_segment<Q, 1, kWhole>(a);
-}
-
-template <class Q>
-void decode_with(const PsqDecode& a) {
-  const bool halves = a.format.block == kGroup / 2;
-  if (a.add) return halves ? decode_segment<Q, 2, true>(a) : decode_segment<Q, 1, true>(a);
-  return halves ? decode_segment<Q, 2, false>(a) : decode_segment<Q, 1, false>(a);
 }
 
 // ---- fp32: the values themselves, no words, no padding ---------------------------------------------------------
 
 template <Feedback kFeedback>
-PSQ_INLINE void fp32_row(const float* values, Residual<kFeedback>* residual, uint8_t* payload) {
+PSQ_INLINE void fp32_row(const float* values, float* residual, uint8_t* payload) {
   const F c = compensated<kFeedback>(values, residual);
   const U size = as_u(absolute(c));
   store_words(payload, select(is_nan(as_i(size)), splat(kNaN), as_u(c)));
-  if constexpr (kFeedback != kForget) leave_where(residual, size, splat(0.0f));
+  if constexpr (kFeedback == kKeep)
+    store(residual, select(less(as_i(size), splat(int32_t(kInfinity))), splat(0.0f), load(residual)));
 }
 
 template <Feedback kFeedback>
-PSQ_OUTLINE void fp32_encode(const PsqEncode& a) {
-  const size_t whole = a.numel & ~size_t(15), rest = a.numel - whole;
-  Residual<kFeedback>* residual = (Residual<kFeedback>*)a.residual;
+PSQ_OUTLINE void fp32_span(const float* values, float* residual, size_t numel, uint8_t* payload) {
+  const size_t whole = numel & ~size_t(15), bytes = (numel - whole) * sizeof(float);
   for (size_t i = 0; i < whole; i += 16)
-    fp32_row<kFeedback>(a.values + i, kFeedback != kForget ? residual + i : nullptr, a.words + 4 * i);
-  float x[16] = {};
-  Residual<kFeedback> e[16] = {};
+    fp32_row<kFeedback>(values + i, further<kFeedback>(residual, i), payload + 4 * i);
+  if (bytes == 0) return;
+  float x[16] = {}, e[16] = {};
   uint8_t last[64];
-  __builtin_memcpy(x, a.values + whole, rest * sizeof(float));
-  if (kFeedback != kForget) __builtin_memcpy(e, residual + whole, rest * sizeof e[0]);
+  __builtin_memcpy(x, values + whole, bytes);
+  if (kFeedback == kKeep) __builtin_memcpy(e, residual + whole, bytes);
   fp32_row<kFeedback>(x, e, last);
-  __builtin_memcpy(a.words + 4 * whole, last, rest * sizeof(float));
-  if (kFeedback != kForget) __builtin_memcpy(residual + whole, e, rest * sizeof e[0]);
+  __builtin_memcpy(payload + 4 * whole, last, bytes);
+  if (kFeedback == kKeep) __builtin_memcpy(residual + whole, e, bytes);
+}
+
+PSQ_OUTLINE void fp32_encode(const PsqEncode& a) {
+  Memory memory(a.residual, a.half);
+  for (size_t from = 0; from < a.numel; from += kSpan) {
+    const size_t count = at_most(kSpan, a.numel - from);
+    float* residual = memory.open(from, count);
+    residual == nullptr ? fp32_span<kForget>(a.values + from, residual, count, a.words + 4 * from)
+                        : fp32_span<kKeep>(a.values + from, residual, count, a.words + 4 * from);
+    close_span(a, memory, from, count);
+  }
 }
 
 PSQ_OUTLINE void fp32_decode(const PsqDecode& a) {
@@ -357,44 +496,43 @@ void codec_encode(const PsqEncode& a) {
   if (a.format.family == PSQ_TOPK) return topk_encode(a);
   switch (PSQ_KEY(a.format.family, a.format.bits)) {
     case PSQ_KEY(PSQ_SIGN, 1):
-      return a.format.parameter == 2 ? encode_with<Sign<kRootMeanSquare>>(a) : encode_with<Sign<kMeanAbs>>(a);
+      return encode_segment(a.format.parameter == 2 ? kCoder<Sign<kRootMeanSquare>, false> : kCoder<Sign<kMeanAbs>>, a);
 #define X(family, bits, Q)     \
   case PSQ_KEY(family, bits):  \
-    return encode_with<Q>(a);
+    return encode_segment(kCoder<Q>, a);
       PSQ_EACH_QUANTIZER(X)
-      X(PSQ_STOCHASTIC, 2, Uniform<2 PSQ_COMMA true>)
-      X(PSQ_STOCHASTIC, 3, Uniform<3 PSQ_COMMA true>)
-      X(PSQ_STOCHASTIC, 4, Uniform<4 PSQ_COMMA true>)
-      X(PSQ_STOCHASTIC, 8, Uniform<8 PSQ_COMMA true>)
+#undef X
+#define X(bits)                      \
+  case PSQ_KEY(PSQ_STOCHASTIC, bits): \
+    return encode_segment(kCoder<Uniform<bits, true>, false>, a);
+      X(2) X(3) X(4) X(8)
 #undef X
     case PSQ_KEY(PSQ_FP32, 32):
-      if (a.residual == nullptr) return fp32_encode<kForget>(a);
-      return a.half ? fp32_encode<kHalf>(a) : fp32_encode<kWhole>(a);
+      return fp32_encode(a);
   }
 }
 
 void codec_decode(const PsqDecode& a) {
   if (a.format.family == PSQ_TOPK) return topk_decode(a);
-  PsqDecode b = a;
-  if (b.format.family == PSQ_STOCHASTIC) b.format.family = PSQ_UNIFORM;  // the same words and steps
-  switch (PSQ_KEY(b.format.family, b.format.bits)) {
+  const int32_t family = a.format.family == PSQ_STOCHASTIC ? int32_t(PSQ_UNIFORM) : a.format.family;  // same words, steps
+  switch (PSQ_KEY(family, a.format.bits)) {
     case PSQ_KEY(PSQ_SIGN, 1):
-      return decode_with<Sign<kMeanAbs>>(b);
+      return decode_segment(kCoder<Sign<kMeanAbs>>, a);
 #define X(family, bits, Q)     \
   case PSQ_KEY(family, bits):  \
-    return decode_with<Q>(b);
+    return decode_segment(kCoder<Q>, a);
       PSQ_EACH_QUANTIZER(X)
 #undef X
     case PSQ_KEY(PSQ_FP32, 32):
-      return fp32_decode(b);
+      return fp32_decode(a);
   }
 }
 
 bool all_finite_f32(const uint8_t* values, size_t numel) {
   const float* x = (const float*)values;
   for (size_t from = 0; from < numel; from += kChunk) {
-    const float largest = norm<kMaxAbs, kForget>(x + from, nullptr, at_most(kChunk, numel - from));
-    if (!is_finite(largest)) return false;
+    const size_t count = at_most(kChunk, numel - from);
+    if (!is_finite(norm_part<kMaxAbs, kForget>(x + from, nullptr, count))) return false;
   }
   return true;
 }

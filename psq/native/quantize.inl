@@ -3,7 +3,8 @@
 // A row of several registers goes through one after another (`quantized` and its like, below): all at once they would
 // not leave the 16 registers of the lower levels room for constants.
 //
-// A quantizer holds one scale's constants, as scalars: the compiler makes rows of them outside its loops. It has
+// A quantizer is one scale's constants, as scalars: the compiler makes rows of them outside its loops. The constants of
+// all quantizers are one type, so that what only hands them on is compiled once. A quantizer has
 //   kBits, kStatistic          bits of a code; which norm of a block its scale comes from
 //   set(norm, parameter)       takes that norm, returns the scale for the wire
 //   restore(scale, parameter)  what a decoder needs
@@ -19,6 +20,17 @@ constexpr float kTiny = 0x1p-100f;  // a block below this is a zero block: 1 / s
 
 enum Statistic { kNone, kMeanAbs, kRootMeanSquare, kMaxAbs };
 
+struct Constants {
+  float scale, inverse;
+  int32_t threshold, bias;  // of Log
+};
+template <class Q>
+PSQ_INLINE Q made_of(const Constants& constants) {
+  Q quantizer;
+  static_cast<Constants&>(quantizer) = constants;
+  return quantizer;
+}
+
 PSQ_INLINE NativeU sign_of(NativeU bits) { return bits & each(kSignBit); }
 template <class T>
 PSQ_INLINE Pair<T> sign_of(Pair<T> bits) {
@@ -33,10 +45,9 @@ PSQ_INLINE auto is_nan(T size) {
 PSQ_INLINE float inverse_of(float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; }
 
 template <Statistic kNorm>
-struct Sign {
+struct Sign : Constants {
   static constexpr int kBits = 1;
   static constexpr Statistic kStatistic = kNorm;
-  float scale;
 
   PSQ_METHOD float set(float norm, int32_t) { return scale = norm < kTiny ? 0.0f : norm; }
   PSQ_METHOD void restore(float value, int32_t) { scale = value; }
@@ -48,12 +59,11 @@ struct Sign {
 };
 
 template <int kWidth>
-struct Log {
+struct Log : Constants {
   static constexpr int kBits = kWidth;
   static constexpr Statistic kStatistic = kMaxAbs;
-  float scale, inverse;
-  int32_t threshold;  // bits of the smallest size that is not 0
-  int32_t bias;       // level + bias is the exponent of 2^(level - 1 - k), as a float has it
+  // threshold: bits of the smallest size that is not 0
+  // bias: level + bias is the exponent of 2^(level - 1 - k), as a float has it
 
   PSQ_METHOD float set(float largest, int32_t k) {
     restore(largest < kTiny ? 0.0f : largest, k);
@@ -88,33 +98,32 @@ struct Log {
 };
 
 template <int kWidth, bool kStochastic>
-struct Uniform {
+struct Uniform : Constants {
   static constexpr int kBits = kWidth;
   static constexpr Statistic kStatistic = kMaxAbs;
   static constexpr int32_t kLevels = (1 << (kWidth - 1)) - 1;
-  float step, inverse;
 
-  // The step keeps 16 significant bits, rounded up: code * step is exact, so the product has one meaning everywhere. It
-  // stays below the point where the largest code's value would be infinite.
+  // The scale is the step. It keeps 16 significant bits, rounded up: code * step is exact, so the product has one meaning
+  // everywhere. It stays below the point where the largest code's value would be infinite.
   PSQ_METHOD float set(float largest, int32_t) {
     const uint32_t rounded = (bits_of(largest / float(kLevels)) + 0xffu) & ~0xffu;
     const uint32_t most = bits_of(0x1.fffffep127f / float(kLevels)) & ~0xffu;
-    step = largest < kTiny ? 0.0f : float_of(rounded < most ? rounded : most);
-    inverse = inverse_of(step);
-    return step;
+    scale = largest < kTiny ? 0.0f : float_of(rounded < most ? rounded : most);
+    inverse = inverse_of(scale);
+    return scale;
   }
-  PSQ_METHOD void restore(float value, int32_t) { step = value; }
+  PSQ_METHOD void restore(float value, int32_t) { scale = value; }
   PSQ_METHOD NativeF quantize(NativeF c, NativeU index, NativeU& top) const {
     if constexpr (kStochastic) {
       const NativeI code = draw(c, index);
       top = as_u(code) << (32 - kBits);
-      return to_f(code) * each(step);
+      return to_f(code) * each(scale);
     } else {
       // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
       const NativeF shifter = each(12582912.0f);
       const NativeF rounded = c * each(inverse) + shifter;
       top = as_u(rounded) << (32 - kBits);
-      return (rounded - shifter) * each(step);
+      return (rounded - shifter) * each(scale);
     }
   }
   // Rounds |c| / step up with the probability of its fraction, then restores the sign.
@@ -130,7 +139,7 @@ struct Uniform {
     const NativeI sign = as_i(c) >> 31;
     return (code ^ sign) - sign;
   }
-  PSQ_METHOD NativeF value(NativeU top) const { return to_f(as_i(top) >> (32 - kBits)) * each(step); }
+  PSQ_METHOD NativeF value(NativeU top) const { return to_f(as_i(top) >> (32 - kBits)) * each(scale); }
 };
 
 // Centroids of a unit Gaussian, by size.
@@ -160,13 +169,12 @@ struct Place {
 };
 
 template <int kWidth>
-struct LloydMax {
+struct LloydMax : Constants {
   static constexpr int kBits = kWidth;
   static constexpr Statistic kStatistic = kRootMeanSquare;
   static constexpr int kLevels = 1 << (kWidth - 1);
   static constexpr bool kInTable = kLevels <= kTableLanes;
   typedef Centroids<kWidth> Table;
-  float inverse, scale;
 
   // The scale on the wire comes later: see best_scale.
   PSQ_METHOD float set(float root_mean_square, int32_t) {
@@ -289,10 +297,11 @@ PSQ_INLINE auto rounded_to_bf16(T value) {
 }
 
 // No scale. Rounds to nearest even; a finite value stays finite; a NaN becomes the quiet one.
-struct Bf16 {
+struct Bf16 : Constants {
   static constexpr int kBits = 16;
   static constexpr Statistic kStatistic = kNone;
 
+  PSQ_METHOD float set(float, int32_t) { return 0.0f; }
   PSQ_METHOD void restore(float, int32_t) {}
   PSQ_METHOD NativeF quantize(NativeF c, NativeU, NativeU& top) const {
     const NativeU sign = sign_of(as_u(c));

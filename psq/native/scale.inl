@@ -17,52 +17,73 @@ PSQ_INLINE U lanes() {
   return load_words((const uint8_t*)counting);
 }
 
-// What remembers what was not said: nothing, f32, or bf16.
-enum Feedback { kForget, kWhole, kHalf };
-template <Feedback>
-struct ResidualOf {
-  typedef float Type;
-};
-template <>
-struct ResidualOf<kHalf> {
-  typedef uint16_t Type;
-};
-template <Feedback kFeedback>
-using Residual = typename ResidualOf<kFeedback>::Type;
-
-PSQ_INLINE void leave(float* residual, F rest) { store(residual, rest); }
-PSQ_INLINE void leave_half(void* residual, NativeF rest) { put_halves(residual, rounded_to_bf16(rest)); }
-template <class T>
-PSQ_INLINE void leave_half(void* residual, Pair<T> rest) {
-  leave_half(residual, rest.lo);
-  leave_half((uint8_t*)residual + sizeof(T) / 2, rest.hi);
-}
-PSQ_INLINE void leave(uint16_t* residual, F rest) { leave_half(residual, rest); }
-// Only where a value is finite.
-template <class T>
-PSQ_INLINE void leave_where(T* residual, U size, F rest) {
-  const U before = as_u(load(residual)), after = sizeof(T) == 2 ? rounded_to_bf16(rest) : as_u(rest);
-  const U now = select(less(as_i(size), splat(int32_t(kInfinity))), after, before);
-  if constexpr (sizeof(T) == 2)
-    put_halves(residual, now);
-  else
-    store(residual, as_f(now));
-}
+// What earlier encodings have left unsaid of some values is floats, or there is nothing that remembers.
+enum Feedback { kForget, kKeep };
 
 template <Feedback kFeedback>
-PSQ_INLINE F compensated(const float* values, const Residual<kFeedback>* residual) {
-  return kFeedback != kForget ? load(values) + load(residual) : load(values);
+PSQ_INLINE F compensated(const float* values, const float* residual) {
+  return kFeedback == kKeep ? load(values) + load(residual) : load(values);
 }
+// Where a vector goes on that may not be there.
+template <Feedback kFeedback>
+PSQ_INLINE float* further(float* residual, size_t count) {
+  return kFeedback == kKeep ? residual + count : residual;
+}
+PSQ_INLINE float* residual_at(float* residual, size_t from) { return residual == nullptr ? nullptr : residual + from; }
 
 // A block's last, short row, the missing lanes 0.
 template <Feedback kFeedback>
-PSQ_INLINE F short_row(const float* values, const Residual<kFeedback>* residual, size_t numel) {
-  float row[16] = {};
-  Residual<kFeedback> rest[16] = {};
+PSQ_INLINE F short_row(const float* values, const float* residual, size_t numel) {
+  float row[16] = {}, rest[16] = {};
   __builtin_memcpy(row, values, numel * sizeof(float));
-  if (kFeedback != kForget) __builtin_memcpy(rest, residual, numel * sizeof rest[0]);
+  if (kFeedback == kKeep) __builtin_memcpy(rest, residual, numel * sizeof(float));
   return compensated<kFeedback>(row, rest);
 }
+
+// A segment's residual: f32, bf16, or none. A bf16 one is expanded piece by piece, so there is one kind of encoder.
+class Memory {
+ public:
+  PSQ_METHOD Memory(void* residual, bool half) : residual_(residual), half_(half) {}
+
+  // Of at most kChunk values; or null. What is left there is kept by `close`.
+  PSQ_METHOD float* open(size_t from, size_t numel) {
+    if (!half_) return residual_at((float*)residual_, from);
+    expand((const uint16_t*)residual_ + from, expanded_, numel);
+    return expanded_;
+  }
+  PSQ_METHOD void close(size_t from, size_t numel) {
+    if (half_) round((uint16_t*)residual_ + from, expanded_, numel);
+  }
+
+ private:
+  PSQ_OUTLINE void expand(const uint16_t* from, float* to, size_t numel) {
+    const size_t whole = numel & ~size_t(15);
+    for (size_t i = 0; i < whole; i += 16) {
+      __builtin_prefetch(from + i + PSQ_AHEAD, 1);
+      store(to + i, load(from + i));
+    }
+    uint16_t last[16] = {};
+    __builtin_memcpy(last, from + whole, (numel - whole) * sizeof last[0]);
+    store(to + whole, load(last));
+  }
+  PSQ_OUTLINE void round(uint16_t* to, const float* from, size_t numel) {
+    const size_t whole = numel & ~size_t(15);
+    for (size_t i = 0; i < whole; i += 16) round_row(to + i, load(from + i));
+    uint16_t last[16];
+    __builtin_memcpy(last, to + whole, (numel - whole) * sizeof last[0]);
+    round_row(last, load(from + whole));
+    __builtin_memcpy(to + whole, last, (numel - whole) * sizeof last[0]);
+  }
+  // Encoders leave finite values, or what was there: which is not to change where it is not finite.
+  PSQ_METHOD static void round_row(uint16_t* to, F rest) {
+    const U size = as_u(absolute(rest));
+    put_halves(to, select(less(as_i(size), splat(int32_t(kInfinity))), rounded_to_bf16(rest), as_u(rest)));
+  }
+
+  void* residual_;
+  bool half_;
+  float expanded_[kChunk + 16];
+};
 
 template <Statistic kStatistic>
 PSQ_INLINE F accumulate(F total, F c) {
@@ -71,73 +92,68 @@ PSQ_INLINE F accumulate(F total, F c) {
   return as_f(maximum(as_i(total), as_i(absolute(c))));  // by bits: NaN and Inf beat every number
 }
 
-// The norm of a block: mean |c|, root mean square, or max |c|. Not finite iff a value, or the sum, is not.
+// What a chunk, or less, of a block adds to its norm: the sum of |c| or c^2, or max |c|.
 template <Statistic kStatistic, Feedback kFeedback>
-PSQ_OUTLINE float norm(const float* values, const Residual<kFeedback>* residual, size_t numel) {
-  double total = 0.0;
-  uint32_t largest = 0;
-  for (size_t from = 0; from < numel; from += kChunk) {
-    const size_t count = at_most(kChunk, numel - from), whole = count & ~size_t(15);
-    const float* x = values + from;
-    const Residual<kFeedback>* e = residual + (kFeedback != kForget ? from : 0);
-    F sums = splat(0.0f);
-    for (size_t i = 0; i < whole; i += 16)
-      sums = accumulate<kStatistic>(sums, compensated<kFeedback>(x + i, e + (kFeedback != kForget ? i : 0)));
-    if (whole < count)
-      sums = accumulate<kStatistic>(
-          sums, short_row<kFeedback>(x + whole, e + (kFeedback != kForget ? whole : 0), count - whole));
-    if constexpr (kStatistic == kMaxAbs) {
-      const uint32_t chunk = uint32_t(maximum(as_i(sums)));
-      largest = chunk > largest ? chunk : largest;
-    } else {
-      total += double(sum(sums));
-    }
-  }
-  if constexpr (kStatistic == kMaxAbs) return float_of(largest);
-  const float mean = float(total) / float(numel);
-  return kStatistic == kRootMeanSquare ? __builtin_sqrtf(mean) : mean;
+PSQ_OUTLINE float norm_part(const float* values, const float* residual, size_t numel) {
+  const size_t whole = numel & ~size_t(15);
+  F sums = splat(0.0f);
+  for (size_t i = 0; i < whole; i += 16)
+    sums = accumulate<kStatistic>(sums, compensated<kFeedback>(values + i, residual + i));
+  if (whole < numel)
+    sums = accumulate<kStatistic>(sums, short_row<kFeedback>(values + whole, residual + whole, numel - whole));
+  if constexpr (kStatistic == kMaxAbs) return float_of(uint32_t(maximum(as_i(sums))));
+  return sum(sums);
 }
 
-// The least-squares scale of the chosen centroids q: <|c|, q> / <q, q>.
-template <class Q, Feedback kFeedback>
-PSQ_OUTLINE float best_scale(const Q& q, const float* values, const Residual<kFeedback>* residual, size_t numel) {
-  double products = 0.0, squares = 0.0;
-  for (size_t from = 0; from < numel; from += kChunk) {
-    const size_t count = at_most(kChunk, numel - from);
-    const float* x = values + from;
-    const Residual<kFeedback>* e = residual + (kFeedback != kForget ? from : 0);
-    F product = splat(0.0f), square = splat(0.0f);
-    for (size_t i = 0; i < count; i += 16) {
-      const size_t here = at_most(16, count - i), at = kFeedback != kForget ? i : 0;
-      const F size = absolute(here == 16 ? compensated<kFeedback>(x + i, e + at)
-                                         : short_row<kFeedback>(x + i, e + at, here));
-      U top;
-      F point = placed(q, size, splat(0u), top);
-      if (here < 16) point = select(less(as_i(lanes()), splat(int32_t(here))), point, splat(0.0f));
-      product = product + size * point;
-      square = square + point * point;
-    }
-    products += double(sum(product));
-    squares += double(sum(square));
+// The norm of a block from its parts: mean |c|, root mean square, or max |c|. Not finite iff a value, or the sum, is not.
+struct Norm {
+  double total;
+  uint32_t largest;
+
+  PSQ_METHOD void add(float part) {
+    total += double(part);
+    largest = bits_of(part) > largest ? bits_of(part) : largest;
   }
-  return float(products) / float(squares);
+  PSQ_METHOD float of(Statistic statistic, size_t numel) const {
+    if (statistic == kMaxAbs) return float_of(largest);
+    const float mean = float(total) / float(numel);
+    return statistic == kRootMeanSquare ? __builtin_sqrtf(mean) : mean;
+  }
+};
+
+// The two sums of a Lloyd-Max block's scale. The scale is the least-squares one of the chosen centroids q:
+// <|c|, q> / <q, q>.
+struct Products {
+  double product, square;
+
+  PSQ_METHOD float scale(const Constants& fitted) const {
+    return fitted.scale > 0.0f ? float(product) / float(square) : 0.0f;
+  }
+};
+
+// What a chunk, or less, adds to them.
+template <class Q, Feedback kFeedback>
+PSQ_OUTLINE void product_part(const Constants& fitted, const float* values, const float* residual, size_t numel,
+                              Products& products) {
+  const Q q = made_of<Q>(fitted);
+  F product = splat(0.0f), square = splat(0.0f);
+  for (size_t i = 0; i < numel; i += 16) {
+    const size_t here = at_most(16, numel - i);
+    const F size = absolute(here == 16 ? compensated<kFeedback>(values + i, residual + i)
+                                       : short_row<kFeedback>(values + i, residual + i, here));
+    U top;
+    F point = placed(q, size, splat(0u), top);
+    if (here < 16) point = select(less(as_i(lanes()), splat(int32_t(here))), point, splat(0.0f));
+    product = product + size * point;
+    square = square + point * point;
+  }
+  products.product += double(sum(product));
+  products.square += double(sum(square));
 }
 
 template <class Q>
 constexpr bool kIsLloydMax = false;
 template <int kWidth>
 constexpr bool kIsLloydMax<LloydMax<kWidth>> = true;
-
-// Makes the quantizer of a block and its scale for the wire (Lloyd-Max: what comes before the scale). False: the block
-// is not finite, its scale a NaN.
-template <class Q, Feedback kFeedback>
-PSQ_INLINE bool fit(Q& q, float& scale, const float* values, const Residual<kFeedback>* residual, size_t numel,
-                    int32_t parameter) {
-  const float size = norm<Q::kStatistic, kFeedback>(values, residual, numel);
-  const bool finite = is_finite(size);
-  scale = q.set(finite ? size : 0.0f, parameter);
-  if (!finite) scale = float_of(kNaN);
-  return finite;
-}
 
 }  // namespace

@@ -68,7 +68,7 @@ PSQ_INLINE int32_t bisect(const int32_t* numbers, size_t count, size_t keep, int
 
 // ---- the K largest ---------------------------------------------------------------------------------------------
 
-// What remembers what was not said: nothing, f32, or bf16.
+// What remembers what was not said: nothing, or floats.
 struct Nothing {};
 PSQ_INLINE F sum_with_residual(const float* values, const Nothing*) { return load(values); }
 template <class R>
@@ -76,24 +76,16 @@ PSQ_INLINE F sum_with_residual(const float* values, const R* residual) {
   return load(values) + load(residual);
 }
 PSQ_INLINE void leave(Nothing*, F) {}
+PSQ_INLINE void leave(float* residual, F rest) { store(residual, rest); }
 PSQ_INLINE void leave_one(Nothing*, float) {}
 PSQ_INLINE void leave_one(float* residual, float rest) { *residual = rest; }
-PSQ_INLINE void leave_one(uint16_t* residual, float rest) {  // as rounded_to_bf16
-  const uint32_t size = bits_of(rest) & ~kSignBit, rounded = size + 0x7fffu + (size >> 16 & 1u);
-  *residual = uint16_t(((bits_of(rest) & kSignBit) | (rounded < 0x7f7fffffu ? rounded : 0x7f7fffffu)) >> 16);
-}
 // Value + residual, of which that may already be there in the residual's place.
 PSQ_INLINE float one_with_residual(float value, const Nothing*, bool) { return value; }
 PSQ_INLINE float one_with_residual(float value, const float* residual, bool there) {
   return there ? *residual : value + *residual;
 }
-PSQ_INLINE float one_with_residual(float value, const uint16_t* residual, bool) {
-  return value + float_of(uint32_t(*residual) << 16);
-}
 template <class R>
 constexpr bool kRemembers = sizeof(R) > 1;
-template <class R>
-constexpr bool kExactly = sizeof(R) != sizeof(uint16_t);
 
 // Some values of a block, by ascending place.
 constexpr uint16_t kNegative = 0x8000;
@@ -253,7 +245,7 @@ PSQ_OUTLINE float topk_block(const float* values, R* residual, const TopkShape& 
   int32_t bound = guess;
   if (reached < keep || reached > 2 * keep) bound = bisect(maxima, parts, keep, 0, largest, kCoarse);
   if (bound == 0) bound = 1;  // zeros come last
-  const bool at_once = kExactly<R> && largest < kHuge;  // what was there is not needed any more
+  const bool at_once = largest < kHuge;  // what was there is not needed any more
   uint64_t found[kLargestBlock / 64];
   at_once ? mark<true>(values, residual, shape.block, bound, found)
           : mark<false>(values, residual, shape.block, bound, found);
@@ -291,21 +283,21 @@ template <class R>
 PSQ_OUTLINE void topk_encode_with(const PsqEncode& a) {
   const TopkShape shape = topk_shape(a.format);
   uint8_t* entries = a.words;
-  R* residual = (R*)a.residual;
+  Memory memory(a.residual, a.half);
   int32_t guess = 0;
   for (size_t from = 0, block = 0; from < a.numel; from += shape.block, ++block, entries += shape.entry_bytes) {
-    R* e = residual + (kRemembers<R> ? from : 0);
+    const size_t count = at_most(shape.block, a.numel - from);
+    R* e = (R*)memory.open(from, count);
     const float* x = a.values + from;
-    const size_t count = a.numel - from;
     const float scale = count < shape.block ? topk_short_block(x, e, count, shape, entries)
                                             : topk_block(x, e, shape, shape.keep, entries, guess);
     put_scale(a.scales, block, scale);
+    close_span(a, memory, from, count);
   }
 }
 
 PSQ_OUTLINE void topk_encode(const PsqEncode& a) {
-  if (a.residual == nullptr) return topk_encode_with<Nothing>(a);
-  a.half ? topk_encode_with<uint16_t>(a) : topk_encode_with<float>(a);
+  a.residual == nullptr ? topk_encode_with<Nothing>(a) : topk_encode_with<float>(a);
 }
 
 // The entries of a block, one after another. Reads no byte beyond them.

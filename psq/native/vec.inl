@@ -325,12 +325,16 @@ PSQ_INLINE float sum(F row) {
   for (int i = 0; i < 4; ++i) a[i] += a[i + 4];
   return (a[0] + a[2]) + (a[1] + a[3]);
 }
-PSQ_INLINE int32_t maximum(I row) {
-  int32_t lanes[16];
-  put(lanes, as_u(row));
+// By memory and out of line: inlined, GCC would keep the row there all through the loop that makes it.
+PSQ_OUTLINE int32_t largest_of(const int32_t* lanes) {
   int32_t best = lanes[0];
   for (int lane = 1; lane < 16; ++lane) best = lanes[lane] > best ? lanes[lane] : best;
   return best;
+}
+PSQ_INLINE int32_t maximum(I row) {
+  int32_t lanes[16];
+  put(lanes, as_u(row));
+  return largest_of(lanes);
 }
 
 }  // namespace

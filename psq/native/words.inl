@@ -3,41 +3,34 @@
 
 namespace {
 
-// Quantizes one row, leaves the rest in the residual. This is the pass that runs in L1, and memory must not idle
-// meanwhile: it fetches what comes next.
-template <class Q, Feedback kFeedback>
-PSQ_INLINE U row_code(const Q& q, const float* values, Residual<kFeedback>* residual, U index, size_t ahead) {
-  __builtin_prefetch(values + ahead);
-  if (kFeedback != kForget) __builtin_prefetch(residual + PSQ_AHEAD, 1);
-  const F c = compensated<kFeedback>(values, residual);
-  U top;
-  const F d = quantized(q, c, index, top);
-  if constexpr (kFeedback != kForget) {
-    if constexpr (Q::kStatistic == kNone)
-      leave_where(residual, as_u(absolute(c)), c - d);
-    else
-      leave(residual, c - d);
-  }
-  return top;
-}
-
-// Rows of one group in order, with the quantizer of each: two where a block is half a group.
+// Rows of a group, or half of one, in order: quantizes them, leaves the rest in the residual. This is the pass that runs
+// in L1, and memory must not idle meanwhile: it fetches what comes next.
 template <class Q, int kParts, Feedback kFeedback>
 struct Rows {
-  const Q* parts;
+  const Q* parts;  // of each half of a group, or one
   const float* values;
-  Residual<kFeedback>* residual;
+  float* residual;
   U index;
   size_t ahead;
   int row;
 
   PSQ_METHOD U next() {
-    const U top = row_code<Q, kFeedback>(parts[kParts == 1 ? 0 : row >> 4], values, residual, index, ahead);
+    __builtin_prefetch(values + ahead);
+    if (kFeedback == kKeep) __builtin_prefetch(residual + PSQ_AHEAD, 1);
+    const F c = compensated<kFeedback>(values, residual);
+    U top;
+    const F d = quantized(parts[kParts == 1 ? 0 : row >> 4], c, index, top);
+    if constexpr (kFeedback == kKeep) leave(c, c - d);
     values += 16;
-    if (kFeedback != kForget) residual += 16;
+    residual = further<kFeedback>(residual, 16);
     index = index + splat(16u);
     ++row;
     return top;
+  }
+  PSQ_METHOD void leave(F c, F rest) const {
+    if constexpr (Q::kStatistic == kNone)  // values are by themselves: only where one is finite
+      rest = select(less(as_i(absolute(c)), splat(int32_t(kInfinity))), rest, load(residual));
+    store(residual, rest);
   }
 };
 

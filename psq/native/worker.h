@@ -9,7 +9,7 @@
 
 // One segment's push. All vectors f32[numel], the residual f32 or bf16; no two may overlap.
 struct PsqWorkerStep {
-  const float* g;
+  const float* g;                              // of which what is finite becomes 0 where `clear`
   const PsqAdamCoefficients* adam;             // null: the gradient is the direction
   const PsqCorrectionCoefficients* corrected;  // null: not corrected
   float* m;                                    // adam only
@@ -24,6 +24,7 @@ struct PsqWorkerStep {
   uint32_t start;   // of the random stream
   float* scratch;   // f32[numel] where there is an adam
   size_t numel;
+  bool clear;
 };
 
 struct PsqWorkerKernels {

@@ -10,26 +10,34 @@ namespace {
 
 constexpr size_t kPush = 512;
 
-template <class T>
-PSQ_INLINE void absorb_row(const float* u, T* residual) {
-  const F c = load(u) + load(residual);
-  leave_where(residual, as_u(absolute(c)), c);
+PSQ_INLINE void absorb_row(const float* u, float* residual) {
+  const F c = compensated<kKeep>(u, residual);
+  store(residual, select(less(as_i(absolute(c)), splat(int32_t(kInfinity))), c, load(residual)));
 }
 
 // residual += u where the sum is finite.
-template <class T>
-PSQ_OUTLINE void absorb(const float* u, T* residual, size_t numel) {
-  const size_t whole = numel & ~size_t(15), rest = numel - whole;
+PSQ_OUTLINE void absorb(const float* u, float* residual, size_t numel) {
+  const size_t whole = numel & ~size_t(15), bytes = (numel - whole) * sizeof(float);
   for (size_t i = 0; i < whole; i += 16) {
     __builtin_prefetch(residual + i + PSQ_AHEAD, 1);
     absorb_row(u + i, residual + i);
   }
-  float last[16] = {};
-  T kept[16] = {};
-  __builtin_memcpy(last, u + whole, rest * sizeof(float));
-  __builtin_memcpy(kept, residual + whole, rest * sizeof(T));
+  if (bytes == 0) return;
+  float last[16] = {}, kept[16] = {};
+  __builtin_memcpy(last, u + whole, bytes);
+  __builtin_memcpy(kept, residual + whole, bytes);
   absorb_row(last, kept);
-  __builtin_memcpy(residual + whole, kept, rest * sizeof(T));
+  __builtin_memcpy(residual + whole, kept, bytes);
+}
+
+PSQ_OUTLINE void absorb_all(const float* u, void* residual, bool half, size_t numel, bool clears) {
+  Memory memory(residual, half);
+  for (size_t from = 0; from < numel; from += kChunk) {
+    const size_t count = at_most(kChunk, numel - from);
+    absorb(u + from, memory.open(from, count), count);
+    memory.close(from, count);
+    if (clears) clear((float*)u + from, count);
+  }
 }
 
 PSQ_INLINE void worker_direct(const PsqWorkerStep& s, size_t from, size_t numel, float* out) {
@@ -40,19 +48,19 @@ PSQ_INLINE void worker_direct(const PsqWorkerStep& s, size_t from, size_t numel,
                         s.corrected == nullptr ? none : *s.corrected, PSQ_WRITE, 1.0f, PSQ_AHEAD};
   for (size_t i = 0; i < numel; i += 16) __builtin_prefetch(s.g + from + PSQ_AHEAD + i);
   s.corrected == nullptr ? adam(step) : adam_corrected(step);
+  if (s.clear) clear((float*)s.g + from, numel);
 }
 
 PSQ_INLINE void worker_say(const PsqWorkerStep& s, size_t from, size_t numel, const float* u) {
   uint8_t* residual = (uint8_t*)s.residual;
   if (residual != nullptr) residual += from * (s.half ? sizeof(uint16_t) : sizeof(float));
   if (s.scales == nullptr) {
-    s.half ? absorb(u, (uint16_t*)residual, numel) : absorb(u, (float*)residual, numel);
-    return;
+    return absorb_all(u, residual, s.half, numel, s.clear && s.adam == nullptr);
   }
   uint8_t* scales = s.scales + scale_offset(s.format, from);
   uint8_t* words = s.words + word_offset(s.format, from);
   codec_encode({u, residual, scales, words, numel, s.format, s.start + uint32_t(from), s.half,
-                s.adam == nullptr ? PSQ_AHEAD : 0});
+                s.adam == nullptr ? PSQ_AHEAD : 0, s.clear && s.adam == nullptr});
 }
 
 void worker_step(const PsqWorkerStep& s) {

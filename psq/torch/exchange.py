@@ -10,6 +10,9 @@ step (without error feedback it is lost). How that is noticed:
   itself). Checking the payload costs a hundredth of what reading the gradients a second time would.
 - Adam on the worker: by reading the shard's gradients first, since its moments must not take NaN.
 
+Shards that are said from `step` have their gradients zeroed in the same pass, where these are read
+in torch's own memory. What is not finite stays until `zero_gradients`, so that it can be named.
+
 With local steps (`Direction.local_steps`) most steps say nothing: `step_locally` moves the weights
 that the model computes with and leaves the replica alone. One whose gradients are not all finite is
 left out whole. The last one says how far they have moved; of a shard whose gradient is not finite
@@ -121,15 +124,19 @@ class Exchange:
             self._table.publish_local()
         self.encode_s = time.monotonic() - started_s
 
-    def say(self, shard: int) -> None:
+    def say(self, shard: int, *, clear: bool = False) -> None:
         """Compress and push a shard, or leave it out; or let it wait, where it is not due.
+
+        Args:
+            shard: its index.
+            clear: nobody looks at the gradients any more: they may be zeroed in the same pass.
 
         Cost: `Compressor.compress`, one CRC.
         """
         started_s = self._say_at_s = time.monotonic()
         self._said[shard] = True
         if self.client.takes_part(shard):
-            if not self._pushed(shard):
+            if not self._pushed(shard, clear=clear):
                 self.left_out[shard] = self._fault_of(shard)
         elif self.client.rests(shard):
             self._keep(shard)
@@ -139,7 +146,7 @@ class Exchange:
         """Say what was not said yet, first shards first, taking in weights that come meanwhile."""
         for shard, said in enumerate(self._said):
             if not said:
-                self.say(shard)
+                self.say(shard, clear=True)
                 if not self._is_local:
                     self.client.poll()
         if self.left_out:
@@ -151,7 +158,7 @@ class Exchange:
         self.open = False
         return result
 
-    def _pushed(self, shard: int) -> bool:
+    def _pushed(self, shard: int, *, clear: bool) -> bool:
         """Push the shard, if all of it is finite."""
         if self._is_local:
             return self._pushed_drift(shard)
@@ -160,10 +167,14 @@ class Exchange:
             return False
         payload = self.client.payload(shard)
         weights = self._table.weights(shard)
-        self.compressor.compress(shard, gradients, self.rate, payload, weights=weights)
+        clear = clear and self._table.may_clear(shard)
+        compress = self.compressor.compress
+        compress(shard, gradients, self.rate, payload, weights=weights, clear=clear)
         if not self.compressor.payload_finite(shard, payload):
             self.restore(shard)
             return False
+        if clear:
+            self._table.note_cleared(shard)
         self._push(shard, payload.nbytes)
         return True
 

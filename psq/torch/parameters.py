@@ -69,6 +69,7 @@ class _Slot:
         gradient_stage: like `stage`.
         fleeting: its gradient tensor is another one each step, so no view of it is kept.
         handed_over: the version of `tensor` when `arrive` looked at it, or _NOT_HANDED_OVER.
+        cleared: how many of the gradient's values are 0 already, in this step.
     """
 
     name: str
@@ -87,6 +88,12 @@ class _Slot:
     gradient_stage: Tensor | None = None
     fleeting: bool = False
     handed_over: int = _NOT_HANDED_OVER
+    cleared: int = 0
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether all of this step's gradient has been cleared."""
+        return self.cleared == self.weights.size
 
 
 class ParameterTable:
@@ -113,6 +120,7 @@ class ParameterTable:
         self._weights: list[list[Floats]] = []
         self._local: list[list[Floats]] = []
         self._gradients: list[list[Floats]] = []
+        self._of_shard: list[list[tuple[_Slot, int]]] = []
         self._devices = {s.parameter.device for s in self._slots if s.parameter.is_cuda}
         self._unstaged = [slot.parameter for slot in self._slots if slot.stage is None]
         self._staged = [slot for slot in self._slots if slot.stage is not None]
@@ -128,6 +136,7 @@ class ParameterTable:
             self._weights.append([])
             self._local.append([])
             self._gradients.append([])
+            self._of_shard.append([(self._slots[s.tensor], s.numel) for s in shard.segments])
             for index, segment in enumerate(shard.segments):
                 slot = self._slots[segment.tensor]
                 part = slice(segment.start, segment.start + segment.numel)
@@ -147,6 +156,15 @@ class ParameterTable:
     def gradients(self, shard: int) -> list[Floats]:
         """f32[segment.numel] per segment, as of the last `refresh`."""
         return self._gradients[shard]
+
+    def may_clear(self, shard: int) -> bool:
+        """Whether who reads this shard's gradients may zero them: all are torch's own memory."""
+        return all(slot.tensor is not None and slot.source > 0 for slot, _ in self._of_shard[shard])
+
+    def note_cleared(self, shard: int) -> None:
+        """This shard's gradients were zeroed: `zero_gradients` need not."""
+        for slot, numel in self._of_shard[shard]:
+            slot.cleared += numel
 
     def flat_weights(self, shard: int) -> Floats:
         """A copy of a shard's weights, f32[shard.numel]."""
@@ -183,6 +201,7 @@ class ParameterTable:
         present = 0
         for slot in self._slots:
             _check_in_place(slot)
+            slot.cleared = 0
             if slot.handed_over == _NOT_HANDED_OVER:
                 self._look(slot)
             else:
@@ -254,7 +273,7 @@ class ParameterTable:
         Args:
             meanwhile: called every `ZEROED_NUMEL` values or so: the network need not wait.
 
-        Cost: one write of the gradients.
+        Cost: one write of those that are not zero yet (`note_cleared`).
         """
         batch: list[Tensor] = []
         numel = 0
@@ -262,8 +281,13 @@ class ParameterTable:
             slot.handed_over = _NOT_HANDED_OVER
             grad = slot.tensor
             if grad is not None:
-                batch.append(grad.detach_() if grad.requires_grad else grad)
-                numel += slot.weights.size
+                grad = grad.detach_() if grad.requires_grad else grad
+                if slot.is_zero:
+                    increment_version(grad)
+                else:
+                    batch.append(grad)
+                    numel += slot.weights.size
+            slot.cleared = 0
             if slot.fleeting:
                 self._show(slot, _NO_GRADIENT, None)
             if meanwhile is not None and numel >= ZEROED_NUMEL:

@@ -123,6 +123,35 @@ def test_a_bf16_residual_of_another_length_or_layout_is_refused(level):
             level.encode(*form, values, wrong, payload, 0)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("residual", ["none", "f32", "bf16"])
+def test_clearing_zeroes_what_is_finite_and_changes_nothing_else(level, spec, residual, gradient):
+    form = get_codec(spec).format
+    for numel in (0, 1, 513, 3000, 9001):
+        values = gradient(numel)
+        values[2000:2001] = np.nan
+        values[numel // 2 : numel // 2 + 1] = -np.inf
+        rest = {"none": None, "f32": gradient(numel), "bf16": halves(gradient(numel))}[residual]
+        expected_rest = None if rest is None else rest.copy()
+        came, expected, cleared = payload_of(form, numel), payload_of(form, numel), values.copy()
+        level.encode(*form, values, expected_rest, expected, 7)
+        level.encode(*form, cleared, rest, came, 7, True)  # noqa: FBT003
+        assert came.tobytes() == expected.tobytes()
+        assert rest is None or rest.tobytes() == expected_rest.tobytes()
+        kept = np.where(np.isfinite(values), np.float32(0.0), values)
+        assert cleared.tobytes() == kept.tobytes()
+
+
+def payload_of(form, numel):
+    return np.full(form.payload_bytes(numel), 0xA5, np.uint8)
+
+
+def test_only_what_can_be_written_is_cleared(level):
+    form, values = get_codec("sign").format, frozen(np.ones(600, np.float32))
+    with pytest.raises(TypeError, match="values must be a writable, C-contiguous 1-D float32"):
+        level.encode(*form, values, None, payload_of(form, 600), 0, True)  # noqa: FBT003
+
+
 @native
 def test_any_alignment_gives_the_same_bits(other, codec, gradient):
     values, residual = gradient(1300), gradient(1300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -92,6 +93,21 @@ def test_a_push_without_a_payload_waits_in_the_residual_with_the_same_bits(level
     kernels.get(level).worker_step(came)
     assert written(came) == written(expected)
     assert (came.residual != before).mean() > 0.3
+
+
+@pytest.mark.parametrize("name", kernels.available())
+@pytest.mark.parametrize("mode", ["gradient", "adam", "corrected"])
+@pytest.mark.parametrize("says", [True, False])
+def test_a_push_that_clears_its_gradients_changes_nothing_else(name, mode, says):
+    for spec, residual in itertools.product(("sign", "lloyd-max:bits=3,block=0"), ("f32", "bf16")):
+        expected, came = (make_step(spec, mode, residual, says=says) for _ in range(2))
+        for step in (expected, came):
+            step.gradients[0][17] = np.inf if mode == "gradient" else 1.0
+        kernels.get(name).worker_step(expected)
+        kernels.get(name).worker_step(dataclasses.replace(came, clear=True))
+        assert written(came) == written(expected)
+        left = np.flatnonzero(np.concatenate(came.gradients))
+        assert left.tolist() == ([17] if mode == "gradient" else [])
 
 
 @pytest.mark.parametrize("name", kernels.available())

@@ -105,6 +105,33 @@ def test_zeroing_keeps_the_gradients_memory():
     assert not model.weight.grad.any()
 
 
+def test_what_was_cleared_already_is_not_zeroed_again():
+    model = nn.Linear(3, 2)
+    table, _ = table_of(model)
+    backward(model, 1, 3)
+    table.refresh()
+    assert table.may_clear(0)
+    table.note_cleared(0)
+    version = model.weight.grad._version
+    table.zero_gradients()
+    assert model.weight.grad.any()  # nobody did clear it
+    assert model.weight.grad._version > version
+    table.refresh()
+    table.zero_gradients()
+    assert not model.weight.grad.any()
+
+
+def test_a_gradient_that_is_not_read_where_it_lies_is_left_to_zeroing():
+    model = nn.Linear(3, 2)
+    table, _ = table_of(model)
+    table.refresh()
+    assert not table.may_clear(0)  # there is none
+    model.weight.grad = torch.ones(3, 2).t()
+    model.bias.grad = torch.ones(2)
+    table.refresh()
+    assert not table.may_clear(0)  # it is read from a copy
+
+
 def test_a_parameter_without_a_gradient_counts_as_zero():
     model = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(300, 2)})
     table, _ = table_of(model)

@@ -18,6 +18,7 @@ from psq_proto.frames import Header
 from psq_proto.messages import Flags, MessageType
 
 LR = 0.05
+FIRST = torch.tensor([0])
 
 
 def make_model(seed: int = 0) -> nn.Sequential:
@@ -99,6 +100,21 @@ def test_gradients_are_zero_and_in_place_after_a_step(join):
     worker.step()
     assert not model[0].weight.grad.any()
     assert model[0].weight.grad.data_ptr() == address
+
+
+@pytest.mark.parametrize("bad", [1.0, np.nan, -np.inf])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("recipe", ["server-adam", "qadam-1bit"])
+def test_gradients_are_zero_after_a_step_finite_or_not(join, recipe, bad, overlap):
+    model = make_model()
+    worker = join(model, recipe=recipe, overlap=overlap)
+    loss_of(model, 0).backward()
+    worker.step()
+    for parameter in model.parameters():
+        parameter.register_hook(lambda grad: grad.flatten().index_fill(0, FIRST, bad).view_as(grad))
+    loss_of(model, 1).backward()
+    assert np.isfinite(bad) == worker.step().applied
+    assert not any(parameter.grad.any() for parameter in model.parameters())
 
 
 def test_a_loop_that_sets_gradients_to_none_itself_works_the_same(join, serve):
