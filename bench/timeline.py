@@ -3,10 +3,12 @@
     python bench/timeline.py                                   steps with and without, by turns
     python bench/timeline.py --picture docs/timeline.png       a job over a slow link, drawn
 
-The cost: three jobs of real processes with gradients given take turns; a round is so many steps of
-each. One records in all its processes; of the two that do not, the second shows what noise alone
-makes of the ratio to the first. Beside the ratios stands what adding the step's spans takes by
-itself, measured in this process: on a machine that others use, nothing else tells one per cent.
+The cost: one job of real processes with gradients given, whose workers record in every other step
+(on, off, off, on: `peers/psq_toggled.py`), so that both kinds of steps see the same machine; a job
+beside it would differ by more than the per cent that is looked for. The second row compares steps
+without a timeline among themselves in the same way: what noise makes of it. The server records all
+the while, since it cannot be told otherwise; what its spans and the workers' take by themselves,
+measured in this process, stands below.
 
 The picture: two workers and two servers, each beside a worker on a machine of its own, joined by
 links of --rate (loopback where that cannot be had); the recipe is --recipe. Some rounds in the
@@ -20,6 +22,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -32,12 +35,14 @@ from typing import Any
 import netns
 import step as steps
 from peers.processes import Running
-from peers.systems import SYSTEMS, Psq, Setup, System
+from peers.systems import SERVER, SYSTEMS, Psq, Setup, System, workers
 from peers.venvs import default_cache
 
 from psq.timeline import Phase, Timeline
 from psq.trace import merge
 
+PEERS = Path(__file__).parent / "peers"
+PATTERN = (True, False, False, True)  # as in peers/psq_toggled.py
 WORKERS = 2
 VARIABLE = "PSQ_TIMELINE_FILENAME"
 Event = dict[str, Any]
@@ -49,7 +54,7 @@ def main() -> None:
     )
     parser.add_argument("--size", default="25M")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of steps a system and round")
+    parser.add_argument("--steps", type=int, default=40, help="in a round")
     parser.add_argument("--json", action="store_true", help="the cost")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--rate", default="10gbit")
@@ -57,7 +62,7 @@ def main() -> None:
     parser.add_argument("--drawn", type=int, default=2, help="rounds in the picture")
     parser.add_argument("--keep", type=Path, help="write the picture's trace here as well")
     options = parser.parse_args()
-    options.fresh = False
+    options.fresh, options.seconds = False, 1.0
     with tempfile.TemporaryDirectory(prefix="psq-timeline-") as folder:
         if options.picture is None:
             print(cost(options, Path(folder)))
@@ -69,75 +74,52 @@ def main() -> None:
 
 
 def cost(options: argparse.Namespace, folder: Path) -> str:
-    trace = folder / "t.json"
-    plain = SYSTEMS["psq"]
-    seats = [steps.Seat(system) for system in (plain, plain, traced(plain, trace))]
+    system = System("psq-toggled", "", toggled, SYSTEMS["psq"].transfers, warm_up=len(PATTERN))
+    count = max(1, options.steps // len(PATTERN)) * len(PATTERN)
+    seat = steps.Seat(traced(system, folder / "t.json"), count=count)
     with steps.site_of(steps.LOOPBACK, WORKERS, folder) as site:
         setup = Setup(options.size, WORKERS, site, default_cache())
         try:
-            for turn in range(options.rounds):
-                first = turn % len(seats)
-                for seat in seats[first:] + seats[:first]:
-                    steps.take_turn(seat, setup, options, last=False)
+            for _ in range(options.rounds):
+                steps.take_turn(seat, setup, options, last=False)
         finally:
-            for seat in seats:
-                steps.end(seat)
-    for seat in seats:
-        if seat.failure:
-            raise SystemExit(seat.failure)
+            steps.end(seat)
+    if seat.failure:
+        raise SystemExit(seat.failure)
     spans = spans_per_step(sorted(folder.glob("t.*.json")))
-    return cost_table(options, seats, spans=spans, span_s=span_cost_s())
+    times = [step for steps_s in seat.rounds for step in steps_s]
+    return cost_table(options, times, spans=spans, span_s=span_cost_s())
 
 
-def figures(
-    options: argparse.Namespace,
-    off: list[list[float]],
-    on: list[list[float]],
-    *,
-    spans: dict[str, float],
-    span_s: float,
-) -> dict[str, Any]:
-    """What the table says, for programs."""
-    step_s = min(map(min, off))
-    medians = [statistics.median(a) / statistics.median(b) for a, b in zip(on, off, strict=True)]
-    return {
-        "size": options.size,
-        "steps": sum(map(len, off)),
-        "step_with_by_without_best": min(map(min, on)) / step_s,
-        "step_with_by_without_median": statistics.median(medians),
-        "spans_a_step_at_most": max(spans.values()),
-        "span_us": span_s * 1e6,
-        "spans_share_of_best_step": max(spans.values()) * span_s / step_s,
-    }
+def toggled(setup: Setup, running: Running) -> None:
+    how = Psq("server-adam", "sign", "delta:sign")
+    endpoint = how._server(setup, running, SERVER)  # noqa: SLF001 - as `Psq.start` does
+    argv = [sys.executable, str(PEERS / "psq_toggled.py"), "--connect", endpoint]
+    env = {"PSQ_UPLINK": "sign", "PSQ_DOWNLINK": "delta:sign"}
+    running.ready(workers(setup, running, argv, env))
 
 
 def cost_table(
-    options: argparse.Namespace,
-    seats: list[steps.Seat],
-    *,
-    spans: dict[str, float],
-    span_s: float,
+    options: argparse.Namespace, times: list[float], *, spans: dict[str, float], span_s: float
 ) -> str:
-    off, again, on = (seat.rounds for seat in seats)
-    cpu = [statistics.median(seat.cpu_s) for seat in seats]
-    step_s = min(map(min, [*off, *again]))
+    """`times`: of steps that follow PATTERN, from its beginning on."""
+    groups = [times[place :: len(PATTERN)] for place in range(len(PATTERN))]
+    on, off = groups[0] + groups[3], groups[1] + groups[2]
     each = ", ".join(f"{name} {count:.0f}" for name, count in spans.items())
-    share = max(spans.values()) * span_s / step_s
+    share = max(spans.values()) * span_s / min(off)
     return (
         f"{options.size} values, {WORKERS} workers, 1 server, loopback, 1 bit both ways, "
-        f"{sum(map(len, on))} steps with a timeline in {len(on)} rounds\n\n"
-        "| step time, CPU time as ratios | best | median of rounds | CPU |\n|---|--:|--:|--:|\n"
-        f"| with timeline / without | {ratios(on, off)} | {cpu[2] / cpu[0]:.3f} |\n"
-        f"| without / without: noise | {ratios(again, off)} | {cpu[1] / cpu[0]:.3f} |\n\n"
-        f"spans a step: {each}; {span_s * 1e6:.2f} us each: at most {share:.2%} of the best step "
-        f"({step_s * 1e3:.1f} ms)"
+        f"{len(times)} steps in turns of on, off, off, on\n\n"
+        "| step time as ratios | best | median |\n|---|--:|--:|\n"
+        f"| with timeline / without | {ratios(on, off)} |\n"
+        f"| without / without: noise | {ratios(groups[1], groups[2])} |\n\n"
+        f"spans a step: {each} (workers in half of them); {span_s * 1e6:.2f} us each: at most "
+        f"{share:.2%} of the best step ({min(off) * 1e3:.1f} ms)"
     )
 
 
-def ratios(one: list[list[float]], other: list[list[float]]) -> str:
-    best = min(map(min, one)) / min(map(min, other))
-    pairs = zip(one, other, strict=True)
-    middle = statistics.median(statistics.median(a) / statistics.median(b) for a, b in pairs)
+def ratios(one: list[float], other: list[float]) -> str:
+    best, middle = min(one) / min(other), statistics.median(one) / statistics.median(other)
     return f"{best:.3f} | {middle:.3f}"
 
 
