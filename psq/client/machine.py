@@ -41,6 +41,7 @@ from psq.client.offset import OffsetEstimate
 from psq.client.replica import ReplicaVersions
 from psq.client.round import Round
 from psq.client.waits import Backoff, name_ranks
+from psq.clock import may_apply, parse_consistency
 from psq.codec import get_codec
 from psq.errors import (
     ConfigError,
@@ -134,6 +135,7 @@ class Machine:
         self._hooks = hooks
         self._heartbeat_s = heartbeat_s
         self._rng = rng
+        self._rule = parse_consistency(plan.consistency)
         self._codec_id = get_codec(plan.recipe.uplink.codec).wire_id
         self._lineage = rng.getrandbits(64)
         self._nonce = rng.getrandbits(64)
@@ -481,13 +483,20 @@ class Machine:
             raise RemoteProtocolError(msg)
         if current.outcome or self._outbox:
             return
-        if status.resolved == current.number:
+        over = not may_apply(current.number, status.round, self._rule)
+        if over or status.resolved == current.number:
             self._ask_again(current)
         else:
             self._send_again(current, status.missing)
 
     def _ask_again(self, current: Round) -> None:
-        """The verdict was lost: anything of the contribution makes the server repeat it."""
+        """There is, or will be, a verdict: anything of the contribution makes the server say it.
+
+        It was lost, or the rounds that may take the contribution are over, and what this server
+        misses now is of another one.
+        """
+        if not current.pushed and not current.skipped:
+            return
         if current.pushed:
             self._queue_push(min(current.pushed), current)
         else:

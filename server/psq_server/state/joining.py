@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from psq.errors import FencedError, LocalError, RefusedError, RemotePlanError
 from psq.plan import Plan
-from psq_proto.messages import U32_MAX, ErrorCode, Join, MessageType, Welcome
+from psq_proto.messages import NONE, U32_MAX, ErrorCode, Join, MessageType, Welcome
 from psq_proto.session import Message
 from psq_server.state.events import Adopt, Send
 from psq_server.state.job import Job, check_fits
@@ -226,13 +226,24 @@ def _drop_unclaimed(world: World, rank: int, join: Join, *, same: bool) -> None:
         world.log("dropped", "warning", rank=rank, round=world.round.number)
 
 
+def _is_same(old: Member, join: Join) -> bool:
+    """Whether the joiner is the very process that spoke for the rank before.
+
+    One that was told to start a new residual may give it another name; but it has a history, and a
+    process that has none has begun after it.
+    """
+    if old.lineage is None:
+        return max(join.last_resolved, join.pending) != NONE
+    return old.lineage == join.lineage
+
+
 def _admit(
     world: World, old: Member | None, peer: Peer, join: Join
 ) -> tuple[Member, Literal["continue", "reset"]]:
     """The rank's new standing, and "continue" or "reset"."""
     rank, incarnation = peer.session.rank, peer.session.incarnation
     resumes = may_continue(old, join)
-    same = resumes and old is not None and old.lineage in (None, join.lineage)
+    same = resumes and old is not None and _is_same(old, join)
     _drop_unclaimed(world, rank, join, same=same)
     if rank == 0 and not world.has_weights:
         world.init_parts.clear()  # another process's values: all of them, or none

@@ -188,8 +188,9 @@ def _check_name(world: World, member: Member, header: Header) -> None:
             f"computed from names a contribution), got seq {header.seq}, version {header.version}"
         )
         raise RemoteProtocolError(msg)
-    begun = _begun(world, member)
-    if begun is not None and header.seq > begun.base:
+    begun, last = _begun(world, member), member.resolved
+    heard = last is not None and header.seq <= last.seq
+    if begun is not None and header.seq != begun.base and not heard:
         msg = f"{who}: expected round {begun.base}, which this rank has begun and not heard of"
         raise RemoteProtocolError(msg)
 

@@ -9,6 +9,7 @@ counted twice.
 
 import random
 from collections import Counter, deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,8 +58,10 @@ def _small_world(monkeypatch):
     monkeypatch.setattr(client_module, "WorkerLinks", lambda wires: wires[0].group)
 
 
-def plan_of(servers: int, workers: int, consistency: str) -> Plan:
+def plan_of(servers: int, workers: int, consistency: str, every: int = 1) -> Plan:
     recipe = preset("fp32").with_codecs(downlink="delta:fp32")
+    uplink = replace(recipe.uplink, every=every, error_feedback=every > 1)
+    recipe = replace(recipe, uplink=uplink)
     specs = [(f"t{index}", (16,)) for index in range(12)]
     return Plan.of(specs, recipe, workers, servers=servers, consistency=consistency)
 
@@ -241,7 +244,9 @@ class Worker:
 class World:
     """Servers, workers and a scheduler that draws everything from one seed."""
 
-    def __init__(self, servers: int, workers: int, consistency: str, seed: int, kind: type) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917 - what a world is made of
+        self, servers: int, workers: int, consistency: str, seed: int, kind: type, every: int = 1
+    ) -> None:
         self.rng = random.Random(seed)  # noqa: S311 - a test
         self.now_s = 0.0
         self.names: list[bytes] = []
@@ -249,8 +254,9 @@ class World:
         self.refuse_chance = self.cut_chance = self.loss_chance = self.twice_chance = 0.0
         self.cuts = self.losses = self.twice = self.broken = self.incarnations = 0
         self.lost: Counter[MessageType] = Counter()
+        self.max_faults = MAX_FAULTS
         self.fates: dict[tuple[float, ...], bool] = {}
-        self.plan = plan_of(servers, workers, consistency)
+        self.plan = plan_of(servers, workers, consistency, every)
         self.books = [kind(self.plan.for_server(index), self) for index in range(servers)]
         self.workers = [Worker(self, rank, 100 * seed + rank) for rank in range(workers)]
 
@@ -283,7 +289,7 @@ class World:
 
     @property
     def calm(self) -> bool:
-        return self.cuts + self.losses + self.twice >= MAX_FAULTS
+        return self.cuts + self.losses + self.twice >= self.max_faults
 
     def _carry_up(self, wire: Wire) -> None:
         if wire.up:
@@ -357,7 +363,9 @@ class World:
         for worker in self.workers:
             for shard, version in enumerate(worker.client.versions):
                 book = self.books[self.plan.layout.owners[shard]]
-                assert worker.x[shard].tobytes() == book.history[shard, version]
+                moved = max(v for k, v in book.history if k == shard and v <= version)
+                assert self.plan.due_after(shard, moved) == version
+                assert worker.x[shard].tobytes() == book.history[shard, moved]
 
     def check_diaries(self) -> None:
         """What a worker believes to count is what the servers counted, and once."""
@@ -415,6 +423,19 @@ def test_every_push_is_accounted_for_once_whatever_breaks(shape, rule, seed, kin
     told = {shard for w in world.workers for _, result in w.diary for shard in result.rejected}
     assert told
     assert all(0 <= book.stalest <= (2 if rule == "ssp:2" else 10**9) for book in world.books)
+
+
+@pytest.mark.parametrize("seed", [3, 4, 5, 16])
+@pytest.mark.parametrize("shape", [(1, 2), (2, 2)])
+@pytest.mark.parametrize("every", [2, 3])
+def test_who_is_late_where_shards_take_turns_hears_so_whatever_was_lost(every, shape, seed, books):
+    world = World(*shape, "bsp,quorum=1,mads=1", seed, books["real"], every)
+    world.max_faults = 400
+    world.cut_chance, world.loss_chance, world.twice_chance = 1.0, 0.15, 0.05
+    world.refuse_chance = 0.1
+    world.run().check()
+    assert world.cuts
+    assert world.lost[MessageType.PUSH]
 
 
 def test_a_verdict_that_was_lost_is_asked_for_with_one_shard(books):

@@ -16,6 +16,7 @@ from psq_proto.messages import (
     MessageType,
     StaleEpoch,
     Status,
+    Verdict,
     Welcome,
 )
 from psq_proto.session import WorkerSession
@@ -266,6 +267,23 @@ def test_after_a_reset_the_next_join_of_the_same_process_continues(cluster):
     claim = {"lineage": 99, "last_resolved": 0}
     assert job.connect(0).join(**claim).take(Welcome)[0].mode == "reset"
     assert job.connect(0).join(**claim).take(Welcome)[0].mode == "continue"
+
+
+def test_a_process_that_began_after_a_reset_is_not_held_to_what_was_said_before(cluster):
+    job = cluster()
+    first, second = job.started()
+    for worker in (first, second):
+        worker.push_all()
+    again = job.connect(1).join(lineage=99, last_resolved=0)
+    assert again.take(Welcome)[0].mode == "reset"
+    first.push(0)
+    again.push(0, variant=1)  # counts at once
+    fresh = job.connect(1).join(lineage=50)
+    fresh.push(0, variant=2)
+    fresh.push(1)
+    first.push(1)
+    assert not fresh.errors
+    assert [body.rejected for body in fresh.take(Verdict)] == [(0,)]
 
 
 def test_strangers_are_bounded_and_the_oldest_is_forgotten(cluster):

@@ -590,3 +590,18 @@ def test_status_names_the_missing_shards_of_the_asker_and_who_is_waited_for(clus
     assert (status.round, status.version, status.missing) == (0, 0, ())
     assert status.waiting == ((1, 3.0),)
     assert second.beat(0).missing == (0,)
+
+
+def test_a_push_of_an_older_round_than_the_one_begun_ends_the_conversation_alone(cluster):
+    job = cluster()
+    first, second = job.started()
+    for worker in (first, second):
+        worker.push_all()
+    fresh = job.connect(1).join(lineage=99)
+    fresh.push(0, 1)
+    fresh.push(1, 0)
+    assert "expected round 1, which this rank has begun" in str(fresh.errors[0])
+    again = job.connect(1).join(lineage=77)
+    again.push_all(1)
+    first.push_all(1)
+    assert job.version == 2
