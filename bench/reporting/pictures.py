@@ -70,7 +70,7 @@ def steps(results: dict[str, Kept], path: Path) -> bool:
         panel.set_visible(False)
     figure.suptitle(
         f"One step of {SIZE} values, 2 workers: best of the run, line to the median; "
-        "| is the floor of its bytes on the wire",
+        "black mark: the floor of its bytes on the wire",
         fontsize=10,
     )
     figure.savefig(path, dpi=DPI)
@@ -86,18 +86,13 @@ def step_panel(axes: Any, title: str, rows: list[dict[str, Any]]) -> None:
     axes.hlines(range(len(rows)), best, median, color="#333333", linewidth=1)
     for place, row in enumerate(rows):
         if row["floor_s"]:
-            axes.plot(1e3 * row["floor_s"], place, "|", color="black", markersize=13)
-        axes.text(
-            max(median[place], best[place]) * 1.06,
-            place,
-            f"{best[place]:.0f}",
-            va="center",
-            fontsize=8,
-        )
-    axes.set_xscale("log")
-    axes.margins(x=0.12)
+            floor = 1e3 * row["floor_s"]
+            axes.vlines(floor, place - 0.4, place + 0.4, color="black", linewidth=1.6)
+        text = f" {best[place]:.3g} ({median[place]:.3g})"
+        axes.text(max(median[place], best[place]), place, text, va="center", fontsize=8)
+    axes.set_xlim(0, 1.18 * max(*median, *best))
     axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xlabel("milliseconds (logarithmic)", fontsize=8)
+    axes.set_xlabel("milliseconds", fontsize=8)
     axes.tick_params(labelsize=8)
     tidy(axes)
 
@@ -124,7 +119,7 @@ def codecs(results: dict[str, Kept], path: Path) -> bool:
     axes.set_xlabel(
         "encode with error feedback, by the in-place memory stream (1 = memory's speed)"
     )
-    axes.legend(frameon=False, title="level", loc="lower right")
+    axes.legend(frameon=False, title="level", loc="center right", bbox_to_anchor=(0.97, 0.5))
     tidy(axes)
     figure.savefig(path, dpi=DPI)
     return True
