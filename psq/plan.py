@@ -200,8 +200,13 @@ class Plan:
         return other
 
     @classmethod
-    def parse(cls, body: bytes | memoryview) -> Plan:
+    def parse(cls, body: bytes | memoryview, *, cuttable: bool = True) -> Plan:
         """The plan a peer sent.
+
+        Args:
+            body: what came.
+            cuttable: whether it has to be one that can be cut. A plan that is only looked at need
+                not: some hundred bytes can ask for a second of cutting.
 
         Raises:
             RemotePlanError: it is not a plan, is over a limit, or names a recipe or codec this
@@ -212,7 +217,8 @@ class Plan:
             _check_numel(plan)
             # What cannot be cut is refused here, not where it is first used; but a plan of some
             # hundred bytes may have 65,536 shards, so nothing keeps them before its worker joins.
-            _cut(plan)
+            if cuttable:
+                _cut(plan)
         except LocalError as error:
             msg = f"the plan that came cannot be run here: {error}"
             raise RemotePlanError(msg) from error

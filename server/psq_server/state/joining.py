@@ -61,7 +61,7 @@ def on_plan(world: World, peer: Peer, message: Message) -> None:
     peer.session.plan_body = b""  # up to 1 MiB a peer, not needed again
     if world.job is not None:
         if digest != world.job.plan.digest:
-            raise _another_job(peer, world.job.plan, Plan.parse(body))
+            raise _another_job(peer, world.job.plan, Plan.parse(body, cuttable=False))
         return
     if digest not in world.offers:
         plan = Plan.parse(body)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from psq import plan as plans
 from psq.errors import FencedError, RefusedError, RemotePlanError, RemoteVersionError
 from psq.recipe import preset
 from psq_proto.frames import digest64
@@ -327,6 +328,18 @@ def test_garbage_from_a_joined_worker_leaves_it_joined(cluster):
     assert error.code == "wire"
     assert not error.fatal
     assert isinstance(worker.beat(0), Status)
+
+
+def test_another_plan_is_refused_without_being_cut(cluster, plan_of, monkeypatch):
+    """A plan of 400 bytes can ask for 65,536 shards: the job that runs must not wait for that."""
+    job = cluster()
+    job.started()
+    cuts = []
+    monkeypatch.setattr(plans, "_cut", cuts.append)
+    worker = job.connect(1, plan_of(specs=[("huge", (1 << 36,))]))
+    worker.join()
+    assert "brings another plan: tensor 0" in str(worker.errors[0])
+    assert not cuts
 
 
 # ---- what is the job?
