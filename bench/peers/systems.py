@@ -27,9 +27,15 @@ HERE = Path(__file__).parent
 SERVER = "server"
 TORCH = Venv("torch", ("torch==2.13.0", "numpy"))
 RAY = Venv("ray", ("ray==2.60.0", "torch==2.13.0", "numpy"))
+ONEBIT = Venv(
+    "onebit",
+    ("torch==2.13.0", "numpy", "wheel", "setuptools>=77.0.3"),
+    then=("deepspeed==0.19.6",),  # the last that has 1-bit Adam; its build imports torch
+)
 MXNET = Venv("mxnet", ("mxnet==1.9.1", "numpy<1.24"), pythons=("3.8", "3.9", "3.10"))
-F32, HALF = 4, 2
-POWER_SGD_WARM_UP = 4  # the first two are dense, the third allocates
+F32 = 4
+BYTES = {"bf16": 2, "fp16": 2, "onebit": 1 / 8}
+DENSE_WARM_UP = 4  # of PowerSGD and 1-bit Adam: the first two are dense, the third allocates
 RAY_PORT = 6379  # of namespaces of our own, where nobody else listens
 RAY_STORE_BYTES = 2 << 30
 
@@ -140,13 +146,16 @@ def _message_bytes(plan: Plan, codec: str) -> int:
 
 @dataclass(frozen=True)
 class Torch:
-    """`torch_ddp.py` with a hook."""
+    """`torch_ddp.py` with a hook, or `onebit_adam.py`."""
 
     hook: str
 
     def start(self, setup: Setup, running: Running) -> None:
-        python = python_of(TORCH, setup.cache)
-        argv = [str(python), str(HERE / "torch_ddp.py"), "--hook", self.hook]
+        if self.hook == "onebit":
+            argv = [str(python_of(ONEBIT, setup.cache)), str(HERE / "onebit_adam.py")]
+        else:
+            python = python_of(TORCH, setup.cache)
+            argv = [str(python), str(HERE / "torch_ddp.py"), "--hook", self.hook]
         env = {"GLOO_SOCKET_IFNAME": setup.site.interface()}
         store = ["--store", f"{setup.site.address('worker0')}:0"]
         first = workers(setup, running, [*argv, *store], env, ranks=[0])
@@ -157,9 +166,9 @@ class Torch:
     def transfers(self, setup: Setup) -> list[Transfer]:
         kind, _, rank = self.hook.partition(":")
         if kind == "powersgd":
-            nbytes = power_sgd_bytes(shapes_of(setup.size), int(rank))
+            nbytes = float(power_sgd_bytes(shapes_of(setup.size), int(rank)))
         else:
-            nbytes = setup.numel * (HALF if kind in ("bf16", "fp16") else F32)
+            nbytes = setup.numel * BYTES.get(kind, F32)
         return ring(nbytes, setup.machines)
 
 
@@ -261,7 +270,8 @@ def workers(
 
 
 def _system(name: str, text: str, how: Psq | Torch | MxNet | Ray, *, quiet: bool = True) -> System:
-    warm_up = POWER_SGD_WARM_UP if name.startswith("powersgd") else System.warm_up
+    dense_first = name.startswith(("powersgd", "onebit"))
+    warm_up = DENSE_WARM_UP if dense_first else System.warm_up
     return System(name, text, how.start, how.transfers, quiet, warm_up)
 
 
@@ -282,6 +292,7 @@ SYSTEMS = {
         _system("powersgd-1", "torch DDP, PowerSGD rank 1", Torch("powersgd:1")),
         _system("powersgd-2", "torch DDP, PowerSGD rank 2", Torch("powersgd:2")),
         _system("powersgd-4", "torch DDP, PowerSGD rank 4", Torch("powersgd:4")),
+        _system("onebit-adam", "DeepSpeed's 1-bit Adam over gloo, NumPy packing", Torch("onebit")),
         _system("mxnet-2bit", "MXNet kvstore dist_sync, 2 bits up, f32 down", MxNet()),
         _system("ray", "Ray actors, fused Adam in the server's", Ray(), quiet=False),
     )

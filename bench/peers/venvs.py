@@ -32,11 +32,13 @@ class Venv:
         name: its folder in the cache.
         requirements: for pip. torch comes from the index that holds its CPU build, if one is set
             up; this project needs no other.
+        then: what is built from its source and needs the requirements for that.
         pythons: versions of Python it has wheels for, best first.
     """
 
     name: str
     requirements: tuple[str, ...]
+    then: tuple[str, ...] = ()
     pythons: tuple[str, ...] = ("3.11", "3.12", "3.13")
 
 
@@ -53,17 +55,20 @@ def python_of(venv: Venv, cache: Path) -> Path:
     """
     folder = cache / venv.name
     python, done = folder / "bin" / "python", folder / "installed"
-    wanted = "\n".join(venv.requirements)
+    wanted = "\n".join(venv.requirements + venv.then)
     if python.exists() and done.exists() and done.read_text() == wanted:
         return python
     cache.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(cache).free < FREE_BYTES:
         msg = f"less than {FREE_BYTES >> 30} GiB are free under {cache}"
         raise UnavailableError(msg)
-    print(f"installing {', '.join(venv.requirements)} into {folder}", file=sys.stderr)
+    print(f"installing {', '.join(venv.requirements + venv.then)} into {folder}", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
     _must([interpreter(venv.pythons), "-m", "venv", str(folder)])
-    _must([str(python), "-m", "pip", "install", "--quiet", *venv.requirements])
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    _must([*pip, *venv.requirements])
+    if venv.then:
+        _must([*pip, "--no-build-isolation", *venv.then])
     done.write_text(wanted)
     return python
 
