@@ -106,8 +106,8 @@ RUNS = (
     ),
     Run(
         "timeline",
-        "timeline.py --rounds 5 --seconds 0.5",
-        "timeline.py --size 1M --rounds 2 --seconds 0.2",
+        "timeline.py --rounds 3 --steps 40",
+        "timeline.py --size 1M --rounds 1 --steps 8",
         18,
     ),
 )

@@ -88,6 +88,8 @@ def cost(options: argparse.Namespace, folder: Path) -> str:
         raise SystemExit(seat.failure)
     spans = spans_per_step(sorted(folder.glob("t.*.json")))
     times = [step for steps_s in seat.rounds for step in steps_s]
+    if options.json:
+        return json.dumps(figures(options.size, times, spans=spans, span_s=span_cost_s()))
     return cost_table(options, times, spans=spans, span_s=span_cost_s())
 
 
@@ -97,6 +99,25 @@ def toggled(setup: Setup, running: Running) -> None:
     argv = [sys.executable, str(PEERS / "psq_toggled.py"), "--connect", endpoint]
     env = {"PSQ_UPLINK": "sign", "PSQ_DOWNLINK": "delta:sign"}
     running.ready(workers(setup, running, argv, env))
+
+
+def figures(
+    size: str, times: list[float], *, spans: dict[str, float], span_s: float
+) -> dict[str, Any]:
+    """What the table says, for programs."""
+    groups = [times[place :: len(PATTERN)] for place in range(len(PATTERN))]
+    on, off = groups[0] + groups[3], groups[1] + groups[2]
+    return {
+        "size": size,
+        "steps": len(times),
+        "step_with_by_without_best": min(on) / min(off),
+        "step_with_by_without_median": statistics.median(on) / statistics.median(off),
+        "noise_best": min(groups[1]) / min(groups[2]),
+        "noise_median": statistics.median(groups[1]) / statistics.median(groups[2]),
+        "spans_a_step_at_most": max(spans.values()),
+        "span_us": span_s * 1e6,
+        "spans_share_of_best_step": max(spans.values()) * span_s / min(off),
+    }
 
 
 def cost_table(

@@ -481,7 +481,8 @@ def timeline_bars(results: Results) -> Iterator[Bar]:
     def steps() -> tuple[float, str]:
         found = result_of(results, "timeline")
         median = found["step_with_by_without_median"]
-        return found["step_with_by_without_best"], f"best by best; median {median:.3f}"
+        noise = f"noise {found['noise_best']:.3f}, {found['noise_median']:.3f}"
+        return found["step_with_by_without_best"], f"best; median {median:.3f}; {noise}"
 
     yield bar("timeline: time of its spans, share of a step", AT_MOST, 0.01, share)
     yield bar("timeline: step with by step without", AT_MOST, 1.01, steps)

@@ -230,8 +230,8 @@ SECTIONS = (
         (
             Run(
                 "timeline",
-                "timeline.py --rounds 7 --seconds 1",
-                "timeline.py --size 1M --rounds 2 --seconds 0.2",
+                "timeline.py --rounds 9 --steps 40",
+                "timeline.py --size 1M --rounds 1 --steps 8",
                 40,
             ),
         ),
