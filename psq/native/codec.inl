@@ -89,7 +89,7 @@ struct Places {
     const U sign = sign_of(as_u(c));
     const F size = as_f(as_u(c) ^ sign);
     U top;
-    const F point = placed(q, size, sign, top);
+    const F point = placed_row(q, size, sign, top);
     product = product + size * point;
     square = square + point * point;
     values += 16;

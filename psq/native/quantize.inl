@@ -186,6 +186,8 @@ struct LloydMax : Constants {
   // What lies between centroids i - 1 and i.
   static constexpr float midpoint(int i) { return (Table::kPoints[i - 1] + Table::kPoints[i]) * 0.5f; }
 
+  static constexpr float bound(int i) { return i < kLevels - 1 ? midpoint(i + 1) : __builtin_inff(); }
+
   PSQ_METHOD Place place(NativeF size) const {
     if constexpr (kLevels == 8 && kInTable) return by_bucket(size);
     const NativeF unit = size * each(inverse);
@@ -198,8 +200,7 @@ struct LloydMax : Constants {
   // 0.87, 3 below 1.16, 4 below 1.74, 5 below 2.32, 6 below 2.9, then 7. Each has one midpoint, so far from its ends
   // that rounding cannot matter: one look-up and one comparison with it say what seven comparisons would.
   PSQ_METHOD Place by_bucket(NativeF size) const {
-    constexpr float kBounds[8] = {midpoint(1), midpoint(2), midpoint(3), midpoint(4),
-                                  midpoint(5), midpoint(6), midpoint(7), __builtin_inff()};
+    constexpr float kBounds[8] = {bound(0), bound(1), bound(2), bound(3), bound(4), bound(5), bound(6), bound(7)};
     const NativeF unit = size * each(inverse);
     const NativeF spread = size * each(inverse * (1.0f / 9.28f)) + each(0.125f);
     const NativeU bucket = as_u(minimum(spread, each(0x1.fffffep-2f))) >> 21;
@@ -281,6 +282,37 @@ template <class Q, class T, class S>
 PSQ_INLINE Pair<T> placed(const Q& q, Pair<T> size, Pair<S> sign, Pair<S>& top) {
   const T lo = placed(q, size.lo, sign.lo, top.lo);
   return {lo, placed(q, size.hi, sign.hi, top.hi)};
+}
+
+// A row at once by tables of bytes, where a register holds too few entries: as LloydMax::by_bucket.
+struct PlaneTable {
+  uint8_t bytes[64];
+};
+template <class Q>
+constexpr PlaneTable plane_table(bool bounds) {
+  PlaneTable table = {};
+  for (int i = 0; i < Q::kLevels; ++i) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, bounds ? Q::bound(i) : Q::Table::kPoints[i]);
+    for (int j = 0; j < 4; ++j) table.bytes[16 * j + i] = uint8_t(bits >> 8 * j);
+  }
+  return table;
+}
+template <class Q>
+PSQ_INLINE F placed_by_bytes(const Q& q, F size, U sign, U& top) {
+  static constexpr PlaneTable kBounds = plane_table<Q>(true), kPoints = plane_table<Q>(false);
+  ByteTable bounds, points;
+  bounds.read(kBounds.bytes);
+  points.read(kPoints.bytes);
+  const F spread = size * splat(q.inverse * (1.0f / 9.28f)) + splat(0.125f);
+  const U bucket = (as_u(minimum(spread, splat(0x1.fffffep-2f))) >> 21) & splat(7u);
+  const U level = as_u(count(as_i(bucket), less_equal(bounds.value(bucket), size * splat(q.inverse))));
+  top = sign | (level << (32 - Q::kBits));
+  return points.value(level);
+}
+template <class Q>
+PSQ_INLINE F placed_row(const Q& q, F size, U sign, U& top) {
+  if constexpr (kByteTables && Q::kLevels == 8) return placed_by_bytes(q, size, sign, top);
+  return placed(q, size, sign, top);
 }
 
 // Bits of a finite value rounded to bf16, to nearest even and to a finite one; their lower halves are not zero.

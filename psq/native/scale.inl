@@ -142,7 +142,7 @@ PSQ_OUTLINE void product_part(const Constants& fitted, const float* values, cons
     const F size = absolute(here == 16 ? compensated<kFeedback>(values + i, residual + i)
                                        : short_row<kFeedback>(values + i, residual + i, here));
     U top;
-    F point = placed(q, size, splat(0u), top);
+    F point = placed_row(q, size, splat(0u), top);
     if (here < 16) point = select(less(as_i(lanes()), splat(int32_t(here))), point, splat(0.0f));
     product = product + size * point;
     square = square + point * point;

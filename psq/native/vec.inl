@@ -317,6 +317,48 @@ PSQ_INLINE F look_up(NativeF, I) { return splat(0.0f); }
 PSQ_INLINE NativeF lookup(const float*, int, NativeI) { return NativeF{}; }
 #endif
 
+// The same for tables of 16 entries on the level whose registers hold four: sixteen lanes' bytes are looked up at once.
+#if defined(PSQ_X) && PSQ_VECTOR_BYTES == 16
+constexpr bool kByteTables = true;
+struct ByteTable {
+  __m128i planes[4];  // byte i of all entries
+
+  PSQ_METHOD void set(F entries) {
+    const __m128i bytes = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m128i a = _mm_shuffle_epi8((__m128i)entries.lo.lo, bytes), b = _mm_shuffle_epi8((__m128i)entries.lo.hi, bytes);
+    const __m128i c = _mm_shuffle_epi8((__m128i)entries.hi.lo, bytes), d = _mm_shuffle_epi8((__m128i)entries.hi.hi, bytes);
+    const __m128i low_ab = _mm_unpacklo_epi32(a, b), low_cd = _mm_unpacklo_epi32(c, d);
+    const __m128i high_ab = _mm_unpackhi_epi32(a, b), high_cd = _mm_unpackhi_epi32(c, d);
+    planes[0] = _mm_unpacklo_epi64(low_ab, low_cd);
+    planes[1] = _mm_unpackhi_epi64(low_ab, low_cd);
+    planes[2] = _mm_unpacklo_epi64(high_ab, high_cd);
+    planes[3] = _mm_unpackhi_epi64(high_ab, high_cd);
+  }
+  // Of byte j of entry i at 16 j + i.
+  PSQ_METHOD void read(const uint8_t* bytes) {
+    for (int j = 0; j < 4; ++j) planes[j] = _mm_loadu_si128((const __m128i*)(bytes + 16 * j));
+  }
+  // Entry at[i], each below 16.
+  PSQ_METHOD F value(U at) const {
+    const __m128i low = _mm_packus_epi32((__m128i)at.lo.lo, (__m128i)at.lo.hi);
+    const __m128i index = _mm_packus_epi16(low, _mm_packus_epi32((__m128i)at.hi.lo, (__m128i)at.hi.hi));
+    const __m128i a = _mm_shuffle_epi8(planes[0], index), b = _mm_shuffle_epi8(planes[1], index);
+    const __m128i c = _mm_shuffle_epi8(planes[2], index), d = _mm_shuffle_epi8(planes[3], index);
+    const __m128i low_ab = _mm_unpacklo_epi8(a, b), low_cd = _mm_unpacklo_epi8(c, d);
+    const __m128i high_ab = _mm_unpackhi_epi8(a, b), high_cd = _mm_unpackhi_epi8(c, d);
+    return {{(NativeF)_mm_unpacklo_epi16(low_ab, low_cd), (NativeF)_mm_unpackhi_epi16(low_ab, low_cd)},
+            {(NativeF)_mm_unpacklo_epi16(high_ab, high_cd), (NativeF)_mm_unpackhi_epi16(high_ab, high_cd)}};
+  }
+};
+#else
+constexpr bool kByteTables = false;
+struct ByteTable {
+  PSQ_METHOD void set(F) {}
+  PSQ_METHOD void read(const uint8_t*) {}
+  PSQ_METHOD F value(U) const { return splat(0.0f); }
+};
+#endif
+
 // Lanes to one value by halving: lane i takes lane i + 8, then i + 4, i + 2, i + 1. This order is part of the formats.
 PSQ_INLINE float sum(F row) {
   float a[16];

@@ -73,13 +73,17 @@ constexpr bool kIsSized = kIsLloydMax<Q>;
 template <int kWidth>
 constexpr bool kIsSized<Log<kWidth>> = true;
 
-enum Reading { kArithmetic, kTable, kSizeTable };
+enum Reading { kArithmetic, kTable, kSizeTable, kByteTable };
 template <class Q>
 constexpr Reading kReading = Q::kBits <= 4 && (1 << Q::kBits) <= kTableLanes             ? kTable
                              : kIsSized<Q> && (1 << (Q::kBits - 1)) <= kTableLanes ? kSizeTable
                                                                                    : kArithmetic;
 
-template <class Q, Reading = kReading<Q>>
+// Of a row at once, too.
+template <class Q>
+constexpr Reading kRowReading = kByteTables && kIsSized<Q> && Q::kBits > 1 ? kByteTable : kReading<Q>;
+
+template <class Q, Reading = kRowReading<Q>>
 struct Reader {
   Q quantizer;
   PSQ_METHOD void set(const Q& q) { quantizer = q; }
@@ -98,6 +102,15 @@ struct Reader<Q, kSizeTable> {
   PSQ_METHOD void set(const Q& q) { table = first(valued(q, (lanes() << (33 - Q::kBits)) >> 1)); }
   PSQ_METHOD F value(U word, int left) const {
     return as_f(as_u(look_up(table, as_i(word >> (32 - Q::kBits - left)))) ^ sign_of(word << left));
+  }
+};
+
+template <class Q>
+struct Reader<Q, kByteTable> {
+  ByteTable table;
+  PSQ_METHOD void set(const Q& q) { table.set(valued(q, lanes() << (32 - Q::kBits))); }
+  PSQ_METHOD F value(U word, int left) const {
+    return table.value((word >> (32 - Q::kBits - left)) & splat((1u << Q::kBits) - 1));
   }
 };
 
