@@ -57,7 +57,7 @@ def steps(results: dict[str, Kept], path: Path) -> bool:
     found = [
         (shown, rows)
         for rate, shown in zip(RATES, SHOWN, strict=True)
-        if (tables := result_of(results, f"step-{rate}-{SIZE}")) and (rows := rows_of(tables))
+        if (rows := all_rows(results, rate))
     ]
     if not found:
         return False
@@ -75,6 +75,12 @@ def steps(results: dict[str, Kept], path: Path) -> bool:
     )
     figure.savefig(path, dpi=DPI)
     return True
+
+
+def all_rows(results: dict[str, Kept], rate: str) -> dict[str, Any]:
+    """Of a rate's run, and of that of the others that did not fit into it."""
+    others = result_of(results, f"step-{rate}-{SIZE}-others") or []
+    return rows_of(others) | rows_of(result_of(results, f"step-{rate}-{SIZE}") or [])
 
 
 def step_panel(axes: Any, title: str, rows: list[dict[str, Any]]) -> None:
