@@ -122,6 +122,8 @@ def main() -> int:
     if options.json:
         print(json.dumps([as_plain(each) for each in found]))
     else:
+        if options.quick:
+            print("TRIED OUT AT SMALL SIZES: these figures mean nothing\n")
         print("\n".join(each.line() for each in found))
         counts = [sum(each.holds is state for each in found) for state in (True, False, None)]
         print(f"\n{counts[0]} hold, {counts[1]} do not, {counts[2]} not run; {facts_line(facts())}")
