@@ -165,7 +165,8 @@ class Outbox:
     def _flush_peer(self, peer: bytes) -> None:
         queue = self._queues[peer]
         while not queue.is_empty:
-            if not queue.frames and not self._make_next(queue):
+            self._make_next(queue)
+            if not queue.frames:
                 return
             waiting = queue.frames[0]
             sent = self._link.send(peer, waiting.frame)
@@ -179,16 +180,21 @@ class Outbox:
             queue.control -= waiting.version is None
         del self._queues[peer]
 
-    def _make_next(self, queue: _Queue) -> bool:
-        """Queue the next shard that is to be sent whole, once the one before has left."""
-        if any(self._link.is_lent(frame) for frame in queue.made):
-            return False
+    def _make_next(self, queue: _Queue) -> None:
+        """Queue the next shard that is to be sent whole, once the one before has left.
+
+        Behind what waits already, and not when nothing does: a peer that is slow and asks again has
+        something waiting for ever, and would never get what it asks for.
+        """
+        if not queue.whole:
+            return
+        if any(queue.has(frame) or self._link.is_lent(frame) for frame in queue.made):
+            return
         shard = next(iter(queue.whole))
         del queue.whole[shard]
         version, queue.made = self._make_full(shard)
         for frame in queue.made:
             self._append(queue, _Waiting(frame, version, shard))
-        return True
 
     def _try(self, peer: bytes, waiting: _Waiting) -> bool:
         """Send a frame that nothing waits in front of; False if its peer is gone."""

@@ -231,3 +231,20 @@ def test_a_peer_that_stands_still_with_whole_shards_holds_up_no_other(link):
     outbox.flush()
     assert len(link.sent[b"slow"]) == 1
     assert len(link.sent[b"fast"]) == 2
+
+
+def test_a_slow_peer_that_always_has_something_waiting_gets_its_whole_shards_too(link, outbox):
+    link.room[b"a"] = 0
+    outbox.send_weights(b"a", 7, news(b"1"))
+    outbox.send_full(b"a", [1, 2])
+    for turn in range(40):
+        outbox.send(b"a", b"status %d" % turn)  # so much comes as can go
+        outbox.send_weights(b"a", 7, news(b"1"))
+        link.room[b"a"] = 1
+        outbox.flush()
+    sent = link.sent[b"a"]
+    assert outbox.waiting
+    assert [frame for frame in sent if frame in {b"1.0", b"1.1", b"2.0", b"2.1"}] == [
+        *(b"1.0", b"1.1"),
+        *(b"2.0", b"2.1"),
+    ]
