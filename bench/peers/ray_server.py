@@ -61,7 +61,9 @@ class Driver(Job):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.versions = {"ray": ray.__version__, "torch": torch.__version__}
-        where = {"address": options.address} if options.address else {"num_cpus": 2}
+        where = (
+            {"address": options.address} if options.address else {"address": "local", "num_cpus": 2}
+        )
         ray.init(**where, include_dashboard=None if options.address else False, log_to_driver=False)
         placed = bool(options.address)
         self.server = actor(Server, "server", placed=placed).remote(options.size, options.lr)
