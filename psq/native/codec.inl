@@ -271,13 +271,13 @@ PSQ_OUTLINE void pack_careful(const Coder& coder, const Constants* parts, const 
 // The words of blocks that have their quantizers.
 PSQ_INLINE void pack_span(const Coder& coder, const Constants* parts, const bool* live, const Span& a) {
   const size_t unit = a.other ? kGroup : a.block;
+  const Encoders& encoders = coder.encoders(a.residual);
   for (size_t from = 0; from < a.numel; from += unit, parts += 1 + a.other, live += 1 + a.other) {
     const size_t end = from + at_most(unit, a.numel - from);
     const size_t whole = live[0] && live[a.other] ? from + (end - from) / kGroup * kGroup : from;
-    if (whole > from) {
-      const Span b = a.part(coder, from, whole - from);
-      coder.encoders(a.residual).pack(parts, b.values, b.residual, b.numel, b.words, b.index, b.ahead, b.other);
-    }
+    if (whole > from)
+      encoders.pack(parts, a.values + from, residual_at(a.residual, from), whole - from,
+                    a.words + from / kGroup * coder.group_bytes(), a.index + uint32_t(from), a.ahead, a.other);
     for (size_t at = whole; at < end; at += kGroup)
       pack_careful(coder, parts, live, a.part(coder, at, at_most(kGroup, end - at)));
   }

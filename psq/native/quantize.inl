@@ -27,7 +27,10 @@ struct Constants {
 template <class Q>
 PSQ_INLINE Q made_of(const Constants& constants) {
   Q quantizer;
-  static_cast<Constants&>(quantizer) = constants;
+  quantizer.scale = constants.scale;  // one by one: a load of all would wait for the stores that made them
+  quantizer.inverse = constants.inverse;
+  quantizer.threshold = constants.threshold;
+  quantizer.bias = constants.bias;
   return quantizer;
 }
 
