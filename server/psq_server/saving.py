@@ -160,16 +160,19 @@ def merge(paths: Sequence[Path], out: Path) -> int:
         The file's size in bytes.
 
     Raises:
-        StateError: a part is missing, is none, is of another job, or the disk refused; nothing was
-            replaced.
+        StateError: a part is missing, is none, is of another job, or is the file to be made, or the
+            disk refused; nothing was replaced.
 
     Cost: memory for the largest parameter and one slice of it.
     """
+    if out.resolve() in {path.resolve() for path in paths}:
+        msg = f"{out} is one of the parts: name another file for the whole"
+        raise StateError(msg)
     with ExitStack() as stack:
         parts = {path: _open(path, stack) for path in paths}
         told = {path: _told(path, part) for path, part in parts.items()}
         first = _check_parts(told)
-        shapes: dict[str, list[int]] = json.loads(first["shapes"])
+        shapes = _shapes(first["shapes"])
         pieces = _pieces(parts, shapes)
         metadata = {"job": first["job"], "recipe": first["recipe"], "version": _versions(told)}
         return _replace(out, lambda place: _write(place, shapes, pieces, metadata))
@@ -194,7 +197,21 @@ def _told(path: Path, part: Any) -> dict[str, str]:
             "name the files NAME.server0-of-2.safetensors, ... that servers saved"
         )
         raise StateError(msg)
+    for key in ("server", "servers", "version"):
+        if not metadata[key].isdecimal():
+            msg = f"{path} is damaged: its {key} is {metadata[key]!r:.80}, no number"
+            raise StateError(msg)
     return dict(metadata)
+
+
+def _shapes(text: str) -> dict[str, list[int]]:
+    """The shapes of a job's parameters, as its parts tell them."""
+    try:
+        shapes = json.loads(text)
+        return {name: [int(size) for size in shape] for name, shape in shapes.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        msg = f"the parts are damaged: their shapes cannot be read: {error}"
+        raise StateError(msg) from error
 
 
 def _check_parts(told: Mapping[Path, Mapping[str, str]]) -> Mapping[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -11,7 +13,9 @@ from psq.errors import StateError
 from psq.plan import Plan
 from psq.recipe import preset
 from psq_server.saving import metadata_of, part_path, save_weights
+from psq_worker import launch
 from psq_worker.cli import psq
+from psq_worker.launch import Commands
 from psq_worker.merging import Parts, merge_weights
 
 SERVERS = 2
@@ -106,3 +110,20 @@ def test_parts_that_do_not_fit_are_left_where_they_are(tmp_path):
     with pytest.raises(StateError):
         merge_weights(made, output)
     assert all(part.exists() for part in made)
+
+
+def test_parts_that_cannot_be_merged_do_not_hide_why_the_job_ended(tmp_path):
+    said = []
+    view = SimpleNamespace(say=lambda *words: said.append(words))
+    output = tmp_path / "weights.safetensors"
+
+    def fail_after_saving():
+        made = [save_part(output, number) for number in range(SERVERS)]
+        made[1].write_bytes(made[0].read_bytes())
+        raise KeyError
+
+    commands = Commands(workers=1, servers=SERVERS, save=str(output))
+    with pytest.raises(KeyError), launch._merging(commands, view):
+        fail_after_saving()
+    [(_, text)] = said
+    assert "weights are in parts: expected one part" in text

@@ -139,6 +139,11 @@ def lose_a_slice(paths):
         (lambda paths: paths[1].write_bytes(b"rubbish"), "cannot read weights from"),
         (lambda paths: spoil_metadata(paths, job="other"), "its job is other"),
         (lambda paths: save_weights(paths[1], WEIGHTS, {}), "is no part of a job's weights"),
+        (lambda paths: spoil_metadata(paths, server="one"), "its server is 'one', no number"),
+        (
+            lambda paths: [spoil_metadata(p[::-1], shapes="[") for p in (paths, paths[::-1])],
+            "shapes",
+        ),
         (lose_a_slice, "do not make up the whole of"),
     ],
 )
@@ -151,3 +156,11 @@ def test_parts_that_do_not_make_a_whole_are_refused_and_nothing_is_written(
     with pytest.raises(StateError, match=words):
         merge(paths, out)
     assert not out.exists()
+
+
+def test_a_part_is_never_overwritten_by_the_whole(parts):
+    paths, _ = parts
+    before = paths[0].read_bytes()
+    with pytest.raises(StateError, match="is one of the parts"):
+        merge(paths, paths[0])
+    assert paths[0].read_bytes() == before

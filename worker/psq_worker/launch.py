@@ -28,6 +28,7 @@ from psq_worker.doctor import cores
 from psq_worker.watch import Watch, server_names
 
 if TYPE_CHECKING:
+    from psq_worker.merging import Parts
     from psq_worker.tracing import TraceParts
 
 __all__ = [
@@ -126,10 +127,19 @@ def _merging(commands: Commands, view: View) -> Iterator[None]:
     parts = Parts(Path(commands.save), commands.servers)
     try:
         yield
-    finally:
-        merged = parts.merge()
-        if merged is not None:
-            view.say("", f"weights of {commands.servers} servers in {merged}")
+    except BaseException:
+        try:
+            _merge_weights(parts, commands.servers, view)
+        except StateError as error:  # what ended the job is what its caller must hear of
+            view.say("", f"weights are in parts: {error}")
+        raise
+    _merge_weights(parts, commands.servers, view)
+
+
+def _merge_weights(parts: Parts, servers: int, view: View) -> None:
+    merged = parts.merge()
+    if merged is not None:
+        view.say("", f"weights of {servers} servers in {merged}")
 
 
 @contextmanager
