@@ -86,7 +86,7 @@ class ServerConfig:
     timeline_filename: str | None = setting(
         None,
         "record where the time goes and write it as a Chrome trace; of t.json each process writes "
-        "its part, as t.rank0.json or t.server0.json",
+        "its part, as t.rank0.json or t.server0.json; psq launch makes t.json of them",
         metavar="FILE",
     )
     json: bool = switch("end with a summary as one JSON line on stdout")
@@ -218,7 +218,7 @@ class WorkerConfig:
     timeline_filename: str | None = setting(
         None,
         "record where the time goes and write it as a Chrome trace; of t.json each process writes "
-        "its part, as t.rank0.json or t.server0.json",
+        "its part, as t.rank0.json or t.server0.json; psq launch makes t.json of them",
         metavar="FILE",
     )
     json: bool = switch("end with a summary as one JSON line on stdout")

@@ -232,7 +232,8 @@ def merge_timeline(parts: tuple[str, ...], output: str) -> None:
 def doctor(given: Given, *, as_json: bool) -> int:
     """Say whether this machine can run psq, and what it would run with; ends with 0 or 78.
 
-    Servers that a flag, a variable or the file names are tried too.
+    Servers that a flag, a variable or the file names are tried too; one that does not
+    answer yet is a note, no failure.
     """
     from psq_worker.doctor import examine, exit_code  # noqa: PLC0415 - not for every command
     from psq_worker.listing import print_checks  # noqa: PLC0415 - as above
