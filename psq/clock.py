@@ -136,15 +136,22 @@ def parse_consistency(text: str) -> Consistency:
     """
     match = _TEXT.fullmatch(text)
     kind, rounds, quorum, mads = match.groups() if match else ("", None, None, None)
-    if not kind or (rounds is None) == (kind == "ssp") or (quorum and not int(quorum)):
-        msg = f"consistency must be {_GRAMMAR}; got {text!r:.80}"
-        raise ConfigError(msg)
-    return Consistency(
-        cast("ConsistencyKind", kind),
-        None if kind == "asp" else int(rounds or 0),
-        int(quorum) if quorum else _LEAST_QUORUM[kind],
-        float(mads) if mads else DEFAULT_MADS,
-    )
+    misplaced = (rounds is None) == (kind == "ssp") or (kind == "asp" and (quorum or mads))
+    if not kind or misplaced or (quorum and not int(quorum)):
+        raise ConfigError(_misnamed(text))
+    try:
+        return Consistency(
+            cast("ConsistencyKind", kind),
+            None if kind == "asp" else int(rounds or 0),
+            int(quorum) if quorum else _LEAST_QUORUM[kind],
+            float(mads) if mads else DEFAULT_MADS,
+        )
+    except ConfigError as error:
+        raise ConfigError(_misnamed(text)) from error
+
+
+def _misnamed(text: str) -> str:
+    return f"consistency must be {_GRAMMAR}; got {text!r:.80}"
 
 
 def members(

@@ -243,7 +243,7 @@ def _recipe_words(recipe: Recipe, choice: str) -> str:
     if recipe.direction.local_steps > 1:
         words += f", {recipe.direction.local_steps} local steps a round"
     if recipe.uplink.every > 1:
-        words += f", each shard in every {recipe.uplink.every}th step"
+        words += f", each shard in 1 of {recipe.uplink.every} steps"
     reason = choice.partition(": ")[0]  # the codecs stand there already
     return f"{words}, codec auto: {reason}" if choice else words
 

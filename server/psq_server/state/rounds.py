@@ -188,7 +188,8 @@ def _settle(
     if len(rejected) > MAX_LIST_ITEMS:
         _refuse_too_many(world, member, len(rejected))
         return
-    reason = mine.reason if rejected else ""
+    late = f"rank {member.rank} had not said shards {rejected} when they were reduced"
+    reason = (mine.reason or late) if rejected else ""
     verdict = Verdict("applied", clip_text(reason), world.server_s, rejected)
     resolve(world, member, verdict, mine.base, version)
 
