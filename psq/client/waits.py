@@ -80,7 +80,7 @@ class Wait:
 
         Args:
             now_s: the time, on the clock that the wait began with.
-            what: what is being waited for, as in "rank 1 (last seen 3.2 s ago)".
+            what: what is being waited for, as in "rank 1 (not heard for 3.2 s)".
 
         Raises:
             GaveUpError: the wait has lasted too long.
@@ -99,10 +99,10 @@ class Wait:
 
 
 def name_ranks(status: Status) -> str:
-    """Whom the server waits for, as in "rank 1 (last seen 3.2 s ago)"; empty if for nobody."""
+    """Whom the server waits for, as in "rank 1 (not heard for 3.2 s)"; empty if for nobody."""
     if not status.waiting:
         return ""
-    named = [f"{rank} (last seen {silent_s:.1f} s ago)" for rank, silent_s in status.waiting]
+    named = [f"{rank} (not heard for {silent_s:.1f} s)" for rank, silent_s in status.waiting]
     more = len(named) - MAX_RANKS_NAMED
     tail = f" and {more} more" if more > 0 else ""
     word = "rank" if len(named) == 1 else "ranks"

@@ -181,7 +181,7 @@ def test_a_rank_that_does_not_come_is_named(serve, clients, caplog):
     clients.append(client)
     with pytest.raises(GaveUpError, match="waiting for rank 0"):
         client.join()
-    assert any(words.startswith("waiting for rank 0 (last seen ") for words in caplog.messages)
+    assert any(words.startswith("waiting for rank 0 (not heard for ") for words in caplog.messages)
 
 
 def test_heartbeats_go_out_while_nobody_calls(serve, clients, eventually):

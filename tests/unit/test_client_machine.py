@@ -614,7 +614,7 @@ def test_the_wait_is_named_by_what_the_server_says():
     assert talk.machine.waited_for() == ""
     talk.join()
     talk.say(MessageType.STATUS, Status(0, 0, waiting=((0, 3.2),), text="long words"))
-    assert talk.machine.waited_for() == "rank 0 (last seen 3.2 s ago)"
+    assert talk.machine.waited_for() == "rank 0 (not heard for 3.2 s)"
     talk.say(MessageType.STATUS, Status(0, 0, text="waiting for the first worker"))
     assert talk.machine.waited_for() == "waiting for the first worker"
     talk.machine.forget_status()

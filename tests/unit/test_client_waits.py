@@ -40,8 +40,8 @@ def test_a_wait_speaks_every_report_and_not_between():
     assert wait.check(105.0, "server tcp://a:1") == "waiting for server tcp://a:1 for 5 s"
     assert wait.check(109.0, "server tcp://a:1") == ""
     assert (
-        wait.check(112.0, "rank 1 (last seen 3.2 s ago)")
-        == "waiting for rank 1 (last seen 3.2 s ago) for 12 s"
+        wait.check(112.0, "rank 1 (not heard for 3.2 s)")
+        == "waiting for rank 1 (not heard for 3.2 s) for 12 s"
     )
 
 
@@ -71,8 +71,8 @@ def test_patience_is_finite(field, value):
     ("waiting", "words"),
     [
         ((), ""),
-        (((1, 3.21),), "rank 1 (last seen 3.2 s ago)"),
-        (((1, 0.0), (3, 12.0)), "ranks 1 (last seen 0.0 s ago), 3 (last seen 12.0 s ago)"),
+        (((1, 3.21),), "rank 1 (not heard for 3.2 s)"),
+        (((1, 0.0), (3, 12.0)), "ranks 1 (not heard for 0.0 s), 3 (not heard for 12.0 s)"),
     ],
 )
 def test_ranks_are_named(waiting, words):
@@ -81,4 +81,4 @@ def test_ranks_are_named(waiting, words):
 
 def test_many_ranks_are_counted():
     words = name_ranks(Status(0, 0, waiting=tuple((rank, 1.0) for rank in range(20))))
-    assert words.endswith("7 (last seen 1.0 s ago) and 12 more")
+    assert words.endswith("7 (not heard for 1.0 s) and 12 more")

@@ -66,7 +66,8 @@ def test_texts_mean_what_they_say(text, canonical, made):
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "bsp ", "BSP", "sync", "bsp:0", "bsp:1", "asp:3", "asp,quorum=2", "asp,mads=7"),
+        *("", "bsp ", "BSP", "sync", "bsp:0", "bsp:1"),
+        *("asp:3", "asp,quorum=1", "asp,quorum=2", "asp,mads=6", "asp,mads=7"),
         *("ssp", "ssp:", "ssp:0", "ssp:1001", "ssp:-1", "ssp:1.5", "ssp:1_0", "ssp:²", "ssp:٣"),
         *("bsp,quorum=0", "bsp,quorum=00", "bsp,quorum=4097", "bsp,quorum=", "bsp,mads=7"),
         *("ssp:2,mads=", "ssp:2,mads=-1", "ssp:2,mads=1001", "ssp:2,mads=nan", "ssp:2,mads=1e2"),
