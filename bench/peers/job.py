@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import time
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,24 +25,24 @@ if TYPE_CHECKING:
 MARK = "PSQBENCH "
 
 
-class Job:
+class Job(ABC):
     """One process's part in a step. `fill` lays the given gradients ready; it is not timed."""
 
     def __init__(self) -> None:
         self.versions: dict[str, str] = {}
 
-    def fill(self) -> None:
+    def fill(self) -> None:  # noqa: B027 - many jobs need none
         """Lay the gradients ready."""
 
+    @abstractmethod
     def step(self) -> None:
         """From gradients to new weights."""
-        raise NotImplementedError
 
     def notes(self) -> dict[str, Any]:
         """What the system itself says of the steps since the last call."""
         return {}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - likewise
         """Leave."""
 
 

@@ -12,6 +12,7 @@ own default, 1000, would be dense to the end), and has one bucket, for the reaso
 from __future__ import annotations
 
 import argparse
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -59,9 +60,9 @@ class Training(Job):
         """The batch's loss."""
         return self.task.loss(self.model, batch)
 
+    @abstractmethod
     def update(self, lr: float) -> None:
         """From gradients to new weights, and gradients of zero."""
-        raise NotImplementedError
 
     def notes(self) -> dict[str, Any]:
         """The score so far, of rank 0."""

@@ -94,13 +94,17 @@ def step_panel(axes: Any, title: str, rows: list[dict[str, Any]]) -> None:
         if row["floor_s"]:
             floor = 1e3 * row["floor_s"]
             axes.vlines(floor, place - 0.4, place + 0.4, color="black", linewidth=1.6)
-        text = f" {best[place]:.3g} ({median[place]:.3g})"
+        text = f" {milliseconds(best[place])} ({milliseconds(median[place])})"
         axes.text(max(median[place], best[place]), place, text, va="center", fontsize=8)
     axes.set_xlim(0, 1.18 * max(*median, *best))
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("milliseconds", fontsize=8)
     axes.tick_params(labelsize=8)
     tidy(axes)
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"  # noqa: PLR2004 - no exponents
 
 
 def codecs(results: dict[str, Kept], path: Path) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,16 +124,23 @@ def _merging(commands: Commands, view: View) -> Iterator[None]:
         return
     from psq_worker.merging import Parts  # noqa: PLC0415 - numpy, for this alone
 
-    parts = Parts(Path(commands.save), commands.servers)
+    parts, servers = Parts(Path(commands.save), commands.servers), commands.servers
+    with _at_end(lambda: _merge_weights(parts, servers, view), "weights are in parts", view):
+        yield
+
+
+@contextmanager
+def _at_end(merge: Callable[[], None], otherwise: str, view: View) -> Iterator[None]:
+    """Put parts together, however the job ends; if it failed, its own error is what is raised."""
     try:
         yield
     except BaseException:
         try:
-            _merge_weights(parts, commands.servers, view)
-        except StateError as error:  # what ended the job is what its caller must hear of
-            view.say("", f"weights are in parts: {error}")
+            merge()
+        except StateError as error:
+            view.say("", f"{otherwise}: {error}")
         raise
-    _merge_weights(parts, commands.servers, view)
+    merge()
 
 
 def _merge_weights(parts: Parts, servers: int, view: View) -> None:
@@ -150,16 +157,10 @@ def _tracing(commands: Commands, view: View) -> Iterator[None]:
         return
     from psq_worker.tracing import TraceParts  # noqa: PLC0415 - for this alone
 
-    parts = TraceParts(Path(commands.timeline), commands.servers, commands.workers)
-    try:
+    output = commands.timeline
+    parts = TraceParts(Path(output), commands.servers, commands.workers)
+    with _at_end(lambda: _merge_trace(parts, output, view), "no timeline", view):
         yield
-    except BaseException:
-        try:
-            _merge_trace(parts, commands.timeline, view)
-        except StateError as error:  # what ended the job is what its caller must hear of
-            view.say("", f"no timeline: {error}")
-        raise
-    _merge_trace(parts, commands.timeline, view)
 
 
 def _merge_trace(parts: TraceParts, output: str, view: View) -> None:
