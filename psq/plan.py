@@ -17,6 +17,7 @@ from typing import Any, Final
 from psq.clock import parse_consistency
 from psq.codec import get_codec
 from psq.errors import ConfigError, LocalError, RemotePlanError, RemoteWireError
+from psq.kernels import Family
 from psq.layout import Layout, Shard, cut
 from psq.recipe import Recipe
 from psq_proto.frames import digest64
@@ -72,7 +73,13 @@ class Plan:
             msg = f"the model has {len(self.tensors)} parameters, psq handles up to {MAX_TENSORS}"
             raise ConfigError(msg)
         get_codec(self.recipe.uplink.codec)
-        get_codec(self.recipe.downlink.codec)
+        downlink = get_codec(self.recipe.downlink.codec)
+        if self.recipe.downlink.kind == "weights" and downlink.format.family == Family.TOPK:
+            msg = (
+                f"downlink weights:{downlink.spec} would make all but a few weights zero: "
+                f"send changes by it, delta:{downlink.spec}"
+            )
+            raise ConfigError(msg)
         if self.recipe.uplink.every > 1 and consistency.max_staleness != 0:
             msg = (
                 f"every={self.recipe.uplink.every} needs bsp, got {self.consistency}: a late push "

@@ -346,3 +346,10 @@ def test_shards_take_turns_only_where_nothing_is_stale(consistency):
     with pytest.raises(ConfigError, match="every=2 needs bsp"):
         Plan.of([("w", (400_000,))], recipe, 2, consistency=consistency)
     Plan.of([("w", (400_000,))], recipe, 2, consistency="bsp,quorum=1")
+
+
+def test_weights_are_not_sent_by_a_codec_that_leaves_most_of_them_out():
+    recipe = preset("server-adam").with_codecs(downlink="weights:topk:k=4,block=1024")
+    with pytest.raises(ConfigError, match=r"would make all but a few weights zero.*delta:topk"):
+        Plan.of([("w", (5000,))], recipe, 2)
+    Plan.of([("w", (5000,))], recipe.with_codecs(downlink="delta:topk:k=4,block=1024"), 2)
