@@ -69,7 +69,8 @@ MAX_FRAME_BYTES: Final = HEADER_BYTES + MAX_PAYLOAD_BYTES
 _CRC_OFFSET: Final = HEADER_BYTES - _CRC.size
 # Plain numbers: `&` of two IntFlags takes a microsecond, and every frame is asked.
 _SKIP: Final = int(Flags.SKIP)
-_ALL_FLAGS: Final = int(Flags.SKIP | Flags.DELTA | Flags.FULL)
+_ALL_FLAGS: Final = int(Flags.SKIP | Flags.DELTA | Flags.FULL | Flags.MEAN)
+_MEAN: Final = int(Flags.MEAN)
 _RUN_ID_BYTES: Final = 16
 _MAY_BE_EMPTY: Final = frozenset({MessageType.PLAN, MessageType.PROBE, MessageType.ECHO})
 
@@ -146,13 +147,20 @@ def _misuse(header: Header) -> str:
         return f"a header has major {MAJOR} and a run_id of {_RUN_ID_BYTES} bytes, got {header!r}"
     if flags & ~_ALL_FLAGS:
         return f"{kind.name} sets reserved flag bits 0x{flags & ~_ALL_FLAGS:x}"
-    if not 0.0 <= header.rate < math.inf or (header.rate and kind is not MessageType.PUSH):
-        return f"{kind.name} has rate {header.rate}: PUSH has a finite one >= 0, all others 0"
+    if not 0.0 <= header.rate < math.inf or (header.rate and not _has_rate(kind, flags)):
+        return (
+            f"{kind.name} has rate {header.rate}: PUSH and WEIGHTS MEAN have a finite one >= 0, "
+            "all others 0"
+        )
     if kind is MessageType.PUSH:
         return _misuse_of_push(header, flags)
     if kind is MessageType.WEIGHTS:
         return _misuse_of_weights(header, flags)
     return _misuse_of_others(header, flags)
+
+
+def _has_rate(kind: MessageType, flags: int) -> bool:
+    return kind is MessageType.PUSH or (kind is MessageType.WEIGHTS and bool(flags & _MEAN))
 
 
 def _misuse_of_others(header: Header, flags: int) -> str:
@@ -167,24 +175,26 @@ def _misuse_of_others(header: Header, flags: int) -> str:
 
 
 def _misuse_of_push(header: Header, flags: int) -> str:
-    if flags & ~_SKIP or header.part:
-        return f"PUSH has no flag but SKIP and no part, got flags {flags} part {header.part}"
+    if flags & ~_SKIP:
+        return f"PUSH has no flag but SKIP, got flags {flags}"
+    if flags and (header.codec or header.part):
+        return f"PUSH SKIP has codec 0 and part 0, got {header.codec} and {header.part}"
     if flags:
-        return f"PUSH SKIP has codec 0, got {header.codec}" if header.codec else ""
+        return ""
     if not header.codec or header.shard == NO_SHARD:
         return f"PUSH must name a codec and a shard, got codec {header.codec} shard {header.shard}"
     return ""
 
 
 def _misuse_of_weights(header: Header, flags: int) -> str:
-    if flags not in (Flags.DELTA, Flags.FULL):
-        return f"WEIGHTS must be either DELTA or FULL, got flags {flags}"
+    if flags not in (Flags.DELTA, Flags.FULL, Flags.MEAN):
+        return f"WEIGHTS must be one of DELTA, FULL and MEAN, got flags {flags}"
     if not header.codec or header.shard == NO_SHARD:
         return (
             f"WEIGHTS must name a codec and a shard, got codec {header.codec} shard {header.shard}"
         )
-    if header.part and flags == Flags.DELTA:
-        return f"WEIGHTS DELTA has no parts, got part {header.part}"
+    if header.part and flags != Flags.FULL:
+        return f"WEIGHTS DELTA and MEAN have no parts, got part {header.part}"
     return ""
 
 

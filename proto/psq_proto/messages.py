@@ -138,6 +138,8 @@ class Flags(IntFlag):
     """WEIGHTS to add to the version before."""
     FULL = 4
     """WEIGHTS that replace what the worker has."""
+    MEAN = 8
+    """WEIGHTS that every worker applies by the same rule: what all have said of a shard, as one."""
 
 
 class ErrorCode(StrEnum):

@@ -71,9 +71,12 @@ def sealed(draw: st.DrawFn) -> tuple[Header, bytes]:
         body = b""
     elif kind in (MessageType.PUSH, MessageType.WEIGHTS):
         fields |= {"codec": draw(U16.filter(bool)), "shard": draw(SHARD)}
+        fields["part"] = draw(U32)
     if kind is MessageType.WEIGHTS:
-        fields["flags"] = draw(st.sampled_from([Flags.DELTA, Flags.FULL]))
-        fields["part"] = 0 if fields["flags"] is Flags.DELTA else draw(U32)
+        fields["flags"] = draw(st.sampled_from([Flags.DELTA, Flags.FULL, Flags.MEAN]))
+        fields["part"] = draw(U32) if fields["flags"] is Flags.FULL else 0
+        if fields["flags"] is Flags.MEAN:
+            fields["rate"] = draw(st.floats(0, allow_infinity=False))
     if kind is MessageType.INIT:
         fields |= {"shard": draw(SHARD), "part": draw(U32)}
         body *= 4
@@ -210,7 +213,7 @@ def test_a_control_body_over_its_limit_is_refused_before_it_is_read() -> None:
         (TYPE_AT, b"\x00", "unknown message type 0"),
         (TYPE_AT, b"\x09", "unknown message type 9"),
         (TYPE_AT, b"\x45", "unknown message type 69"),
-        (FLAGS_AT, b"\x08", "reserved flag bits 0x8"),
+        (FLAGS_AT, b"\x10", "reserved flag bits 0x10"),
         (FLAGS_AT, b"\x00\x00\x00\x80", "reserved flag bits 0x80000000"),
         (FLAGS_AT, b"\x02", "no flag but SKIP"),
         (RATE_AT, struct.pack("<d", math.nan), "rate nan"),
@@ -232,16 +235,20 @@ def test_each_lie_is_named(offset: int, lie: bytes, words: str) -> None:
     [
         (MessageType.PUSH, {"shard": 1}, "must name a codec"),
         (MessageType.PUSH, {"codec": 1, "shard": NO_SHARD}, "must name a codec and a shard"),
-        (MessageType.PUSH, {"codec": 1, "part": 1}, "no part"),
         (MessageType.PUSH, {"codec": 1, "flags": Flags.FULL}, "no flag but SKIP"),
-        (MessageType.PUSH, {"flags": Flags.SKIP, "codec": 1}, "SKIP has codec 0, got 1"),
-        (MessageType.PUSH, {"flags": Flags.SKIP, "part": 1}, "no part"),
+        (MessageType.PUSH, {"codec": 1, "flags": Flags.MEAN}, "no flag but SKIP"),
+        (MessageType.PUSH, {"flags": Flags.SKIP, "codec": 1}, "SKIP has codec 0 and part 0, got 1"),
+        (MessageType.PUSH, {"flags": Flags.SKIP, "part": 1}, "SKIP has codec 0 and part 0"),
         (MessageType.PROBE, {"shard": 1}, "no shard"),
         (MessageType.ECHO, {"part": 1}, "no shard and no part"),
         (MessageType.JOB, {"flags": Flags.SKIP}, "no flags"),
-        (MessageType.WEIGHTS, {"codec": 1}, "either DELTA or FULL"),
-        (MessageType.WEIGHTS, {"codec": 1, "flags": Flags.DELTA | Flags.FULL}, "either DELTA"),
+        (MessageType.WEIGHTS, {"codec": 1}, "one of DELTA, FULL and MEAN"),
+        (MessageType.WEIGHTS, {"codec": 1, "flags": Flags.DELTA | Flags.FULL}, "one of DELTA"),
+        (MessageType.WEIGHTS, {"codec": 1, "flags": Flags.DELTA | Flags.MEAN}, "one of DELTA"),
         (MessageType.WEIGHTS, {"codec": 1, "flags": Flags.DELTA, "part": 1}, "no parts"),
+        (MessageType.WEIGHTS, {"codec": 1, "flags": Flags.MEAN, "part": 1}, "no parts"),
+        (MessageType.WEIGHTS, {"codec": 1, "flags": Flags.DELTA, "rate": 0.1}, "rate 0.1"),
+        (MessageType.WEIGHTS, {"codec": 1, "flags": Flags.FULL, "rate": 0.1}, "rate 0.1"),
         (MessageType.WEIGHTS, {"flags": Flags.FULL}, "must name a codec"),
         (MessageType.INIT, {"codec": 1}, "no codec"),
         (MessageType.INIT, {"shard": NO_SHARD}, "must name a shard"),

@@ -16,7 +16,7 @@ from psq_proto.messages import BODY_TYPES, MessageType
 
 # The whole protocol in one number. It changes when a frame's bytes do: that breaks every client
 # there is, see proto/vectors/README.md.
-ALL_BYTES_SHA256 = "f121cb203df84eb11dfba0307be77510a143654776027615f981a825d4cbbfca"
+ALL_BYTES_SHA256 = "2d55f1945ed70ba15cb86a122af0ff69b59fd6f1057739cf7aba47a850e83a05"
 
 _path = Path(__file__).with_name("regenerate.py")
 _spec = importlib.util.spec_from_file_location("wire_regenerate", _path)
