@@ -71,6 +71,7 @@ _CRC_OFFSET: Final = HEADER_BYTES - _CRC.size
 _SKIP: Final = int(Flags.SKIP)
 _ALL_FLAGS: Final = int(Flags.SKIP | Flags.DELTA | Flags.FULL | Flags.MEAN)
 _MEAN: Final = int(Flags.MEAN)
+_KINDS_OF_WEIGHTS: Final = frozenset({Flags.DELTA, Flags.FULL, Flags.MEAN, Flags.MEAN | Flags.SKIP})
 _RUN_ID_BYTES: Final = 16
 _MAY_BE_EMPTY: Final = frozenset({MessageType.PLAN, MessageType.PROBE, MessageType.ECHO})
 
@@ -187,11 +188,13 @@ def _misuse_of_push(header: Header, flags: int) -> str:
 
 
 def _misuse_of_weights(header: Header, flags: int) -> str:
-    if flags not in (Flags.DELTA, Flags.FULL, Flags.MEAN):
-        return f"WEIGHTS must be one of DELTA, FULL and MEAN, got flags {flags}"
-    if not header.codec or header.shard == NO_SHARD:
+    if flags not in _KINDS_OF_WEIGHTS:
+        return f"WEIGHTS must be one of DELTA, FULL and MEAN, or MEAN SKIP, got flags {flags}"
+    skips = flags == _MEAN | _SKIP
+    if bool(header.codec) == skips or header.shard == NO_SHARD or (skips and header.rate):
         return (
-            f"WEIGHTS must name a codec and a shard, got codec {header.codec} shard {header.shard}"
+            "WEIGHTS must name a shard, and a codec where they have a body, and no rate where not: "
+            f"got codec {header.codec} shard {header.shard} rate {header.rate}"
         )
     if header.part and flags != Flags.FULL:
         return f"WEIGHTS DELTA and MEAN have no parts, got part {header.part}"

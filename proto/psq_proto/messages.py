@@ -133,7 +133,8 @@ class Flags(IntFlag):
 
     NONE = 0
     SKIP = 1
-    """PUSH without payload: this rank contributes nothing to a shard, or to all it has not said."""
+    """PUSH without payload: this rank contributes nothing to a shard, or to all it has not said.
+    With MEAN: nobody has contributed, nothing is to be applied."""
     DELTA = 2
     """WEIGHTS to add to the version before."""
     FULL = 4

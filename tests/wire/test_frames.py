@@ -75,8 +75,11 @@ def sealed(draw: st.DrawFn) -> tuple[Header, bytes]:
     if kind is MessageType.WEIGHTS:
         fields["flags"] = draw(st.sampled_from([Flags.DELTA, Flags.FULL, Flags.MEAN]))
         fields["part"] = draw(U32) if fields["flags"] is Flags.FULL else 0
-        if fields["flags"] is Flags.MEAN:
+        if fields["flags"] is Flags.MEAN and draw(st.booleans()):
             fields["rate"] = draw(st.floats(0, allow_infinity=False))
+        elif fields["flags"] is Flags.MEAN:
+            fields |= {"flags": Flags.MEAN | Flags.SKIP, "codec": 0}
+            body = b""
     if kind is MessageType.INIT:
         fields |= {"shard": draw(SHARD), "part": draw(U32)}
         body *= 4
@@ -249,7 +252,11 @@ def test_each_lie_is_named(offset: int, lie: bytes, words: str) -> None:
         (MessageType.WEIGHTS, {"codec": 1, "flags": Flags.MEAN, "part": 1}, "no parts"),
         (MessageType.WEIGHTS, {"codec": 1, "flags": Flags.DELTA, "rate": 0.1}, "rate 0.1"),
         (MessageType.WEIGHTS, {"codec": 1, "flags": Flags.FULL, "rate": 0.1}, "rate 0.1"),
-        (MessageType.WEIGHTS, {"flags": Flags.FULL}, "must name a codec"),
+        (MessageType.WEIGHTS, {"flags": Flags.FULL}, "and a codec where they have a body"),
+        (MessageType.WEIGHTS, {"flags": Flags.MEAN}, "and a codec where they have a body"),
+        (MessageType.WEIGHTS, {"flags": Flags.DELTA | Flags.SKIP}, "or MEAN SKIP"),
+        (MessageType.WEIGHTS, {"flags": Flags.MEAN | Flags.SKIP, "codec": 1}, "got codec 1"),
+        (MessageType.WEIGHTS, {"flags": Flags.MEAN | Flags.SKIP, "rate": 0.1}, "got codec 0"),
         (MessageType.INIT, {"codec": 1}, "no codec"),
         (MessageType.INIT, {"shard": NO_SHARD}, "must name a shard"),
         (MessageType.PULL, {"shard": 1}, "no shard"),
@@ -276,6 +283,7 @@ def test_a_header_that_cannot_be_sent_cannot_be_made(
         (Header(MessageType.PULL), b"x", "PULL has no body"),
         (Header(MessageType.PUSH, flags=Flags.SKIP, shard=NO_SHARD), b"x", "PUSH has no body here"),
         (PUSH, b"", "must have a body"),
+        (Header(MessageType.WEIGHTS, flags=Flags.MEAN | Flags.SKIP), b"x", "has no body here"),
         (Header(MessageType.INIT), b"abc", "4-byte floats, got 3 bytes"),
         (Header(MessageType.PROBE, part=4), b"abc", "PROBE of 3 bytes wants 4 back"),
         (Header(MessageType.PROBE), bytes(MAX_PAYLOAD_BYTES + 1), r"a body of 0\.\.1048576 bytes"),

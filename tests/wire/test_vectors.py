@@ -16,7 +16,7 @@ from psq_proto.messages import BODY_TYPES, MessageType
 
 # The whole protocol in one number. It changes when a frame's bytes do: that breaks every client
 # there is, see proto/vectors/README.md.
-ALL_BYTES_SHA256 = "2d55f1945ed70ba15cb86a122af0ff69b59fd6f1057739cf7aba47a850e83a05"
+ALL_BYTES_SHA256 = "442e42ac937924d8cf6392f93b0fac8513c0b9e97b2032684df1cd8836f370f3"
 
 _path = Path(__file__).with_name("regenerate.py")
 _spec = importlib.util.spec_from_file_location("wire_regenerate", _path)
