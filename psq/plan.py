@@ -172,6 +172,11 @@ class Plan:
         every = self.recipe.uplink.every
         return version + -(version + self._places[shard]) % every
 
+    def turns(self, shard: int, version: int) -> int:
+        """How many rounds up to a version have moved a shard: what its rules count by."""
+        every, place = self.recipe.uplink.every, self._places[shard]
+        return (version - 1 + place) // every - (place - 1) // every
+
     def due_shards(self, round: int) -> tuple[int, ...]:  # noqa: A002 - as above
         """The shards of this plan's server that a round moves, ascending; there always is one."""
         return self._turns[round % len(self._turns)]

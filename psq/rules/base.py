@@ -386,6 +386,11 @@ class ApplyRule(_Rule):
         """
         raise NotImplementedError
 
+    def uses_residual(self, shard: int, t: int) -> bool:
+        """Whether the server's residual takes part in its answer of round t; the directions' twin."""
+        del shard, t
+        return True
+
     def rescale(self, shard: int) -> Floats | None:
         """After a shard's step: what its residuals are to be multiplied by, everywhere.
 

@@ -353,3 +353,13 @@ def test_weights_are_not_sent_by_a_codec_that_leaves_most_of_them_out():
     with pytest.raises(ConfigError, match=r"would make all but a few weights zero.*delta:topk"):
         Plan.of([("w", (5000,))], recipe, 2)
     Plan.of([("w", (5000,))], recipe.with_codecs(downlink="delta:topk:k=4,block=1024"), 2)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_shards_turns_are_the_rounds_that_have_moved_it(every):
+    recipe = preset("qadam-1bit").with_rhythm(every=every)
+    plan = Plan.of([("a", (200_000,))], recipe, 2)
+    for shard in plan.layout.shards:
+        for version in range(8):
+            moved = sum(plan.due(shard.index, round_) for round_ in range(version))
+            assert plan.turns(shard.index, version) == moved
