@@ -387,7 +387,7 @@ class ApplyRule(_Rule):
         raise NotImplementedError
 
     def uses_residual(self, shard: int, t: int) -> bool:
-        """Whether the server's residual takes part in its answer of round t; the directions' twin."""
+        """Whether the server's residual takes part in its answer of round t."""
         del shard, t
         return True
 
