@@ -155,14 +155,15 @@ def _misnamed(text: str) -> str:
 
 
 def members(
-    world_size: int, finished: Collection[int], contributed: Collection[int]
+    ranks: Iterable[int], finished: Collection[int], contributed: Collection[int]
 ) -> tuple[int, ...]:
     """The ranks whose word the open round needs, ascending.
 
-    All that have not finished, and all that have spoken. A rank that left with its work done owes
-    nothing more; one that was lost is still owed, and waited for.
+    Of `ranks`, which are all that speak to this server: those that have not finished, and those
+    that have spoken. A rank that left with its work done owes nothing more; one that was lost is
+    still owed, and waited for.
     """
-    return tuple(rank for rank in range(world_size) if rank not in finished or rank in contributed)
+    return tuple(rank for rank in ranks if rank not in finished or rank in contributed)
 
 
 def closes(  # noqa: PLR0913 - the whole of a decision in one place

@@ -123,12 +123,12 @@ def test_only_plain_bsp_lets_a_shard_go_before_its_round_closes():
 
 
 def test_every_rank_is_a_member_until_it_has_finished():
-    assert members(3, finished=(), contributed=()) == (0, 1, 2)
-    assert members(3, finished={1}, contributed=()) == (0, 2)
+    assert members(range(3), finished=(), contributed=()) == (0, 1, 2)
+    assert members(range(3), finished={1}, contributed=()) == (0, 2)
 
 
 def test_what_a_finished_rank_has_said_still_counts():
-    assert members(3, finished={1, 2}, contributed={1}) == (0, 1)
+    assert members(range(3), finished={1, 2}, contributed={1}) == (0, 1)
 
 
 @pytest.mark.parametrize(

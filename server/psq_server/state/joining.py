@@ -17,7 +17,7 @@ from psq_server.state.events import Adopt, Send
 from psq_server.state.job import Job, check_fits
 from psq_server.state.members import Member, Peer, may_continue
 from psq_server.state.round import OpenRound
-from psq_server.state.world import World
+from psq_server.state.world import Settings, World
 
 __all__ = ["MAX_OFFERS", "on_hello", "on_join", "on_plan"]
 
@@ -114,10 +114,14 @@ def on_join(world: World, peer: Peer, message: Message) -> None:
 
 def _rank_exists(world: World, peer: Peer, rank: int) -> bool:
     """Whether the job has this rank, as far as anybody knows yet; if not, the peer is told."""
-    size = world.world_size
-    if size is None or rank < size:
+    size, branches = world.world_size, world.settings.branches
+    if (size is None and branches is None) or rank in world.ranks:
         return True
-    text = f"rank {rank} does not exist: this job has ranks 0..{size - 1} (world_size {size})"
+    if branches is not None:
+        text = f"rank {rank} does not belong here: this server's --children are {branches.text}"
+    else:
+        last = len(world.ranks) - 1
+        text = f"rank {rank} does not exist: this job has ranks 0..{last} (world_size {size})"
     world.end_conversation(peer, ErrorCode.RANK, text)
     return False
 
@@ -136,12 +140,21 @@ def _check_offer(world: World, plan: Plan) -> None:
             f"the plan says {plan.recipe.name!r}: make --recipe agree"
         )
         raise RemotePlanError(msg)
+    _check_branches(plan, world.settings)
     check_fits(plan, world.settings.memory_bytes, world.settings.disk_bytes)
     try:
         plan.layout  # noqa: B018 - made here, where its errors are the peer's
     except LocalError as error:
         msg = f"the plan that came cannot be cut into shards: {error}"
         raise RemotePlanError(msg) from error
+
+
+def _check_branches(plan: Plan, settings: Settings) -> None:
+    if settings.branches is None:
+        return
+    fault = settings.branches.misfit(plan.world_size, is_root=settings.is_root)
+    if fault:
+        raise RemotePlanError(fault)
 
 
 def _another_job(peer: Peer, mine: Plan, theirs: Plan) -> RemotePlanError:

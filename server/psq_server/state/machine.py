@@ -160,7 +160,7 @@ class ServerState:
         world.now_s = max(world.now_s, now_s)
         wait = presence.current_wait(world)
         workers = dict.fromkeys(STANDINGS, 0)
-        for rank in range(world.world_size or 0):
+        for rank in world.ranks:
             workers[standing(world.members.get(rank), now_s, world.settings.lease_s)] += 1
         return Snapshot(
             status=self._status(),
@@ -248,7 +248,7 @@ class ServerState:
         speaking: set[bytes] = set()
         for rank, member in world.members.items():
             assert member.rank == rank
-            assert world.world_size is None or rank < world.world_size, rank
+            assert world.world_size is None or rank in world.ranks, rank
             assert member.last_applied < world.version, (rank, member.last_applied, world.version)
             assert member.incarnation <= world.incarnation, rank
             assert not (member.synced and not world.has_weights), rank

@@ -101,7 +101,10 @@ def on_leave(world: World, peer: Peer, message: Message) -> None:
     world.log("left", level, rank=member.rank, reason=leave.reason, text=leave.text)
     if not world.round.is_complete(member.rank):
         world.round.drop(member.rank, forget=False)
-    if world.job is not None and len(world.finished) == world.job.world_size:
+    if leave.reason != "done" and _is_aggregator(world, member.rank):
+        _end_without(world, member, f"left ({leave.reason}: {leave.text})")
+        return
+    if world.job is not None and len(world.finished) == len(world.ranks):
         finish(world, 0, "done", "every worker is done")
     else:
         advance(world)
@@ -181,6 +184,9 @@ def on_tick(world: World) -> None:
             member.noted_silent = True
             silent_s = round(world.now_s - member.seen_s, 1)
             world.log("silent", "warning", rank=member.rank, silent_s=silent_s)
+        if silent and _is_aggregator(world, member.rank):
+            _end_without(world, member, f"was last seen {world.now_s - member.seen_s:.1f} s ago")
+            return
     wait = current_wait(world)
     if wait is None:
         return
@@ -189,6 +195,24 @@ def on_tick(world: World) -> None:
     elif _worth_noting(world, wait):
         world.noted_wait_s = world.now_s
         world.log("waiting", need=wait.need, round=wait.round, text=wait_text(world))
+
+
+def _is_aggregator(world: World, rank: int) -> bool:
+    branches = world.settings.branches
+    branch = branches.of(rank) if branches is not None else None
+    return branch is not None and branch.is_aggregator
+
+
+def _end_without(world: World, member: Member, how: str) -> None:
+    """End the job: what an aggregator had not said yet is lost with it, and nobody can go on."""
+    branches = world.settings.branches
+    branch = branches.of(member.rank) if branches is not None else None
+    assert branch is not None, member.rank
+    text = (
+        f"rank {member.rank}, the aggregator of ranks {branch.text}, {how}: it cannot be replaced "
+        "while a job runs; start the job again"
+    )
+    finish(world, EXIT_GAVE_UP, "gave-up", text)
 
 
 def finish(world: World, exit_code: int, reason: EndReason, text: str) -> None:
@@ -231,13 +255,13 @@ def current_wait(world: World) -> Wait | None:
     if size is None:
         return Wait("join", (), number, since_s)
     there = [rank for rank, m in world.members.items() if not m.gone or m.finished]
-    absent = tuple(rank for rank in range(size) if rank not in there)
+    absent = tuple(rank for rank in world.ranks if rank not in there)
     if absent:
         return Wait("join", absent, number, since_s)
     if not world.has_weights:
         return Wait("weights", (0,), number, since_s)
     complete = world.round.complete
-    owing = clock.members(size, world.finished, complete)
+    owing = clock.members(world.ranks, world.finished, complete)
     owing = tuple(rank for rank in owing if rank not in complete)
     return Wait("push", owing, number, since_s) if owing else None
 
@@ -253,6 +277,7 @@ def wait_text(world: World) -> str:
         now_s=world.now_s,
         seen_s={rank: member.seen_s for rank, member in world.members.items()},
         others_left=bool(world.finished),
+        branches=world.settings.branches,
     )
 
 

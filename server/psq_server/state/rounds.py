@@ -46,7 +46,7 @@ def advance(world: World, shards: Iterable[int] | None = None) -> None:
 def _is_said(world: World, shard: int) -> bool:
     """Whether every member has said this shard."""
     said = world.round.sayers(shard)
-    return clock.closes(clock.members(world.need_job().world_size, world.finished, said), said)
+    return clock.closes(clock.members(world.ranks, world.finished, said), said)
 
 
 def _reduce(world: World, shard: int, payloads: tuple[memoryview, ...], rate: float) -> None:
@@ -71,7 +71,7 @@ def _is_time(world: World, complete: tuple[int, ...]) -> bool:
     patience_s = clock.deadline(world.durations_s, job.consistency.deadline_mads)
     closes = partial(
         clock.closes,
-        clock.members(job.world_size, world.finished, complete),
+        clock.members(world.ranks, world.finished, complete),
         complete,
         _bases(world),
         round=world.round.number,

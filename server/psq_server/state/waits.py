@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from psq_server.state.branches import Branches
+
 __all__ = ["MAX_NAMED_RANKS", "Wait", "describe"]
 
 MAX_NAMED_RANKS: Final = 8
@@ -35,13 +37,14 @@ class Wait:
         return max(0.0, now_s - self.since_s)
 
 
-def describe(
+def describe(  # noqa: PLR0913 - the parts of a sentence
     wait: Wait,
     *,
     world_size: int | None,
     now_s: float,
     seen_s: Mapping[int, float],
     others_left: bool = False,
+    branches: Branches | None = None,
 ) -> str:
     """The wait in words.
 
@@ -53,16 +56,25 @@ def describe(
         now_s: the moment of asking.
         seen_s: when each rank was last heard; a rank that never was is not in it.
         others_left: some ranks have ended their part, so these may as well.
+        branches: who speaks for whom, in a tree.
     """
     age = f"for {wait.age_s(now_s):.0f} s"
     if world_size is None or not wait.ranks:
         return f"waiting for the first worker {age}"
     named = wait.ranks[:MAX_NAMED_RANKS]
-    ranks = f"rank{'s' if len(wait.ranks) > 1 else ''} {', '.join(map(str, named))}"
+    names = ", ".join(_name(rank, branches) for rank in named)
+    ranks = f"rank{'s' if len(wait.ranks) > 1 else ''} {names}"
     if len(wait.ranks) > len(named):
         ranks += f" and {len(wait.ranks) - len(named)} more"
     seen, need = _seen(named, now_s, seen_s), _need(wait, others_left)
     return f"waiting for {ranks} of {world_size} {age}, {seen} ({need})"
+
+
+def _name(rank: int, branches: Branches | None) -> str:
+    branch = branches.of(rank) if branches is not None else None
+    if branch is None or not branch.is_aggregator:
+        return str(rank)
+    return f"{rank} (the aggregator of {branch.text})"
 
 
 def _seen(ranks: tuple[int, ...], now_s: float, seen_s: Mapping[int, float]) -> str:

@@ -7,6 +7,7 @@ functions of a `World` and one message; what they decide to do, they append to `
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Unpack
 
@@ -16,6 +17,7 @@ from psq.plan import Plan
 from psq_proto.frames import Buffer
 from psq_proto.messages import ControlBody, Error, ErrorCode, Fenced, MessageType, clip_text
 from psq_proto.session import HeaderFields, ServerSession, State
+from psq_server.state.branches import Branches
 from psq_server.state.events import Action, Field, Level, Log, Send
 from psq_server.state.job import Job
 from psq_server.state.members import Member, Peer, Peers
@@ -38,6 +40,8 @@ class Settings:
         recipe: accept only jobs with a recipe of this name; None leaves it to the first plan.
         lease_s: silence after which a rank counts as lost.
         give_up_after_s: a wait that lasts longer ends the server.
+        branches: who speaks to this server, in a tree; None: every rank for itself.
+        is_root: there is no server above this one.
         memory_bytes: what this machine has; a larger model is refused. None: unknown.
         disk_bytes: what is free where the weights will be saved; likewise. None: not saved.
     """
@@ -48,6 +52,8 @@ class Settings:
     recipe: str | None = None
     lease_s: float = 10.0
     give_up_after_s: float = 900.0
+    branches: Branches | None = None
+    is_root: bool = True
     memory_bytes: int | None = None
     disk_bytes: int | None = None
 
@@ -106,6 +112,12 @@ class World:
     def world_size(self) -> int | None:
         """How many ranks the job has; None before anybody has said."""
         return self.job.world_size if self.job else self.settings.world_size
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """The ranks that speak to this server: all there are, but for a server of a tree."""
+        branches = self.settings.branches
+        return range(self.world_size or 0) if branches is None else branches.ranks
 
     @property
     def finished(self) -> frozenset[int]:

@@ -1,0 +1,119 @@
+"""Servers of a tree: who may join, who is waited for, and what the loss of an aggregator means."""
+
+from __future__ import annotations
+
+import pytest
+
+from psq.errors import ConfigError, RefusedError, RemotePlanError
+from psq_server.state import Stop
+from psq_server.state.branches import parse_branches
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks"), [("0-3,4-7", (0, 4)), ("0,1,2", (0, 1, 2)), ("4-5, 6", (4, 6))]
+)
+def test_branches_are_read_as_they_are_written(text, ranks):
+    assert parse_branches(text).ranks == ranks
+    assert parse_branches(text).text == text.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "expected ranks"),
+        ("0-", "expected ranks"),
+        ("3-1", "wrong way round"),
+        ("0,2", "expected rank 1"),
+        ("0-3,3-5", "expected rank 4"),
+        ("1,0", "expected rank 2"),
+    ],
+)
+def test_branches_with_a_gap_or_an_overlap_are_refused(text, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_branches(text)
+
+
+def test_a_root_needs_all_ranks_below_it_and_an_aggregator_only_its_own():
+    assert "has 0 to 7" in parse_branches("0-3").misfit(8, is_root=True)
+    assert not parse_branches("4-7").misfit(8, is_root=False)
+    assert "has 6 workers" in parse_branches("4-7").misfit(6, is_root=False)
+
+
+def tree(cluster, plan_of, branches="0-1,2-3", **settings):
+    return cluster(plan_of(4), branches=parse_branches(branches), **settings)
+
+
+def started(made, *ranks):
+    workers = [made.connect(rank) for rank in ranks]
+    for worker in workers:
+        worker.join(lineage=10 + worker.rank)
+    if workers[0].rank == 0:
+        workers[0].init()
+    for worker in workers:
+        worker.pull()
+    return workers
+
+
+def test_a_round_closes_when_every_branch_has_spoken(cluster, plan_of):
+    made = tree(cluster, plan_of)
+    first, third = started(made, 0, 2)
+    first.push_all()
+    assert made.version == 0
+    third.push_all()
+    assert made.version == 1
+
+
+def test_a_rank_of_another_branch_is_refused(cluster, plan_of):
+    made = tree(cluster, plan_of)
+    stranger = made.connect(1).join()
+    [error] = stranger.errors
+    assert isinstance(error, RefusedError)
+    assert "--children are 0-1,2-3" in str(error)
+
+
+def test_a_plan_with_more_workers_than_the_branches_is_refused(cluster, plan_of):
+    made = tree(cluster, plan_of)
+    stranger = made.connect(0, plan_of(5)).join()
+    [error] = stranger.errors
+    assert isinstance(error, RemotePlanError)
+    assert "the job has 0 to 4" in str(error)
+
+
+def test_a_wait_says_whose_aggregator_it_is_for(cluster, plan_of):
+    made = tree(cluster, plan_of)
+    first, _ = started(made, 0, 2)
+    first.push_all()
+    made.tick(1.0)
+    text = made.state.snapshot(made.now_s).text
+    assert "waiting for rank 2 (the aggregator of 2-3) of 4" in text
+
+
+def test_the_job_ends_when_all_branches_are_done(cluster, plan_of):
+    made = tree(cluster, plan_of)
+    for worker in started(made, 0, 2):
+        worker.leave()
+    assert made.stop_action.reason == "done"
+
+
+def test_a_silent_aggregator_ends_the_job_by_name_and_a_silent_leaf_does_not(cluster, plan_of):
+    for branches, ends in (("0-1,2-3", True), ("0-1,2,3", False)):
+        made = tree(cluster, plan_of, branches, lease_s=5.0)
+        workers = started(made, *parse_branches(branches).ranks)
+        made.tick(4.0)
+        workers[0].beat()
+        assert not made.of(Stop)
+        made.tick(4.0)
+        assert bool(made.of(Stop)) is ends
+    made = tree(cluster, plan_of, lease_s=5.0)
+    first, _ = started(made, 0, 2)
+    made.tick(4.0)
+    first.beat()
+    made.tick(4.0)
+    assert made.stop_action.exit_code == 75
+    assert "rank 2, the aggregator of ranks 2-3, was last seen 8.0 s ago" in made.stop_action.text
+
+
+def test_an_aggregator_that_leaves_with_an_error_ends_the_job(cluster, plan_of):
+    made = tree(cluster, plan_of)
+    started(made, 0, 2)[1].leave("error", "no room")
+    assert "left (error: no room)" in made.stop_action.text
