@@ -487,7 +487,8 @@ PSQ_OUTLINE void fp32_decode(const PsqDecode& a) {
 #define PSQ_COMMA ,
 #define PSQ_KEY(family, bits) ((family) * 256 + (bits))
 
-// topk.inl has these.
+// topk.inl and signs.inl have these.
+PSQ_OUTLINE void sign_encode(const PsqEncode& a);
 PSQ_OUTLINE void topk_encode(const PsqEncode& a);
 PSQ_OUTLINE void topk_decode(const PsqDecode& a);
 PSQ_OUTLINE bool topk_ascends(const uint8_t* entries, size_t numel, const PsqFormat& format);
@@ -496,7 +497,7 @@ void codec_encode(const PsqEncode& a) {
   if (a.format.family == PSQ_TOPK) return topk_encode(a);
   switch (PSQ_KEY(a.format.family, a.format.bits)) {
     case PSQ_KEY(PSQ_SIGN, 1):
-      return encode_segment(a.format.parameter == 2 ? kCoder<Sign<kRootMeanSquare>, false> : kCoder<Sign<kMeanAbs>>, a);
+      return a.format.parameter == 2 ? encode_segment(kCoder<Sign<kRootMeanSquare>, false>, a) : sign_encode(a);
 #define X(family, bits, Q)     \
   case PSQ_KEY(family, bits):  \
     return encode_segment(kCoder<Q>, a);

@@ -6,6 +6,7 @@
 //   vec.inl       16-lane vectors (F, I, U) over the compiler's vector extensions, the same on every level
 //   codec.h/.inl  codecs: the table's types, the kernels          bind_codec.cpp  their Python face
 //   quantize.inl, scale.inl, words.inl   what codec.inl is made of
+//   signs.inl     signs with error feedback, the one quantizer with a loop of its own
 //   topk.inl      the one codec that sends places, and where in a payload a part of a segment lies
 //   optim.h/.inl  optimizers: the table's types, the kernels      bind_optim.cpp  their Python face
 //   server.h/.inl a parameter server's step: those kernels, piece by piece       bind_server.cpp  its Python face

@@ -4,6 +4,7 @@
 
 #include "codec.inl"
 #include "topk.inl"
+#include "signs.inl"
 #include "optim.inl"
 #include "server.inl"
 #include "worker.inl"
