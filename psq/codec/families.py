@@ -2,7 +2,7 @@
 
     sign        1 bit            sign * mean |c| (Karimireddy 2019), or * rms (norm=l2)
     log         2, 3 or 4 bits   {0, +-2^-j, j = 0..k} * max |c|, after quantized generic Adam
-    uniform     2, 3, 4, 8 bits  (2^(bits-1) - 1) levels each side of 0, nearest or stochastic
+    uniform     2 to 8 bits      (2^(bits-1) - 1) levels each side of 0, nearest or stochastic
     lloyd-max   1 to 4 bits      centroids of a Gaussian, least-squares scale (as DRIVE and EDEN)
     topk        k values of a block, their mean magnitude with a sign, nothing for the others
     bf16        16 bits          the upper half of a float32
@@ -72,7 +72,7 @@ class Uniform(Codec):
     name = "uniform"
     choices: ClassVar[Choices] = MappingProxyType(
         {
-            "bits": _numbers((2, 3, 4, 8)),
+            "bits": _numbers(range(2, 9)),
             "stochastic": {"false": False, "true": True},
             "block": _BLOCK,
         }

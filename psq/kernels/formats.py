@@ -21,7 +21,7 @@ GROUP: Final = LANES * ROWS
 WHOLE: Final = 0  # a block that is the whole segment
 BLOCKS: Final = (WHOLE, 256, 512, 1024, 2048, 4096, 8192)
 
-_BITS: Final = {1: (1,), 2: (2, 3, 4), 3: (2, 3, 4, 8), 4: (2, 3, 4, 8), 5: (1, 2, 3, 4)}
+_BITS: Final = {1: (1,), 2: (2, 3, 4), 3: range(2, 9), 4: range(2, 9), 5: (1, 2, 3, 4)}
 
 
 class Family(IntEnum):

@@ -17,7 +17,7 @@ bool is_known(const PsqFormat& f) {
       return block && f.bits >= 2 && f.bits <= 4 && f.parameter >= 0 && f.parameter <= (1 << (f.bits - 1)) - 2;
     case PSQ_UNIFORM:
     case PSQ_STOCHASTIC:
-      return block && f.parameter == 0 && (f.bits == 2 || f.bits == 3 || f.bits == 4 || f.bits == 8);
+      return block && f.parameter == 0 && f.bits >= 2 && f.bits <= 8;
     case PSQ_LLOYD_MAX:
       return block && f.parameter == 0 && f.bits >= 1 && f.bits <= 4;
     case PSQ_TOPK:

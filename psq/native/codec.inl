@@ -484,6 +484,11 @@ PSQ_OUTLINE void fp32_decode(const PsqDecode& a) {
   X(PSQ_LLOYD_MAX, 1, LloydMax<1>) X(PSQ_LLOYD_MAX, 2, LloydMax<2>)       \
   X(PSQ_LLOYD_MAX, 3, LloydMax<3>) X(PSQ_LLOYD_MAX, 4, LloydMax<4>)       \
   X(PSQ_BF16, 16, Bf16)
+// For all of them but the server's sum, which has no loop for codes of these widths.
+#define PSQ_EACH_WIDE(X)                                                  \
+  X(PSQ_UNIFORM, 5, Uniform<5 PSQ_COMMA false>)                           \
+  X(PSQ_UNIFORM, 6, Uniform<6 PSQ_COMMA false>)                           \
+  X(PSQ_UNIFORM, 7, Uniform<7 PSQ_COMMA false>)
 #define PSQ_COMMA ,
 #define PSQ_KEY(family, bits) ((family) * 256 + (bits))
 
@@ -502,11 +507,12 @@ void codec_encode(const PsqEncode& a) {
   case PSQ_KEY(family, bits):  \
     return encode_segment(kCoder<Q>, a);
       PSQ_EACH_QUANTIZER(X)
+      PSQ_EACH_WIDE(X)
 #undef X
 #define X(bits)                      \
   case PSQ_KEY(PSQ_STOCHASTIC, bits): \
     return encode_segment(kCoder<Uniform<bits, true>, false>, a);
-      X(2) X(3) X(4) X(8)
+      X(2) X(3) X(4) X(5) X(6) X(7) X(8)
 #undef X
     case PSQ_KEY(PSQ_FP32, 32):
       return fp32_encode(a);
@@ -523,6 +529,7 @@ void codec_decode(const PsqDecode& a) {
   case PSQ_KEY(family, bits):  \
     return decode_segment(kCoder<Q>, a);
       PSQ_EACH_QUANTIZER(X)
+      PSQ_EACH_WIDE(X)
 #undef X
     case PSQ_KEY(PSQ_FP32, 32):
       return fp32_decode(a);

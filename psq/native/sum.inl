@@ -179,7 +179,7 @@ PSQ_OUTLINE void sum_with(const PsqServerStep& s, size_t from, size_t numel, flo
   }
 }
 
-// Where a format has no words: payload by payload.
+// Where a format has no words, or its codes lie across them in many ways: payload by payload.
 PSQ_INLINE void sum_one_by_one(const PsqServerStep& s, size_t from, size_t numel, float* out) {
   const size_t scale_at = scale_offset(s.uplink, from), word_at = word_offset(s.uplink, from);
   for (size_t p = 0; p < s.payload_count; ++p)

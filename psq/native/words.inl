@@ -34,27 +34,32 @@ struct Rows {
   }
 };
 
+// Whether codes lie across words: all but the last of a unit then end within a code.
+template <class Q>
+constexpr bool kStraddles = 32 % Q::kBits != 0;
+
 // Lane l of word w holds bits [32 w, 32 w + 32) of the stream of the codes of rows 0..31, each least bit first.
 // The rows of a group, or (kWords) as many as fill so many words, where a word holds whole codes.
 template <class Q, int kWords = Q::kBits, class R>
 PSQ_INLINE void pack_group(R& rows, uint8_t* words) {
-  if constexpr (Q::kBits == 3) {
-    U word = splat(0u);
+  if constexpr (kStraddles<Q>) {
+    U carried = splat(0u);  // the upper `held` bits of a code that began in the word before
+    int held = 0;
     PSQ_ROLLED
-    for (int i = 0; i < 10; ++i) word = (word >> 3) | rows.next();
-    U straddler = rows.next();
-    store_words(words, (word >> 2) | (straddler << 1));
-    word = splat(0u);
-    U carried = straddler >> 31;
-    PSQ_ROLLED
-    for (int i = 0; i < 10; ++i) word = (word >> 3) | rows.next();
-    straddler = rows.next();
-    store_words(words + 64, (word >> 1) | carried | (straddler << 2));
-    word = splat(0u);
-    carried = straddler >> 30;
-    PSQ_ROLLED
-    for (int i = 0; i < 10; ++i) word = (word >> 3) | rows.next();
-    store_words(words + 128, word | carried);
+    for (int w = 0; w < kWords; ++w) {
+      const int codes = (32 - held) / Q::kBits, left = 32 - held - codes * Q::kBits;
+      U word = splat(0u);
+      PSQ_ROLLED
+      for (int i = 0; i < codes; ++i) word = (word >> Q::kBits) | rows.next();
+      word = (word >> left) | carried;
+      if (w + 1 < kWords) {
+        const U straddler = rows.next();
+        word = word | (straddler << (Q::kBits - left));
+        held = Q::kBits - left;
+        carried = straddler >> (32 - held);
+      }
+      store_words(words + 64 * w, word);
+    }
   } else {
     PSQ_ROLLED
     for (int w = 0; w < kWords; ++w) {
@@ -134,16 +139,18 @@ struct Sink {
 
 template <class Q, int kWords = Q::kBits, class S>
 PSQ_INLINE void unpack_group(S& sink, const uint8_t* words) {
-  if constexpr (Q::kBits == 3) {
-    const U first = load_words(words), second = load_words(words + 64), third = load_words(words + 128);
+  if constexpr (kStraddles<Q>) {
+    int held = 0;  // bits of the word that belong to a code that began in the one before
     PSQ_ROLLED
-    for (int i = 0; i < 10; ++i) sink.put_next(first, 29 - 3 * i);
-    sink.put_next((second << 31) | (first >> 1), 0);
-    PSQ_ROLLED
-    for (int i = 0; i < 10; ++i) sink.put_next(second, 28 - 3 * i);
-    sink.put_next((third << 30) | (second >> 2), 0);
-    PSQ_ROLLED
-    for (int i = 0; i < 10; ++i) sink.put_next(third, 27 - 3 * i);
+    for (int w = 0; w < kWords; ++w) {
+      const U word = load_words(words + 64 * w);
+      int left = 32 - held - Q::kBits;
+      PSQ_ROLLED
+      for (; left >= 0; left -= Q::kBits) sink.put_next(word, left);
+      if (w + 1 == kWords) break;
+      held = -left;
+      sink.put_next((load_words(words + 64 * (w + 1)) << (32 - held)) | (word >> held), 0);
+    }
   } else {
     PSQ_ROLLED
     for (int w = 0; w < kWords; ++w) {

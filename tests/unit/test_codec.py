@@ -359,7 +359,7 @@ def test_the_same_text_gives_the_same_object():
         ("sign:block=1000", "block cannot be '1000'"),
         ("log:k=7", "k cannot be '7'; it is one of 0, 1, 2, 3, 4, 5, 6"),
         ("log:k=1,k=2", "option 'k' is given twice"),
-        ("uniform:bits=5", "bits cannot be '5'; it is one of 2, 3, 4, 8"),
+        ("uniform:bits=9", "bits cannot be '9'; it is one of 2, 3, 4, 5, 6, 7, 8"),
         ("uniform:stochastic=yes", "stochastic cannot be 'yes'; it is one of false, true"),
         ("topk:k=3", "k cannot be '3'; it is one of 1, 2, 4, 8, 16, 32, 64, 128"),
         ("topk:block=0", "block cannot be '0'; it is one of 256, 512, 1024, 2048, 4096, 8192"),
