@@ -233,21 +233,24 @@ class Adam:
 
 
 def per_shard(
-    config: AdamConfig, layout: Layout, workers: int = 1
+    config: AdamConfig,
+    layout: Layout,
+    workers: int = 1,
+    state: Mapping[str, Floats] | None = None,
 ) -> tuple[list[Adam], dict[str, Floats]]:
-    """One Adam per shard over common state vectors.
+    """One Adam per shard over common state vectors, made here when they are None.
 
     Returns:
         The Adams in shard order, and the vectors, f32[layout.numel] by name: each Adam works on
         its shard's views of them.
     """
-    state = _fresh_state(config, layout.numel, workers)
+    vectors = dict(state or _fresh_state(config, layout.numel, workers))
     adams = []
     for shard in layout.shards:
         stop = shard.offset + shard.numel
-        views = {name: array[shard.offset : stop] for name, array in state.items()}
+        views = {name: array[shard.offset : stop] for name, array in vectors.items()}
         adams.append(Adam(config, shard.numel, workers=workers, state=views))
-    return adams, state
+    return adams, vectors
 
 
 def _fresh_state(config: AdamConfig, numel: int, workers: int) -> dict[str, Floats]:

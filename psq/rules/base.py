@@ -160,6 +160,17 @@ class DirectionRule(_Rule):
         self.adam = adam
         self.choice = choice
         self._counts = {shard.index: 0 for shard in layout.shards}
+        self.setup(state)
+
+    def setup(self, state: Mapping[str, Floats] | None) -> None:
+        """Make what else follows from the arguments, or refuse them; called once, at the end.
+
+        Args:
+            state: as the constructor's.
+
+        Raises:
+            ConfigError: they do not go together.
+        """
 
     def prepare(self, t: int, lr: float, gradients: Sequence[Segments]) -> None:
         """See all gradients of a step, in the order of the shards, before the first is written."""
@@ -198,7 +209,7 @@ class DirectionRule(_Rule):
         """Take what a shard's message of round t says, decoded: f32[shard.numel]."""
 
     def unsaid(self, shard: int, message: Floats) -> None:
-        """Take back the last message of a shard: it was not applied."""
+        """Take back the last message of a shard, as `said` had it: it was not applied."""
 
     def look_ahead(self, shard: int, residual: Floats | None, out: Floats) -> None:
         """Write to out, f32[shard.numel], what to subtract from the replica's weights."""
