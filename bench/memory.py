@@ -26,7 +26,7 @@ from peers.shapes import SIZES, numel, shapes_of
 from peers.systems import PSQ_1BIT, SYSTEMS, Psq, Setup
 from peers.venvs import UnavailableError, default_cache
 
-from psq.recipe import preset
+from psq.presets import preset
 
 F32 = 4
 KB = 1024

@@ -38,7 +38,8 @@ from psq.codec import ShardCodec, codec_specs, get_codec
 from psq.kernels import ServerStep
 from psq.optim import Adam
 from psq.plan import Plan
-from psq.recipe import AdamConfig, preset
+from psq.presets import preset
+from psq.recipe import AdamConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMEL = 3 * 4096 + 1000

@@ -32,7 +32,8 @@ from psq.codec import ShardCodec, get_codec
 from psq.feedback import Compressor
 from psq.layout import PART_NUMEL, Shard
 from psq.plan import Plan
-from psq.recipe import PRESETS, Recipe, preset
+from psq.presets import PRESETS, preset
+from psq.recipe import Recipe
 from psq_server.reduce import Reducer
 from psq_worker.baseline import train_baseline
 from psq_worker.job import Job, LossMeter, job_for

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from psq.config import WorkerConfig
-from psq.recipe import preset
+from psq.presets import preset
 from psq_worker.board import Board
 from psq_worker.display import make_view
 from psq_worker.launch import Commands, child_env, launch, run_one

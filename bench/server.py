@@ -38,7 +38,8 @@ from psq.kernels import ServerStep
 from psq.kernels.reference_server import compose
 from psq.layout import MAX_SHARD_NUMEL
 from psq.optim import Adam
-from psq.recipe import AdamConfig, preset
+from psq.presets import preset
+from psq.recipe import AdamConfig
 
 try:
     import torch

@@ -13,23 +13,16 @@ import typing
 from typing import Any, Final, get_args
 
 from psq.errors import ConfigError
-from psq.recipe import (
-    AdamConfig,
-    EpsPlacement,
-    OneMinusPower,
-    Power,
-    Recipe,
-    Schedule,
-)
+from psq.recipe import AdamConfig, EpsPlacement, Recipe
+from psq.schedules import parse_schedule, schedule_text
 
 __all__ = ["missing_in_torch", "parse_adam", "with_adam_text"]
 
 _SWITCHES: Final = {"true": True, "false": False}
-_FAMILIES: Final[dict[str, type[Power | OneMinusPower]]] = {
-    "power": Power,
-    "one-minus-power": OneMinusPower,
-}
-_SCHEDULE: Final = "a number, power:VALUE:EXPONENT or one-minus-power:VALUE:EXPONENT"
+_SCHEDULE: Final = (
+    "a number, power:VALUE:EXPONENT, one-minus-power:VALUE:EXPONENT or the NAME:NUMBER:... of a "
+    "schedule that is registered"
+)
 
 
 def with_adam_text(recipe: Recipe, text: str | None) -> Recipe:
@@ -80,9 +73,8 @@ def missing_in_torch(adam: AdamConfig) -> str:
     The variance correction is none: with one worker there is nothing to correct.
     """
     for name, schedule in (("beta", adam.beta), ("theta", adam.theta)):
-        if isinstance(schedule, Power | OneMinusPower):
-            family = next(word for word, kind in _FAMILIES.items() if isinstance(schedule, kind))
-            return f"{name}={family}:{schedule.value:g}:{schedule.exponent:g}"
+        if not isinstance(schedule, float | int):
+            return f"{name}={schedule_text(schedule)}"
     if adam.eps_placement != "outside":
         return f"eps_placement={adam.eps_placement}"
     return "" if adam.bias_correction else "bias_correction=false"
@@ -98,22 +90,11 @@ def _value(name: str, kind: Any, text: str) -> Any:
     elif kind is float:
         expected, value = "a number", _number(text)
     else:
-        expected, value = _SCHEDULE, _schedule(text)
+        expected, value = _SCHEDULE, parse_schedule(text)
     if value is None:
         msg = f"adam: {name}: expected {expected}, got {text!r}"
         raise ConfigError(msg)
     return value
-
-
-def _schedule(text: str) -> Schedule | None:
-    match text.split(":"):
-        case [number]:
-            return _number(number)
-        case [family, *numbers] if family in _FAMILIES:
-            value, *rest = (_number(number) for number in numbers)
-            if value is not None and len(rest) == 1 and rest[0] is not None:
-                return _FAMILIES[family](value, rest[0])
-    return None
 
 
 def _number(text: str) -> float | None:

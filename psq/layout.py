@@ -11,14 +11,17 @@ shard is the unit of everything else: one message each way, one entry in the ser
 Shards are as large as the limits allow, so that there are few; no payload of a shard, in either
 direction, may exceed `MAX_PAYLOAD_BYTES`.
 
+Tensors may be of several groups, with codecs or learning rates of their own. A group's tensors lie
+together in the flat vector, group 0 first, and no shard holds tensors of two.
+
 Several servers share the shards: each owns some, whole, and so many bytes of payload that no other
 owns over 5 % more (MAX_SPREAD). The heaviest shard goes first, to the server with the fewest bytes
 so far; that comes out even only with many shards of one size for each server, so the model is cut
 at equal distances then, more finely until it is even. A model too small for that gets the most even
 cut there is.
 
-The cut is a pure function of names, shapes, payload sizes and the number of servers: every process
-computes the same one from the plan.
+The cut is a pure function of names, shapes, groups, payload sizes and the number of servers: every
+process computes the same one from the plan.
 """
 
 from __future__ import annotations
@@ -93,12 +96,13 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Values [offset, offset + numel) of the flat vector, as a run of segments."""
+    """Values [offset, offset + numel) of the flat vector, as a run of segments of one group."""
 
     index: int
     offset: int
     numel: int
     segments: tuple[Segment, ...]
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +124,14 @@ def part_count(numel: int) -> int:
     return -(-numel // PART_NUMEL)
 
 
-def cut(
+def cut(  # noqa: PLR0913 - all that a cut depends on
     specs: Sequence[tuple[str, Sequence[int]]],
     sizes: Sequence[PayloadSize],
     servers: int = 1,
     every: int = 1,
+    *,
+    members: Sequence[int] = (),
+    others: Sequence[Sequence[PayloadSize]] = (),
 ) -> Layout:
     """Cut a model into shards, and spread them over servers.
 
@@ -134,6 +141,8 @@ def cut(
         sizes: payload bytes of a segment as a function of its numel, one per direction.
         servers: how many share the shards, 1 or more.
         every: each shard speaks in every `every`-th step, so that many more are needed.
+        members: the group of each parameter; empty: all are of group 0.
+        others: the sizes of groups 1, 2, ...
 
     Raises:
         ConfigError: no parameters, a doubled name, an empty tensor, more shards than MAX_SHARDS, or
@@ -141,13 +150,15 @@ def cut(
 
     Cost: one walk over the segments per cut that is tried, one if there is one server.
     """
-    tensors = _place(specs)
+    members = members or (0,) * len(specs)
+    every_size = (sizes, *others)
+    tensors = _place(specs, members)
     total = sum(tensor.numel for tensor in tensors)
     best, best_spread = None, math.inf
     shards: list[Shard] = []
-    for aim in _counts_to_try(total, sizes, servers, every):
-        shards = _fill(tensors, sizes, total, aim)
-        owners, spread = _give_out(shards, sizes, servers)
+    for aim in _counts_to_try(total, every_size, servers, every):
+        shards = _fill(tensors, members, every_size, aim)
+        owners, spread = _give_out(shards, every_size, servers)
         if spread < best_spread:
             best, best_spread = Layout(tuple(tensors), tuple(shards), owners), spread
         if spread <= MAX_SPREAD:
@@ -162,51 +173,66 @@ def cut(
 
 
 def _counts_to_try(
-    total: int, sizes: Sequence[PayloadSize], servers: int, every: int
+    total: int, sizes: Sequence[Sequence[PayloadSize]], servers: int, every: int
 ) -> Sequence[int]:
     """How many shards to aim at, fewest first; 1 stands for as few as the limits allow."""
     if servers == every == 1:
         return (1,)
-    most = _fit(MAX_SHARD_NUMEL, MAX_SHARD_NUMEL, [0] * len(sizes), sizes)
+    most = min(_fit(MAX_SHARD_NUMEL, MAX_SHARD_NUMEL, [0] * len(own), own) for own in sizes)
     least = max(SHARDS_PER_SERVER, SHARDS_PER_TURN * every, -(-total // (most * servers)))
     tries = min(MAX_TRIES, max(1, MAX_TRIED_SHARDS // servers + 1 - least))
     return range(least * servers, (least + tries) * servers, servers)
 
 
 def _fill(
-    tensors: Sequence[Tensor], sizes: Sequence[PayloadSize], total: int, aim: int
+    tensors: Sequence[Tensor],
+    members: Sequence[int],
+    sizes: Sequence[Sequence[PayloadSize]],
+    aim: int,
 ) -> list[Shard]:
-    """Shards filled in the order of the tensors, each up to the next `aim`-th part of the model."""
+    """Shards filled in the order of the offsets, each up to the next `aim`-th part of the model."""
+    total = sum(tensor.numel for tensor in tensors)
+    order = _order(members)
     shards: list[Shard] = []
     segments: list[Segment] = []
-    used = [0] * len(sizes)
+    group = members[order[0]]
+    used = [0] * len(sizes[group])
     offset, end = 0, _end_of_shard(0, total, aim)
 
     def close() -> None:
         nonlocal offset, end
         numel = segments[-1].offset + segments[-1].numel
-        shards.append(Shard(len(shards), offset, numel, tuple(segments)))
+        shards.append(Shard(len(shards), offset, numel, tuple(segments), group))
         offset += numel
         end = _end_of_shard(offset, total, aim)
         segments.clear()
-        used[:] = [0] * len(sizes)
+        used[:] = [0] * len(used)
         if total > offset + (MAX_SHARDS - len(shards)) * MAX_SHARD_NUMEL:
             msg = f"a model of {total} values makes over {MAX_SHARDS} shards: it is too big"
             raise ConfigError(msg)
 
-    for index, tensor in enumerate(tensors):
-        numel, start = tensor.numel, 0
+    for index in order:
+        if members[index] != group:
+            close()
+            group = members[index]
+            used = [0] * len(sizes[group])
+        numel, start = tensors[index].numel, 0
         while start < numel:
             filled = segments[-1].offset + segments[-1].numel if segments else 0
-            take = _fit(numel - start, end - offset - filled, used, sizes)
+            take = _fit(numel - start, end - offset - filled, used, sizes[group])
             if take == 0:
                 close()
                 continue
             segments.append(Segment(index, start, take, filled))
-            used[:] = [u + size(take) for u, size in zip(used, sizes, strict=True)]
+            used[:] = [u + size(take) for u, size in zip(used, sizes[group], strict=True)]
             start += take
     close()
     return shards
+
+
+def _order(members: Sequence[int]) -> list[int]:
+    """Indexes of the tensors as they lie in the flat vector: group by group."""
+    return sorted(range(len(members)), key=lambda index: members[index])
 
 
 def _end_of_shard(offset: int, total: int, aim: int) -> int:
@@ -217,11 +243,12 @@ def _end_of_shard(offset: int, total: int, aim: int) -> int:
 
 
 def _give_out(
-    shards: Sequence[Shard], sizes: Sequence[PayloadSize], servers: int
+    shards: Sequence[Shard], sizes: Sequence[Sequence[PayloadSize]], servers: int
 ) -> tuple[tuple[int, ...], float]:
     """The server of each shard, and the most payload bytes of a server over the fewest of one."""
     weights = [
-        sum(size(segment.numel) for segment in shard.segments for size in sizes) for shard in shards
+        sum(size(segment.numel) for segment in shard.segments for size in sizes[shard.group])
+        for shard in shards
     ]
     loads = [(0, server) for server in range(servers)]  # a heap: the lightest server is on top
     owners = [0] * len(shards)
@@ -233,11 +260,16 @@ def _give_out(
     return tuple(owners), most / fewest if fewest else math.inf
 
 
-def _place(specs: Sequence[tuple[str, Sequence[int]]]) -> list[Tensor]:
-    tensors: list[Tensor] = []
+def _place(specs: Sequence[tuple[str, Sequence[int]]], members: Sequence[int]) -> list[Tensor]:
+    """The tensors in the order of specs, with their offsets in the flat vector."""
+    if not specs:
+        msg = "the model has no trainable parameters: nothing to train"
+        raise ConfigError(msg)
+    placed: dict[int, Tensor] = {}
     offset = 0
     seen: set[str] = set()
-    for name, shape in specs:
+    for index in _order(members):
+        name, shape = specs[index]
         tensor = Tensor(name, tuple(int(n) for n in shape), offset)
         if name in seen:
             msg = f"two parameters are called {name!r}: names must be unique"
@@ -246,12 +278,9 @@ def _place(specs: Sequence[tuple[str, Sequence[int]]]) -> list[Tensor]:
             msg = f"parameter {name!r} of shape {list(tensor.shape)} holds no values: freeze it"
             raise ConfigError(msg)
         seen.add(name)
-        tensors.append(tensor)
+        placed[index] = tensor
         offset += tensor.numel
-    if not tensors:
-        msg = "the model has no trainable parameters: nothing to train"
-        raise ConfigError(msg)
-    return tensors
+    return [placed[index] for index in range(len(specs))]
 
 
 def _fit(wanted: int, room: int, used: Sequence[int], sizes: Sequence[PayloadSize]) -> int:

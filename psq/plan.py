@@ -12,21 +12,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any, Final
 
 from psq.clock import parse_consistency
-from psq.codec import get_codec
+from psq.codec import Codec, get_codec
 from psq.errors import ConfigError, LocalError, RemotePlanError, RemoteWireError
+from psq.groups import DEFAULT_GROUP, Group, check_groups, group_from_plain
 from psq.kernels import Family
-from psq.layout import Layout, Shard, cut
+from psq.layout import Layout, PayloadSize, Shard, cut
 from psq.recipe import Recipe
 from psq_proto.frames import digest64
 from psq_proto.messages import MAX_PAYLOAD_BYTES, PLAN_LIMITS
 from psq_proto.packing import pack, unpack
 
-__all__ = ["MAX_SERVERS", "MAX_TENSORS", "MAX_WORLD_SIZE", "Plan"]
+__all__ = ["MAX_SERVERS", "MAX_TENSORS", "MAX_WORLD_SIZE", "Group", "Plan"]
 
-PLAN_FORMAT: Final = 2
+PLAN_FORMAT: Final = 3
 MAX_TENSORS: Final = 65_536
 MAX_DIMENSIONS: Final = 16
 MAX_NUMEL: Final = 1 << 40
@@ -34,7 +36,7 @@ MAX_WORLD_SIZE: Final = 4096
 MAX_SERVERS: Final = 256
 _KEYS: Final = (
     *("format", "world_size", "servers", "server", "consistency"),
-    *("recipe", "tensors"),
+    *("recipe", "groups", "tensors"),
 )
 
 
@@ -43,6 +45,10 @@ class Plan:
     """What is trained (names and shapes, in order), how (recipe), and by how many workers.
 
     And by how many servers: this is the plan of server number `server` of them.
+
+    Attributes:
+        groups: what some tensors do otherwise; group 0 is the recipe as it stands.
+        members: the group of each tensor; empty stands for group 0.
     """
 
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
@@ -52,6 +58,8 @@ class Plan:
     server: int = 0
     servers: int = 1
     consistency: str = "bsp"
+    groups: tuple[Group, ...] = (DEFAULT_GROUP,)
+    members: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a plan no server could run: limits, codecs and shapes are checked here, once."""
@@ -72,20 +80,13 @@ class Plan:
         if len(self.tensors) > MAX_TENSORS:
             msg = f"the model has {len(self.tensors)} parameters, psq handles up to {MAX_TENSORS}"
             raise ConfigError(msg)
-        get_codec(self.recipe.uplink.codec)
-        downlink = get_codec(self.recipe.downlink.codec)
-        if self.recipe.downlink.kind == "weights" and downlink.format.family == Family.TOPK:
-            msg = (
-                f"downlink weights:{downlink.spec} would make all but a few weights zero: "
-                f"send changes by it, delta:{downlink.spec}"
-            )
-            raise ConfigError(msg)
-        if self.recipe.uplink.every > 1 and consistency.max_staleness != 0:
-            msg = (
-                f"every={self.recipe.uplink.every} needs bsp, got {self.consistency}: a late push "
-                "would be of shards that its round does not move"
-            )
-            raise ConfigError(msg)
+        members = self.members or (0,) * len(self.tensors)
+        check_groups(self.groups, members, len(self.tensors))
+        object.__setattr__(self, "members", members)
+        for group in self.groups:
+            _check_codecs(self.recipe, group)
+        if consistency.max_staleness != 0:
+            _check_stale(self)
 
     @classmethod
     def of(  # noqa: PLR0913 - all that the processes of a job agree on
@@ -97,8 +98,20 @@ class Plan:
         server: int = 0,
         servers: int = 1,
         consistency: str = "bsp",
+        groups: Sequence[Group] = (DEFAULT_GROUP,),
+        members: Sequence[int] = (),
     ) -> Plan:
         """The plan of a model given as (name, shape) in order.
+
+        Args:
+            specs: the tensors.
+            recipe: the algorithm.
+            world_size: how many workers.
+            server: this server's number.
+            servers: how many there are.
+            consistency: see `psq.clock`.
+            groups: group 0, which is `psq.groups.DEFAULT_GROUP`, and others.
+            members: the group of each tensor; empty: all are of group 0.
 
         Raises:
             ConfigError: the recipe, the numbers of workers and servers, the consistency or the
@@ -106,7 +119,14 @@ class Plan:
         """
         tensors = tuple((name, tuple(int(n) for n in shape)) for name, shape in specs)
         plan = cls(
-            tensors, recipe, world_size, server=server, servers=servers, consistency=consistency
+            tensors,
+            recipe,
+            world_size,
+            server=server,
+            servers=servers,
+            consistency=consistency,
+            groups=tuple(groups),
+            members=tuple(members),
         )
         if len(plan.body) > MAX_PAYLOAD_BYTES:
             msg = (
@@ -126,7 +146,11 @@ class Plan:
             "server": self.server,
             "consistency": self.consistency,
             "recipe": self.recipe.to_plain(),
-            "tensors": [[name, list(shape)] for name, shape in self.tensors],
+            "groups": [group.to_plain() for group in self.groups],
+            "tensors": [
+                [name, list(shape), group]
+                for (name, shape), group in zip(self.tensors, self.members, strict=True)
+            ],
         }
         return pack(plain)
 
@@ -158,6 +182,26 @@ class Plan:
             for shard, owner in zip(layout.shards, layout.owners, strict=True)
             if owner == self.server
         )
+
+    def group_of(self, shard: int) -> Group:
+        """The group whose tensors a shard of the job holds."""
+        return self.groups[self.layout.shards[shard].group]
+
+    def uplink_codecs(self, shard: int) -> tuple[str, ...]:
+        """Specs of the codecs that a push of a shard may be written in, the usual one first."""
+        return _uplink_codecs(self.recipe, self.group_of(shard))
+
+    def downlink_codecs(self, shard: int) -> tuple[str, ...]:
+        """Specs of the codecs that an answer may be written in, the usual one first."""
+        return _downlink_codecs(self.recipe, self.group_of(shard))
+
+    def rate_of(self, shard: int) -> float:
+        """What the step's learning rate is multiplied by for a shard."""
+        return self.group_of(shard).lr
+
+    def pushes(self, shard: int) -> bool:
+        """Whether workers push a shard; if not, only the server moves it."""
+        return self.group_of(shard).pushed
 
     def due(self, shard: int, round: int) -> bool:  # noqa: A002 - the word of the field
         """Whether a round moves a shard: with the uplink's `every` k, each k-th round does.
@@ -247,6 +291,8 @@ class Plan:
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key):
                 return f"recipe {key}: the job has {mine.get(key)!r}, it says {theirs.get(key)!r}"
+        if fault := _difference_of_groups(self, other):
+            return fault
         for index, (a, b) in enumerate(zip(self.tensors, other.tensors, strict=False)):
             if a != b:
                 return f"tensor {index}: the job has {_show(a)}, it says {_show(b)}"
@@ -280,6 +326,59 @@ def _difference_of_numbers(job: Plan, other: Plan) -> str:
     return ""
 
 
+def _difference_of_groups(job: Plan, other: Plan) -> str:
+    for index, (a, b) in enumerate(zip_longest(job.groups, other.groups)):
+        if a != b:
+            return f"group {index}: the job has {a or 'none'}, it says {b or 'none'}"
+    names = zip(job.tensors, job.members, other.members, strict=False)
+    for (name, _), mine, theirs in names:
+        if job.tensors == other.tensors and mine != theirs:
+            return (
+                f"group of {name!r}: the job has {job.groups[mine].name!r}, "
+                f"it says {other.groups[theirs].name!r}"
+            )
+    return ""
+
+
+def _uplink_codecs(recipe: Recipe, group: Group) -> tuple[str, ...]:
+    return recipe.uplink.choice.codecs(group.uplink or recipe.uplink.codec)
+
+
+def _downlink_codecs(recipe: Recipe, group: Group) -> tuple[str, ...]:
+    return recipe.downlink.choice.codecs(group.downlink or recipe.downlink.codec)
+
+
+def _check_codecs(recipe: Recipe, group: Group) -> None:
+    """That all of a group's messages can be written."""
+    for spec in _uplink_codecs(recipe, group):
+        get_codec(spec)
+    for spec in _downlink_codecs(recipe, group):
+        downlink = get_codec(spec)
+        if recipe.downlink.kind == "weights" and downlink.format.family == Family.TOPK:
+            msg = (
+                f"downlink weights:{downlink.spec} would make all but a few weights zero: "
+                f"send changes by it, delta:{downlink.spec}"
+            )
+            raise ConfigError(msg)
+
+
+def _check_stale(plan: Plan) -> None:
+    """That nothing in the recipe needs every push to be of the round that counts it."""
+    recipe = plan.recipe
+    if recipe.uplink.every > 1:
+        msg = (
+            f"every={recipe.uplink.every} needs bsp, got {plan.consistency}: a late push "
+            "would be of shards that its round does not move"
+        )
+        raise ConfigError(msg)
+    if recipe.apply.part.in_step:
+        msg = (
+            f"apply={recipe.apply.kind} needs bsp, got {plan.consistency}: a late push would be in "
+            "another unit than the round it counts in"
+        )
+        raise ConfigError(msg)
+
+
 def _unpack(body: bytes | memoryview) -> Any:
     try:
         return unpack(body, PLAN_LIMITS, use_list=True)
@@ -296,8 +395,9 @@ def _from_plain(plain: Any) -> Plan:
     if not isinstance(plain, dict) or set(plain) != set(_KEYS) or came != PLAN_FORMAT:
         msg = f"a plan is a map of {', '.join(_KEYS)}"
         raise ConfigError(msg)
-    if not isinstance(plain["recipe"], dict) or not isinstance(plain["tensors"], list):
-        msg = "a plan's recipe is a map and its tensors are a list"
+    lists = (plain["groups"], plain["tensors"])
+    if not isinstance(plain["recipe"], dict) or not all(isinstance(each, list) for each in lists):
+        msg = "a plan's recipe is a map, its groups and its tensors are lists"
         raise ConfigError(msg)
     for name in ("world_size", "servers", "server"):
         if type(plain[name]) is not int:
@@ -306,32 +406,40 @@ def _from_plain(plain: Any) -> Plan:
     if not isinstance(plain["consistency"], str):
         msg = f"consistency must be text, got {plain['consistency']!r:.80}"
         raise ConfigError(msg)
+    entries = [_tensor(entry) for entry in plain["tensors"]]
     return Plan(
-        tuple(_tensor(entry) for entry in plain["tensors"]),
+        tuple((name, shape) for name, shape, _ in entries),
         Recipe.from_plain(plain["recipe"]),
         plain["world_size"],
         server=plain["server"],
         servers=plain["servers"],
         consistency=plain["consistency"],
+        groups=tuple(group_from_plain(entry) for entry in plain["groups"]),
+        members=tuple(group for _, _, group in entries),
     )
 
 
-def _tensor(entry: Any) -> tuple[str, tuple[int, ...]]:
+def _tensor(entry: Any) -> tuple[str, tuple[int, ...], int]:
     match entry:
-        case [str(name), list(shape)] if len(shape) <= MAX_DIMENSIONS and all(
-            type(n) is int and 0 < n <= MAX_NUMEL for n in shape
+        case [str(name), list(shape), group] if (
+            type(group) is int
+            and len(shape) <= MAX_DIMENSIONS
+            and all(type(n) is int and 0 < n <= MAX_NUMEL for n in shape)
         ):
-            return name, tuple(shape)
+            return name, tuple(shape), group
     msg = (
-        f"a tensor is [name, shape] with up to {MAX_DIMENSIONS} positive sizes, got {entry!r:.200}"
+        f"a tensor is [name, shape, group] with up to {MAX_DIMENSIONS} positive sizes, "
+        f"got {entry!r:.200}"
     )
     raise ConfigError(msg)
 
 
 def _cut(plan: Plan) -> Layout:
     uplink = plan.recipe.uplink
-    up, down = get_codec(uplink.codec), get_codec(plan.recipe.downlink.codec)
-    layout = cut(plan.tensors, (up.nbytes, down.nbytes), plan.servers, uplink.every)
+    first, *others = (_sizes(plan.recipe, group) for group in plan.groups)
+    layout = cut(
+        plan.tensors, first, plan.servers, uplink.every, members=plan.members, others=others
+    )
     fewest = min(layout.owners.count(server) for server in range(plan.servers))
     if fewest < uplink.every:
         msg = (
@@ -340,6 +448,19 @@ def _cut(plan: Plan) -> Layout:
         )
         raise ConfigError(msg)
     return layout
+
+
+def _sizes(recipe: Recipe, group: Group) -> tuple[PayloadSize, ...]:
+    """Payload bytes each way of a group's segment: of its longest codec, since any may be used."""
+    ups = _uplink_codecs(recipe, group) if group.pushed else ()
+    ways = [[get_codec(spec) for spec in way] for way in (ups, _downlink_codecs(recipe, group))]
+    return tuple(_longest(way) for way in ways if way)
+
+
+def _longest(codecs: Sequence[Codec]) -> PayloadSize:
+    if len(codecs) == 1:
+        return codecs[0].nbytes
+    return lambda numel: max(codec.nbytes(numel) for codec in codecs)
 
 
 def _check_numel(plan: Plan) -> None:

@@ -1,238 +1,83 @@
 """An algorithm as a value: five parts, composed, never a class tree.
 
-    direction  (worker)  what a worker wants to say this step: its gradient, or an Adam update of
-    its own uplink               how that is said: a codec, with or without error feedback
+    direction  (worker)  what a worker wants to say this step: its gradient, a step of its own, ...
+    uplink               how that is said: a codec (or a choice of several), error feedback or not
     aggregate  (server)  how the workers' messages become one
-    apply      (server)  what the server does with it: add it to the weights, or take an Adam step
-    downlink             how the server answers: weights through a codec, or the weights' change
+    apply      (server)  what becomes of it: added to the weights, a step of SGD or Adam, ...
+    downlink             how the server answers: weights through a codec, the weights' change, or
+                         the aggregate itself, with which every node then does the same
 
 A recipe is plain data. It travels in the plan, so that every process of a job can compare it, and
-nothing in it is code: schedules are named families with numbers, not callables. The math lives in
-`psq.optim`, `psq.feedback` and `psq_server.reduce`; this module only says what is meant and refuses
-what makes no sense.
+nothing in it is code: parts and schedules are names with numbers (`psq.parts`, `psq.schedules`).
+The math lives in `psq.optim`, `psq.feedback`, `psq.rules` and `psq_server.reduce`; this module only
+says what is meant and refuses what makes no sense. `psq.presets` has the recipes with names.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
+from psq import parts
+from psq.adam_config import (
+    AdamConfig,
+    EpsPlacement,
+    adam_from_plain,
+    adam_plain,
+    replace_adam,
+)
 from psq.errors import ConfigError
+from psq.option_text import PLACES, Changes, parse_changes
+from psq.parts import Value, part
+from psq.recipe_parts import (
+    MAX_EVERY,
+    MAX_LOCAL_STEPS,
+    Aggregate,
+    Apply,
+    Choice,
+    Direction,
+    Downlink,
+    DownlinkKind,
+    Uplink,
+    downlink_kind,
+    flag_from_plain,
+    part_from_plain,
+    part_plain,
+    text_from_plain,
+)
+from psq.schedules import (
+    Named,
+    OneMinusPower,
+    Power,
+    Schedule,
+    rate_of,
+    register_schedule,
+    schedule_value,
+)
 
 __all__ = [
     "MAX_EVERY",
     "MAX_LOCAL_STEPS",
-    "PRESETS",
     "AdamConfig",
+    "Aggregate",
     "Apply",
-    "ApplyKind",
+    "Choice",
     "Direction",
-    "DirectionKind",
     "Downlink",
     "DownlinkKind",
     "EpsPlacement",
+    "Named",
     "OneMinusPower",
     "Power",
     "Recipe",
     "Schedule",
     "Uplink",
-    "preset",
+    "rate_of",
+    "register_schedule",
     "schedule_value",
 ]
-
-DirectionKind = Literal["gradient", "adam"]
-ApplyKind = Literal["add", "adam"]
-DownlinkKind = Literal["weights", "delta"]
-AggregateKind = Literal["mean"]
-EpsPlacement = Literal["outside", "inside", "initial"]
-Meaning = Literal["gradient", "update"]
-
-
-@dataclass(frozen=True, slots=True)
-class Power:
-    """value / t**exponent: the step sizes of the generic-Adam analyses (t counts from 1)."""
-
-    value: float
-    exponent: float
-
-
-@dataclass(frozen=True, slots=True)
-class OneMinusPower:
-    """1 - value / t**exponent: a second-moment weight that approaches 1 (t counts from 1)."""
-
-    value: float
-    exponent: float
-
-
-Schedule: TypeAlias = float | Power | OneMinusPower
-MAX_EXPONENT: Final = 8.0
-
-
-def schedule_value(schedule: Schedule, t: int) -> float:
-    """The schedule at step t >= 1."""
-    if isinstance(schedule, Power):
-        return float(schedule.value / t**schedule.exponent)
-    if isinstance(schedule, OneMinusPower):
-        return float(1.0 - schedule.value / t**schedule.exponent)
-    return schedule
-
-
-def _check_unit(name: str, schedule: Schedule, *, allow_zero: bool) -> None:
-    # With such an exponent a schedule that starts inside [0, 1) stays there, for any 64-bit t.
-    if isinstance(schedule, Power | OneMinusPower) and not 0.0 <= schedule.exponent <= MAX_EXPONENT:
-        msg = f"{name}: the exponent must lie in [0, {MAX_EXPONENT:g}], got {schedule!r}"
-        raise ConfigError(msg)
-    first = schedule_value(schedule, 1)
-    low_ok = first >= 0.0 if allow_zero else first > 0.0
-    if isinstance(schedule, OneMinusPower):
-        # theta_1 = 1 - value may be 0: then v starts as g^2, which is well defined.
-        low_ok = first >= 0.0
-    if not (math.isfinite(first) and low_ok and first < 1.0):
-        msg = f"{name} must lie in [0, 1) at t=1, got {first!r} from {schedule!r}"
-        raise ConfigError(msg)
-
-
-@dataclass(frozen=True, slots=True)
-class AdamConfig:
-    """Generic Adam.
-
-    v = theta v + (1 - theta) g^2,  m = beta m + (1 - beta) g,  u = alpha m / (sqrt(v) + eps).
-
-    Args:
-        beta: weight of the old first moment, in [0, 1); a number or a schedule.
-        theta: weight of the old second moment, in [0, 1); a number or a schedule.
-        eps: > 0.
-        eps_placement: "outside" sqrt(v) + eps (torch), "inside" sqrt(v + eps) (the paper's form),
-            "initial" v_0 = eps and no eps later.
-        bias_correction: divide m and v by one minus the product of their weights so far (torch
-            does).
-        amsgrad: use the largest v so far.
-        weight_decay: >= 0.
-        decoupled: AdamW's decay of the weights (True) or an L2 term in the gradient (False).
-        variance_correction: estimate the whole cluster's second moment from one worker's (only
-            where the moments live on a worker; see docs/design.md): the learning rate that suits
-            plain Adam then suits W workers.
-    """
-
-    beta: Schedule = 0.9
-    theta: Schedule = 0.999
-    eps: float = 1e-8
-    eps_placement: EpsPlacement = "outside"
-    bias_correction: bool = True
-    amsgrad: bool = False
-    weight_decay: float = 0.0
-    decoupled: bool = True
-    variance_correction: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what no Adam can run."""
-        _check_unit("beta", self.beta, allow_zero=True)
-        _check_unit("theta", self.theta, allow_zero=False)
-        if not (math.isfinite(self.eps) and self.eps > 0.0):
-            msg = f"eps must be > 0, got {self.eps!r}"
-            raise ConfigError(msg)
-        if self.eps_placement not in get_args(EpsPlacement):
-            msg = (
-                f"eps_placement must be one of {get_args(EpsPlacement)}, got {self.eps_placement!r}"
-            )
-            raise ConfigError(msg)
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0.0):
-            msg = f"weight_decay must be >= 0, got {self.weight_decay!r}"
-            raise ConfigError(msg)
-        if self.variance_correction and (self.amsgrad or not self.bias_correction):
-            msg = "variance_correction needs bias_correction and excludes amsgrad"
-            raise ConfigError(msg)
-        if self.variance_correction and not isinstance(self.beta, float | int):
-            msg = "variance_correction needs a constant beta: its noise ratio is derived for one"
-            raise ConfigError(msg)
-
-
-MAX_LOCAL_STEPS: Final = 1000
-MAX_EVERY: Final = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Direction:
-    """What a worker says: "gradient", or "adam" (its own moments, learning rate inside).
-
-    An Adam worker may take several `local_steps` on its own weights before it says how far they
-    have moved since the last round: it pushes in every `local_steps`-th step.
-    """
-
-    kind: DirectionKind = "gradient"
-    adam: AdamConfig | None = None
-    local_steps: int = 1
-
-    def __post_init__(self) -> None:
-        """An Adam direction has settings, a gradient has none, and takes no step by itself."""
-        _check_choice("direction", self.kind, get_args(DirectionKind))
-        _check_pair("direction", self.adam, needed=self.kind == "adam")
-        _check_count("direction local_steps", self.local_steps, MAX_LOCAL_STEPS)
-        if self.local_steps > 1 and self.kind != "adam":
-            msg = (
-                f"direction local_steps={self.local_steps} needs Adam on the workers, a "
-                f"{self.kind} moves no weights: choose a recipe such as local-adam or qadam-1bit"
-            )
-            raise ConfigError(msg)
-
-    @property
-    def meaning(self) -> Meaning:
-        """What the message is: a gradient, or an update that already holds the learning rate."""
-        return "update" if self.kind == "adam" else "gradient"
-
-
-@dataclass(frozen=True, slots=True)
-class Uplink:
-    """How a worker says it: a codec spec, and whether what it left out is said later.
-
-    Each shard speaks in every `every`-th step, in rotation with the others.
-    """
-
-    codec: str
-    error_feedback: bool = True
-    every: int = 1
-
-    def __post_init__(self) -> None:
-        """A shard speaks now and then, or always."""
-        _check_count("uplink every", self.every, MAX_EVERY)
-
-
-@dataclass(frozen=True, slots=True)
-class Apply:
-    """What the server does: "add" the mean update, or step "adam" on the mean gradient."""
-
-    kind: ApplyKind
-    adam: AdamConfig | None = None
-
-    def __post_init__(self) -> None:
-        """An Adam step has settings, an addition has none; the correction is for worker moments."""
-        _check_choice("apply", self.kind, get_args(ApplyKind))
-        _check_pair("apply", self.adam, needed=self.kind == "adam")
-        if self.adam is not None and self.adam.variance_correction:
-            msg = "variance_correction is for worker moments: the server's v sees the mean gradient"
-            raise ConfigError(msg)
-
-
-@dataclass(frozen=True, slots=True)
-class Downlink:
-    """How the server answers: "weights" through a codec, or the "delta" of the weights.
-
-    With error_feedback (delta only) the server says later what its codec left out now.
-    """
-
-    kind: DownlinkKind
-    codec: str
-    error_feedback: bool = True
-
-    def __post_init__(self) -> None:
-        """Weights are sent whole each time: there is nothing to feed back."""
-        _check_choice("downlink", self.kind, get_args(DownlinkKind))
-        if self.kind == "weights" and self.error_feedback:
-            msg = "a weights downlink has no error feedback: its next message repeats the weights"
-            raise ConfigError(msg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,48 +89,67 @@ class Recipe:
     uplink: Uplink
     apply: Apply
     downlink: Downlink
-    aggregate: AggregateKind = field(default="mean")
+    aggregate: Aggregate = field(default_factory=Aggregate)
 
     def __post_init__(self) -> None:
-        """The meaning of the message must fit what the server does with it."""
-        _check_choice("aggregate", self.aggregate, get_args(AggregateKind))
-        wanted = "update" if self.apply.kind == "add" else "gradient"
-        if self.direction.meaning != wanted:
-            msg = (
-                f"recipe {self.name!r}: apply={self.apply.kind} needs workers that send {wanted}s, "
-                f"direction={self.direction.kind} sends {self.direction.meaning}s"
-            )
-            raise ConfigError(msg)
-        if self.uplink.every > 1 and not self.uplink.error_feedback:
-            msg = (
-                f"recipe {self.name!r}: uplink every={self.uplink.every} needs error feedback: "
-                "what a shard does not say waits in the residual"
-            )
-            raise ConfigError(msg)
+        """Refuse parts that do not fit together."""
+        for fault in (
+            _meaning_fault(self),
+            _partner_fault(self),
+            _downlink_fault(self),
+            _rhythm_fault(self),
+            _adam_fault(self),
+        ):
+            if fault:
+                msg = f"recipe {self.name!r}: {fault}"
+                raise ConfigError(msg)
 
     @property
-    def adam(self) -> AdamConfig:
-        """The Adam settings, wherever the moments live."""
-        config = self.direction.adam or self.apply.adam
-        if config is None:  # every present recipe has moments somewhere
-            msg = f"recipe {self.name!r} has no Adam settings"
-            raise ConfigError(msg)
-        return config
+    def adam(self) -> AdamConfig | None:
+        """The Adam settings, wherever the moments live; None where there is no Adam."""
+        return self.direction.adam or self.apply.adam
+
+    @property
+    def whole(self) -> bool:
+        """Whether the server needs a whole round before it can reduce the first shard."""
+        return self.aggregate.part.whole or self.apply.part.whole
 
     def with_adam(self, **changes: Any) -> Recipe:
-        """The same recipe with some Adam settings changed, on whichever side they live."""
-        if self.direction.adam is not None:
-            adam = _replace_checked(self.direction.adam, changes)
-            return dataclasses.replace(
-                self, direction=dataclasses.replace(self.direction, adam=adam)
-            )
-        return dataclasses.replace(self, apply=Apply("adam", _replace_checked(self.adam, changes)))
+        """The same recipe with some Adam settings changed, wherever they are.
+
+        Raises:
+            ConfigError: it has no Adam, or no such setting.
+        """
+        if self.adam is None:
+            msg = f"recipe {self.name!r} has no Adam: there is nothing to set"
+            raise ConfigError(msg)
+        adam = replace_adam(self.adam, changes)
+        direction, apply = self.direction, self.apply
+        if direction.adam is not None:
+            direction = dataclasses.replace(direction, adam=adam)
+        if apply.adam is not None:
+            apply = dataclasses.replace(apply, adam=adam)
+        return dataclasses.replace(self, direction=direction, apply=apply)
+
+    def with_options(self, *texts: str, **given: str | Mapping[str, Value]) -> Recipe:
+        """The same recipe with other parts, or other options of its parts, all changed at once.
+
+            recipe.with_options("aggregate=krum", "aggregate.f=2", "uplink.choice.bits=4")
+            recipe.with_options(aggregate={"f": 2}, apply="sgd", uplink={"error_feedback": False})
+
+        A part of another kind begins with its defaults. See `psq.option_text` for all places.
+
+        Raises:
+            ConfigError: no such place, kind or option, a value it does not take, or parts that do
+                not fit together; the message lists what there is.
+        """
+        return _changed(self, parse_changes(texts, given))
 
     def with_codecs(self, *, uplink: str | None = None, downlink: str | None = None) -> Recipe:
         """The same recipe with other codecs.
 
-        `downlink` may begin with "weights:" or "delta:" to change its kind, as in "delta:sign" or
-        "weights:uniform:bits=8".
+        `downlink` may begin with "weights:", "delta:" or "mean:" to change its kind, as in
+        "delta:sign" or "weights:uniform:bits=8".
         """
         recipe = self
         if uplink is not None:
@@ -312,21 +176,23 @@ class Recipe:
         return {
             "name": self.name,
             "direction": {
-                "kind": self.direction.kind,
-                "adam": _adam_plain(self.direction.adam),
+                **part_plain(self.direction),
+                "adam": adam_plain(self.direction.adam),
                 "local_steps": self.direction.local_steps,
             },
             "uplink": {
                 "codec": self.uplink.codec,
                 "error_feedback": self.uplink.error_feedback,
                 "every": self.uplink.every,
+                "choice": part_plain(self.uplink.choice),
             },
-            "aggregate": self.aggregate,
-            "apply": {"kind": self.apply.kind, "adam": _adam_plain(self.apply.adam)},
+            "aggregate": part_plain(self.aggregate),
+            "apply": {**part_plain(self.apply), "adam": adam_plain(self.apply.adam)},
             "downlink": {
                 "kind": self.downlink.kind,
                 "codec": self.downlink.codec,
                 "error_feedback": self.downlink.error_feedback,
+                "choice": part_plain(self.downlink.choice),
             },
         }
 
@@ -334,22 +200,28 @@ class Recipe:
     def from_plain(cls, plain: Mapping[str, Any]) -> Recipe:
         """Inverse of `to_plain`. Raises ConfigError on anything a recipe cannot be."""
         try:
-            direction, apply = plain["direction"], plain["apply"]
+            direction, aggregate, apply = plain["direction"], plain["aggregate"], plain["apply"]
             uplink, downlink = plain["uplink"], plain["downlink"]
             return cls(
-                name=_text(plain["name"]),
+                name=text_from_plain(plain["name"]),
                 direction=Direction(
-                    direction["kind"],
-                    _adam_from_plain(direction["adam"]),
-                    direction["local_steps"],
+                    **part_from_plain("direction", direction),
+                    adam=adam_from_plain(direction["adam"]),
+                    local_steps=direction["local_steps"],
                 ),
                 uplink=Uplink(
-                    _text(uplink["codec"]), _flag(uplink["error_feedback"]), uplink["every"]
+                    text_from_plain(uplink["codec"]),
+                    flag_from_plain(uplink["error_feedback"]),
+                    uplink["every"],
+                    Choice(**part_from_plain("choice", uplink["choice"])),
                 ),
-                aggregate=plain["aggregate"],
-                apply=Apply(apply["kind"], _adam_from_plain(apply["adam"])),
+                aggregate=Aggregate(**part_from_plain("aggregate", aggregate)),
+                apply=Apply(**part_from_plain("apply", apply), adam=adam_from_plain(apply["adam"])),
                 downlink=Downlink(
-                    downlink["kind"], _text(downlink["codec"]), _flag(downlink["error_feedback"])
+                    downlink["kind"],
+                    text_from_plain(downlink["codec"]),
+                    flag_from_plain(downlink["error_feedback"]),
+                    Choice(**part_from_plain("choice", downlink["choice"])),
                 ),
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -357,84 +229,140 @@ class Recipe:
             raise ConfigError(msg) from error
 
 
-def _server_adam(adam: AdamConfig) -> Recipe:
-    return Recipe(
-        "server-adam",
-        Direction("gradient"),
-        Uplink("lloyd-max:bits=4,block=256"),
-        Apply("adam", adam),
-        Downlink("delta", "lloyd-max:bits=3"),
+def _meaning_fault(recipe: Recipe) -> str:
+    """Why the message does not mean what the server takes it for; empty if it does."""
+    aggregate, apply = recipe.aggregate, recipe.apply
+    said = recipe.direction.meaning
+    for slot, each in (("aggregate", aggregate), ("apply", apply)):
+        taken = each.part.takes_with(each.options)
+        if said not in taken:
+            wanted = " or ".join(f"{meaning}s" for meaning in taken)
+            others = [text for text in each.part.takes if text.startswith(f"{said} if ")]
+            hint = f" ({others[0]} is set)" if others else ""
+            if slot == "apply" and aggregate.part.says:
+                return f"apply={each.kind} takes {wanted}, aggregate={aggregate.kind} makes {said}s"
+            return (
+                f"{slot}={each.kind} needs workers that send {wanted}{hint}, "
+                f"direction={recipe.direction.kind} sends {said}s"
+            )
+        said = each.part.says or said
+    return ""
+
+
+def _partner_fault(recipe: Recipe) -> str:
+    """Which part misses another one that it works with only; empty if none does."""
+    there: dict[str, Direction | Aggregate | Apply | Choice] = {
+        "direction": recipe.direction,
+        "aggregate": recipe.aggregate,
+        "apply": recipe.apply,
+        "choice": recipe.uplink.choice,
+    }
+    for slot, each in there.items():
+        for need in each.part.needs:
+            where, _, kind = need.partition("=")
+            if there[where].kind != kind:
+                return f"{slot}={each.kind} needs {need}, got {where}={there[where].kind}"
+    up, down = recipe.uplink.choice, recipe.downlink.choice
+    if recipe.apply.part.in_step and up != down:
+        return (
+            f"apply={recipe.apply.kind} needs the same choice of codecs both ways, "
+            f"got {_shown(up)} up and {_shown(down)} down"
+        )
+    return ""
+
+
+def _downlink_fault(recipe: Recipe) -> str:
+    """Why this answer is none to what the server does; empty if it is."""
+    kind, apply = recipe.downlink.kind, recipe.apply
+    if kind == "mean" and not apply.part.replicable:
+        return (
+            f"downlink=mean needs an apply that every node can run, apply={apply.kind} runs on "
+            "the server only: send weights or delta"
+        )
+    if kind != "mean" and apply.part.replicated:
+        return f"apply={apply.kind} runs on every node: it needs downlink=mean, got {kind}"
+    return ""
+
+
+def _rhythm_fault(recipe: Recipe) -> str:
+    """Why shards cannot take turns as asked; empty if they can, or need not."""
+    every = recipe.uplink.every
+    if every > 1 and not recipe.uplink.error_feedback:
+        return (
+            f"uplink every={every} needs error feedback: what a shard does not say waits in the "
+            "residual"
+        )
+    if every > 1 and recipe.apply.part.in_step:
+        return f"apply={recipe.apply.kind} moves every shard in every round, got every={every}"
+    return ""
+
+
+def _adam_fault(recipe: Recipe) -> str:
+    """Two parts that need Adam's settings share them."""
+    mine, theirs = recipe.direction.adam, recipe.apply.adam
+    if mine is not None and theirs is not None and mine != theirs:
+        return "direction and apply have one set of Adam settings, got two: use with_adam"
+    return ""
+
+
+def _changed(recipe: Recipe, changes: Changes) -> Recipe:
+    """The recipe with all changes made before it is looked at again."""
+    made = {place: _changed_part(recipe, place, changes) for place in PLACES}
+    up, down = recipe.uplink, _downlink_of_kind(recipe.downlink, changes.kinds.get("downlink"))
+    choices = [place for place in ("uplink.choice", "downlink.choice") if _is_said(place, changes)]
+    if made["apply"].part.in_step and len(choices) == 1:
+        made["uplink.choice"] = made["downlink.choice"] = made[choices[0]]
+    feedback = changes.switches
+    return dataclasses.replace(
+        recipe,
+        direction=made["direction"],
+        aggregate=made["aggregate"],
+        apply=made["apply"],
+        uplink=dataclasses.replace(
+            up,
+            choice=made["uplink.choice"],
+            error_feedback=feedback.get("uplink.error_feedback", up.error_feedback),
+        ),
+        downlink=dataclasses.replace(
+            down,
+            choice=made["downlink.choice"],
+            error_feedback=feedback.get("downlink.error_feedback", down.error_feedback),
+        ),
     )
 
 
-def _qadam(adam: AdamConfig) -> Recipe:
-    return Recipe(
-        "qadam",
-        Direction("adam", adam),
-        Uplink("log:k=2"),
-        Apply("add"),
-        Downlink("weights", "uniform:bits=8", error_feedback=False),
-    )
+def _changed_part(recipe: Recipe, place: str, changes: Changes) -> Any:
+    """One part with its changes; of another kind, with Adam's settings if it needs any."""
+    old: Any = recipe
+    for name in place.split("."):
+        old = getattr(old, name)
+    if not _is_said(place, changes):
+        return old
+    new = part(PLACES[place], changes.kinds.get(place, old.kind))
+    said: dict[str, Value] = dict(old.options) if new.kind == old.kind else {}
+    for name, value in changes.options.get(place, {}).items():
+        option = new.option(name)
+        said[name] = option.parse(value) if isinstance(value, str) else option.check(value)
+    settings: dict[str, Any] = {"kind": new.kind, "options": parts.options(new, said)}
+    if new.kind != old.kind and not isinstance(old, Choice | Aggregate):
+        adam = recipe.adam or AdamConfig()
+        if adam.variance_correction and not new.local:
+            adam = dataclasses.replace(adam, variance_correction=False)
+        settings["adam"] = adam if new.adam else None
+    return dataclasses.replace(old, **settings)
 
 
-def _qadam_1bit(adam: AdamConfig) -> Recipe:
-    corrected = dataclasses.replace(adam, variance_correction=True)
-    return Recipe(
-        "qadam-1bit",
-        Direction("adam", corrected),
-        Uplink("sign:norm=l2"),
-        Apply("add"),
-        Downlink("delta", "sign:norm=l2"),
-    )
+def _is_said(place: str, changes: Changes) -> bool:
+    return place in changes.kinds or place in changes.options
 
 
-def _local_adam(adam: AdamConfig) -> Recipe:
-    one_bit = _qadam_1bit(adam)
-    return dataclasses.replace(one_bit, name="local-adam").with_rhythm(local_steps=8)
-
-
-def _efficient_adam(adam: AdamConfig) -> Recipe:
-    return Recipe(
-        "efficient-adam",
-        Direction("adam", adam),
-        Uplink("log:k=2"),
-        Apply("add"),
-        Downlink("delta", "log:k=2"),
-    )
-
-
-def _fp32(adam: AdamConfig) -> Recipe:
-    return Recipe(
-        "fp32",
-        Direction("gradient"),
-        Uplink("fp32", error_feedback=False),
-        Apply("adam", adam),
-        Downlink("weights", "fp32", error_feedback=False),
-    )
-
-
-PRESETS = {
-    "server-adam": _server_adam,
-    "qadam": _qadam,
-    "qadam-1bit": _qadam_1bit,
-    "local-adam": _local_adam,
-    "efficient-adam": _efficient_adam,
-    "fp32": _fp32,
-}
-
-
-def preset(name: str, adam: AdamConfig | None = None) -> Recipe:
-    """One of PRESETS by name.
-
-    Raises:
-        ConfigError: no such recipe; the message lists what exists.
-    """
-    try:
-        make = PRESETS[name]
-    except KeyError:
-        msg = f"no recipe {name!r}; there are: {', '.join(PRESETS)}"
-        raise ConfigError(msg) from None
-    return make(adam or AdamConfig())
+def _downlink_of_kind(old: Downlink, kind: str | None) -> Downlink:
+    if kind is None or kind == old.kind:
+        return old
+    if kind == "weights":
+        return Downlink("weights", old.codec, error_feedback=False)
+    feedback = old.error_feedback or old.kind == "weights"
+    return dataclasses.replace(old, kind=downlink_kind(kind), error_feedback=feedback)
 
 
 def _parse_downlink(text: str, old: Downlink) -> Downlink:
@@ -444,97 +372,9 @@ def _parse_downlink(text: str, old: Downlink) -> Downlink:
     if not codec:
         msg = f"downlink {text!r} names no codec: write for example {kind}:uniform:bits=8"
         raise ConfigError(msg)
-    if kind == "weights":
-        return Downlink("weights", codec, error_feedback=False)
-    return Downlink("delta", codec, error_feedback=True)
+    return dataclasses.replace(_downlink_of_kind(old, kind), codec=codec)
 
 
-def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        msg = f"{what} must be one of {', '.join(choices)}, got {value!r}"
-        raise ConfigError(msg)
-
-
-def _check_count(what: str, value: int, most: int) -> None:
-    if type(value) is not int or not 1 <= value <= most:
-        msg = f"{what} must be a whole number 1..{most}, got {value!r}"
-        raise ConfigError(msg)
-
-
-def _check_pair(what: str, adam: AdamConfig | None, *, needed: bool) -> None:
-    if needed != (adam is not None):
-        msg = (
-            f"{what}: Adam settings are {'needed' if needed else 'meaningless'} here, got {adam!r}"
-        )
-        raise ConfigError(msg)
-
-
-def _replace_checked(adam: AdamConfig, changes: Mapping[str, Any]) -> AdamConfig:
-    known = {f.name for f in dataclasses.fields(AdamConfig)}
-    unknown = sorted(set(changes) - known)
-    if unknown:
-        msg = f"no Adam setting {', '.join(unknown)}; there are: {', '.join(sorted(known))}"
-        raise ConfigError(msg)
-    return dataclasses.replace(adam, **changes)
-
-
-def _adam_plain(adam: AdamConfig | None) -> dict[str, Any] | None:
-    if adam is None:
-        return None
-    plain = {f.name: getattr(adam, f.name) for f in dataclasses.fields(AdamConfig)}
-    for name in ("beta", "theta"):
-        plain[name] = _schedule_plain(plain[name])
-    for name in ("eps", "weight_decay"):
-        plain[name] = float(plain[name])
-    return plain
-
-
-def _adam_from_plain(plain: Mapping[str, Any] | None) -> AdamConfig | None:
-    if plain is None:
-        return None
-    flags = ("bias_correction", "amsgrad", "decoupled", "variance_correction")
-    return AdamConfig(
-        beta=_schedule_from_plain(plain["beta"]),
-        theta=_schedule_from_plain(plain["theta"]),
-        eps=_number(plain["eps"]),
-        eps_placement=plain["eps_placement"],
-        weight_decay=_number(plain["weight_decay"]),
-        **{name: _flag(plain[name]) for name in flags},
-    )
-
-
-def _schedule_plain(schedule: Schedule) -> float | list[Any]:
-    if isinstance(schedule, Power | OneMinusPower):
-        name = "power" if isinstance(schedule, Power) else "one-minus-power"
-        return [name, float(schedule.value), float(schedule.exponent)]
-    return float(schedule)
-
-
-def _schedule_from_plain(plain: Any) -> Schedule:
-    match plain:
-        case ["power", value, exponent]:
-            return Power(_number(value), _number(exponent))
-        case ["one-minus-power", value, exponent]:
-            return OneMinusPower(_number(value), _number(exponent))
-    return _number(plain)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        msg = f"expected a number, got {value!r}"
-        raise ConfigError(msg)
-    return float(value)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        msg = f"expected true or false, got {value!r}"
-        raise ConfigError(msg)
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        msg = f"expected text, got {value!r}"
-        raise ConfigError(msg)
-    return value
+def _shown(choice: Choice) -> str:
+    listed = ",".join(f"{name}={value}" for name, value in choice.options)
+    return f"{choice.kind}:{listed}" if listed else choice.kind

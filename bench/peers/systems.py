@@ -20,7 +20,8 @@ from peers.wire import Transfer, power_sgd_bytes, ring, through_servers
 from psq.codec import ShardCodec, get_codec
 from psq.link import wire_bytes
 from psq.plan import Plan
-from psq.recipe import Recipe, preset
+from psq.presets import preset
+from psq.recipe import Recipe
 from psq_proto.frames import HEADER_BYTES
 
 HERE = Path(__file__).parent

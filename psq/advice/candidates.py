@@ -14,7 +14,8 @@ from typing import Final
 
 from psq.codec import ShardCodec, get_codec
 from psq.plan import Plan
-from psq.recipe import AdamConfig, Recipe, preset
+from psq.presets import preset
+from psq.recipe import AdamConfig, Recipe
 from psq_proto.frames import HEADER_BYTES
 
 __all__ = [

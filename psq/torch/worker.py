@@ -39,7 +39,8 @@ from psq.client import RoundResult
 from psq.config import DEFAULT_LR, WorkerConfig, worker_config
 from psq.errors import ConfigError, StateError, UsageError
 from psq.plan import Plan
-from psq.recipe import AdamConfig, Recipe, preset
+from psq.presets import preset
+from psq.recipe import AdamConfig, Recipe
 from psq.timeline import NOWHERE, Phase, Process, Timeline, check_writable, write_part
 from psq.torch.exchange import Exchange
 from psq.torch.overlap import Overlap

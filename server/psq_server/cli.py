@@ -27,8 +27,8 @@ from psq.config import Given, ServerConfig, is_loopback, stray_variables
 from psq.config.options import EPILOG, options, run
 from psq.link import ServerLink
 from psq.metrics import CONTENT_TYPE, Metrics, Totals
+from psq.presets import preset
 from psq.process import watch_parent
-from psq.recipe import preset
 from psq.timeline import Process, Timeline, write_part
 from psq.timeline import check_writable as check_timeline
 from psq_server.health import Health, HealthServer, health_page

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from psq.codec import ShardCodec, get_codec
 from psq.errors import EXIT_FENCED
 from psq.plan import Plan
-from psq.recipe import PRESETS, preset
+from psq.presets import PRESETS, preset
 from psq_server.saving import merge, part_path
 
 

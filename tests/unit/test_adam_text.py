@@ -8,7 +8,8 @@ import pytest
 
 from psq.adam_text import missing_in_torch, parse_adam, with_adam_text
 from psq.errors import ConfigError
-from psq.recipe import AdamConfig, OneMinusPower, Power, preset
+from psq.presets import preset
+from psq.recipe import AdamConfig, OneMinusPower, Power
 
 
 def test_every_setting_of_adam_can_be_said():

@@ -23,7 +23,7 @@ from psq.advice import (
 from psq.codec import get_codec
 from psq.errors import ConfigError
 from psq.plan import Plan
-from psq.recipe import preset
+from psq.presets import preset
 
 SPECS = [("a", (3000, 1000)), ("b", (1000,))]
 FAST = Rates(2e9, 1e9, 5e9, 8e9)

@@ -13,7 +13,7 @@ from psq.codec import codec_specs
 from psq.config import DemoConfig, Given, LaunchConfig, ServerConfig, WorkerConfig, settings_of
 from psq.config.options import run
 from psq.errors import ConfigError
-from psq.recipe import PRESETS
+from psq.presets import PRESETS
 from psq_worker.cli import (
     ABOUT_MESSAGES,
     FOR_SERVER,

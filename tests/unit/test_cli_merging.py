@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from psq.config.options import run
 from psq.errors import StateError
 from psq.plan import Plan
-from psq.recipe import preset
+from psq.presets import preset
 from psq_server.saving import metadata_of, part_path, save_weights
 from psq_worker import launch
 from psq_worker.cli import psq

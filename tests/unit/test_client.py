@@ -12,7 +12,7 @@ from psq.codec import get_codec
 from psq.errors import ConfigError, FencedError, GaveUpError, RemotePlanError, RemoteProtocolError
 from psq.layout import PART_NUMEL
 from psq.plan import Plan
-from psq.recipe import preset
+from psq.presets import preset
 from psq_proto.frames import Header
 
 NUMEL = PART_NUMEL + 100

@@ -23,7 +23,7 @@ from psq.errors import (
 )
 from psq.layout import PART_NUMEL
 from psq.plan import Plan
-from psq.recipe import preset
+from psq.presets import preset
 from psq_proto.frames import Header, decode_control, decode_frame, encode_frame
 from psq_proto.messages import (
     Bye,

@@ -11,7 +11,7 @@ from psq.client import Client, Hooks, Patience, ask_job, probe_link
 from psq.client.probe import _measure
 from psq.errors import GaveUpError
 from psq.plan import Plan
-from psq.recipe import preset
+from psq.presets import preset
 
 HURRY = Patience(give_up_after_s=0.3, heartbeat_s=0.02, report_s=5.0)
 CALM = Patience(give_up_after_s=10.0, heartbeat_s=0.02, report_s=5.0)

@@ -9,7 +9,7 @@ from psq.codec import ShardCodec, get_codec
 from psq.errors import RemotePayloadError
 from psq.layout import PART_NUMEL
 from psq.plan import Plan
-from psq.recipe import preset
+from psq.presets import preset
 from psq_proto.frames import Header
 from psq_proto.messages import Flags, MessageType
 

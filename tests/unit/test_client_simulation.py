@@ -18,7 +18,7 @@ from psq.codec import ShardCodec, get_codec
 from psq.errors import FencedError
 from psq.feedback import Compressor
 from psq.plan import Plan
-from psq.recipe import preset
+from psq.presets import preset
 from psq_proto.frames import Header, decode_frame, encode_frame
 from psq_proto.messages import Flags, Leave, MessageType
 from psq_server import state

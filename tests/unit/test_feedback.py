@@ -10,7 +10,8 @@ from psq.errors import ConfigError, UsageError
 from psq.feedback import SERVER_RANK, Compressor, stream_seed
 from psq.optim import Adam
 from psq.plan import Plan
-from psq.recipe import AdamConfig, preset
+from psq.presets import preset
+from psq.recipe import AdamConfig
 
 SPECS = [("conv", (40, 7, 5, 5)), ("bias", (40,)), ("table", (600, 500)), ("head", (3, 3))]
 LR = 1e-3

@@ -15,7 +15,8 @@ from psq.feedback import Compressor
 from psq.layout import PART_NUMEL
 from psq.optim import Adam
 from psq.plan import Plan
-from psq.recipe import AdamConfig, preset
+from psq.presets import preset
+from psq.recipe import AdamConfig
 from psq_server.reduce import Reducer
 
 SPECS = [("conv", (30, 7, 5, 5)), ("bias", (30,)), ("table", (500, 570)), ("head", (3, 3))]

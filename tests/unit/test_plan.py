@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from psq.errors import ConfigError, RemotePlanError
 from psq.plan import Plan
-from psq.recipe import preset
+from psq.presets import preset
 from psq_proto.messages import MAX_PAYLOAD_BYTES
 
 TENSORS = [("conv.weight", (8, 1, 3, 3)), ("conv.bias", (8,)), ("fc.weight", (10, 8))]
@@ -164,15 +164,22 @@ def test_a_plan_that_came_keeps_no_shards_before_they_are_wanted():
 
 
 def test_the_bytes_of_a_plan_are_what_they_were():
-    """Format 2 to the byte: a change here breaks every worker that meets a server of before."""
+    """Format 3 to the byte: a change here breaks every worker that meets a server of before."""
     job = plan(MODEL, recipe="fp32", world_size=3, servers=2, server=1, consistency="ssp:2")
-    keys = ["format", "world_size", "servers", "server", "consistency", "recipe", "tensors"]
+    keys = ["format", "world_size", "servers", "server", "consistency"]
+    keys += ["recipe", "groups", "tensors"]
     unpacked = msgpack.unpackb(job.body)
     assert list(unpacked) == keys
-    assert [unpacked[key] for key in keys[:5]] == [2, 3, 2, 1, "ssp:2"]
-    assert unpacked["recipe"]["uplink"] == {"codec": "fp32", "error_feedback": False, "every": 1}
-    assert unpacked["tensors"] == [["w", [700_000]], ["b", [40, 10]]]
-    assert f"{job.digest:016x}" == "9ed3e80edeb3905a"
+    assert [unpacked[key] for key in keys[:5]] == [3, 3, 2, 1, "ssp:2"]
+    assert unpacked["recipe"]["uplink"] == {
+        "codec": "fp32",
+        "error_feedback": False,
+        "every": 1,
+        "choice": {"kind": "fixed", "package": "", "options": {}},
+    }
+    assert unpacked["groups"] == [["default", 1.0, "", "", True]]
+    assert unpacked["tensors"] == [["w", [700_000], 0], ["b", [40, 10], 0]]
+    assert f"{job.digest:016x}" == "31b8ee535d3484c4"
 
 
 def test_a_plan_over_the_message_limit_is_refused_at_home():
@@ -203,9 +210,9 @@ def plain(**changes):
         b"\xc1",
         msgpack.packb([]),
         plan().body + b"\x00",
-        plain(format=1),
+        plain(format=2),
         plain(format=True),
-        plain(format=2.0),
+        plain(format=3.0),
         plain(format=None),
         plain(servers=0),
         plain(servers=257),
@@ -224,15 +231,25 @@ def plain(**changes):
         plain(world_size=2.0),
         plain(world_size=10**9),
         plain(recipe=[]),
-        plain(tensors=[["w", [2**41]]]),
-        plain(tensors=[["w", [2**30, 2**30]]]),
-        plain(tensors=[["w", [2**40]], ["b", [1]]]),
-        plain(tensors=[["w", [0]]]),
-        plain(tensors=[["w", [True]]]),
-        plain(tensors=[["w", [1] * 17]]),
+        plain(tensors=[["w", [2**41], 0]]),
+        plain(tensors=[["w", [2**30, 2**30], 0]]),
+        plain(tensors=[["w", [2**40], 0], ["b", [1], 0]]),
+        plain(tensors=[["w", [0], 0]]),
+        plain(tensors=[["w", [True], 0]]),
+        plain(tensors=[["w", [1] * 17, 0]]),
         plain(tensors=[["w"]]),
+        plain(tensors=[["w", [1]]]),
+        plain(tensors=[["w", [1], 1]]),
+        plain(tensors=[["w", [1], -1]]),
+        plain(tensors=[["w", [1], False]]),
+        plain(groups=[]),
+        plain(groups=[["default", 2.0, "", "", True]]),
+        plain(groups=[["default", 1, "", "", True]]),
+        plain(groups=[["default", 1.0, "", "", True]] * 2),
+        plain(groups=[["default", 1.0, "", "", True], ["slow", -1.0, "", "", True]]),
+        plain(groups=[["default", 1.0, "", "", True], ["slow", 1.0, "zip", "", True]]),
         plain(tensors=[]),
-        plain(tensors=[["w", [1]], ["w", [1]]]),
+        plain(tensors=[["w", [1], 0], ["w", [1], 0]]),
         b"\xdd\xff\xff\xff\xff",
         b"\x91" * 5000,
     ],

@@ -4,8 +4,8 @@ import msgpack
 import pytest
 
 from psq.errors import ConfigError
+from psq.presets import PRESETS, preset
 from psq.recipe import (
-    PRESETS,
     AdamConfig,
     Apply,
     Direction,
@@ -14,7 +14,6 @@ from psq.recipe import (
     Power,
     Recipe,
     Uplink,
-    preset,
     schedule_value,
 )
 

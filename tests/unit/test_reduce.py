@@ -12,7 +12,8 @@ from psq.errors import RemotePayloadError, UsageError
 from psq.layout import PART_NUMEL
 from psq.optim import Adam
 from psq.plan import Plan
-from psq.recipe import AdamConfig, preset
+from psq.presets import preset
+from psq.recipe import AdamConfig
 from psq_server.reduce import Reducer
 
 SPECS = [("table", (700, 600)), ("bias", (40,)), ("head", (10, 30))]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from psq.recipe import preset
+from psq.presets import preset
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "results.py"
 

@@ -6,7 +6,7 @@ from safetensors import safe_open
 
 from psq.errors import StateError
 from psq.plan import Plan
-from psq.recipe import preset
+from psq.presets import preset
 from psq_server.reduce import Reducer
 from psq_server.saving import (
     check_writable,

@@ -14,7 +14,7 @@ from psq.advice import LOOPBACK, Rates, candidates, measure_rates
 from psq.client import LinkRates
 from psq.config import WorkerConfig
 from psq.errors import ConfigError, GaveUpError, RemotePlanError, UsageError
-from psq.recipe import preset
+from psq.presets import preset
 from psq.torch import auto
 
 SLOW = LinkRates(round_trip_s=1e-3, up_mbit_s=100.0, down_mbit_s=90.0)

@@ -11,7 +11,8 @@ import psq.torch
 from psq.codec import ShardCodec, get_codec
 from psq.errors import ConfigError
 from psq.layout import cut
-from psq.recipe import AdamConfig, Recipe, preset
+from psq.presets import preset
+from psq.recipe import AdamConfig, Recipe
 from psq.torch.parameters import ParameterTable
 
 LR = 0.02

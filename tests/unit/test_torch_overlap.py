@@ -11,7 +11,7 @@ from torch import nn
 import psq.torch
 from psq.errors import UsageError
 from psq.layout import Layout, cut
-from psq.recipe import preset
+from psq.presets import preset
 from psq.torch.overlap import Overlap
 from psq.torch.parameters import ParameterTable
 

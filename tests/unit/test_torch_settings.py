@@ -9,7 +9,8 @@ import psq.torch
 from psq import kernels
 from psq.config import Given, use_given
 from psq.errors import ConfigError, UsageError
-from psq.recipe import AdamConfig, preset
+from psq.presets import preset
+from psq.recipe import AdamConfig
 
 
 def make_model() -> nn.Sequential:

@@ -7,7 +7,8 @@ from torch import nn
 
 import psq.torch
 from psq.codec import ShardCodec, get_codec
-from psq.recipe import Recipe, preset
+from psq.presets import preset
+from psq.recipe import Recipe
 
 EVERY = 3
 WIDTH = 400

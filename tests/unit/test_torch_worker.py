@@ -13,7 +13,8 @@ from torch import nn
 import psq.torch
 from psq.codec import get_codec
 from psq.errors import ConfigError, GaveUpError, RemotePayloadError, RemotePlanError, UsageError
-from psq.recipe import AdamConfig, preset
+from psq.presets import preset
+from psq.recipe import AdamConfig
 from psq_proto.frames import Header
 from psq_proto.messages import Flags, MessageType
 

@@ -11,7 +11,8 @@ from psq.codec import get_codec
 from psq.config import WorkerConfig
 from psq.errors import ConfigError
 from psq.plan import Plan
-from psq.recipe import Recipe, preset
+from psq.presets import preset
+from psq.recipe import Recipe
 
 __all__ = ["check_comparison", "check_job", "recipe_of"]
 
@@ -48,6 +49,12 @@ def check_comparison(recipe: Recipe) -> None:
     Raises:
         ConfigError: it names the setting.
     """
+    if recipe.adam is None:
+        msg = (
+            f"recipe: {recipe.name} has no Adam, so plain Adam is nothing to compare it with: "
+            "psq launch trains without a comparison"
+        )
+        raise ConfigError(msg)
     missing = missing_in_torch(recipe.adam)
     if missing:
         msg = (

@@ -20,7 +20,7 @@ from psq.codec.shard import ShardCodec
 from psq.errors import RemoteError
 from psq.layout import PART_NUMEL, part_count
 from psq.plan import Plan
-from psq.recipe import preset
+from psq.presets import preset
 from psq_proto.messages import NO_VERSION, Flags, Hello, Join, Leave, MessageType, Verdict
 from psq_proto.session import WorkerSession
 

@@ -21,7 +21,7 @@ from psq.clock import parse_consistency
 from psq.codec import get_codec
 from psq.errors import FencedError, RemotePayloadError
 from psq.plan import Plan
-from psq.recipe import preset
+from psq.presets import preset
 from psq_proto.frames import Header, decode_frame, encode_frame
 from psq_proto.messages import Flags, MessageType
 

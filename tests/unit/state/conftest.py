@@ -14,7 +14,7 @@ from psq.codec.shard import ShardCodec
 from psq.errors import RemoteError, StaleFrameError
 from psq.layout import PART_NUMEL, part_count
 from psq.plan import Plan
-from psq.recipe import preset
+from psq.presets import preset
 from psq_proto.frames import HEADER_BYTES
 from psq_proto.messages import (
     NO_SHARD,

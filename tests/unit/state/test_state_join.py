@@ -4,7 +4,7 @@ import pytest
 
 from psq import plan as plans
 from psq.errors import FencedError, RefusedError, RemotePlanError, RemoteVersionError
-from psq.recipe import preset
+from psq.presets import preset
 from psq_proto.frames import digest64
 from psq_proto.messages import (
     NONE,

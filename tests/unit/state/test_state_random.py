@@ -14,7 +14,7 @@ from hypothesis.stateful import (
 )
 
 from psq import layout
-from psq.recipe import preset
+from psq.presets import preset
 from psq_proto.errors import UsageError
 from psq_proto.messages import NO_SHARD, NO_VERSION, Verdict
 from psq_server.state import PeerBehind, PeerGone, Reduce, Stop

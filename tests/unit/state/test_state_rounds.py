@@ -6,7 +6,7 @@ import pytest
 
 from psq.codec import get_codec
 from psq.errors import RemotePayloadError, RemoteProtocolError
-from psq.recipe import preset
+from psq.presets import preset
 from psq_proto.frames import HEADER_BYTES
 from psq_proto.messages import NO_VERSION, MessageType, Status, Verdict
 from psq_server.state import Broadcast, Committed, Initialize, PeerBehind, Reduce, SendFull
