@@ -10,6 +10,7 @@ from psq_server.state.events import (
     Broadcast,
     Committed,
     Echo,
+    EndedAbove,
     Event,
     FrameReceived,
     Initialize,
@@ -24,6 +25,8 @@ from psq_server.state.events import (
     Stop,
     StopRequested,
     Tick,
+    WaitsAbove,
+    WeightsAbove,
 )
 from psq_server.state.machine import ServerState, Snapshot
 from psq_server.state.world import Counts, Settings
@@ -35,6 +38,7 @@ __all__ = [
     "Committed",
     "Counts",
     "Echo",
+    "EndedAbove",
     "Event",
     "FrameReceived",
     "Initialize",
@@ -52,4 +56,6 @@ __all__ = [
     "Stop",
     "StopRequested",
     "Tick",
+    "WaitsAbove",
+    "WeightsAbove",
 ]

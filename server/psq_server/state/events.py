@@ -19,6 +19,7 @@ __all__ = [
     "Broadcast",
     "Committed",
     "Echo",
+    "EndedAbove",
     "Event",
     "Field",
     "FrameReceived",
@@ -35,6 +36,8 @@ __all__ = [
     "Stop",
     "StopRequested",
     "Tick",
+    "WaitsAbove",
+    "WeightsAbove",
 ]
 
 Level = Literal["info", "warning", "error"]
@@ -71,12 +74,16 @@ class PeerBehind:
 
 @dataclass(frozen=True, slots=True)
 class ShardReduced:
-    """A `Reduce` is done: `frame` is the sealed WEIGHTS for everybody."""
+    """A `Reduce` is done: `frame` is the sealed WEIGHTS for everybody.
+
+    With `more` they are the shard's whole weights, in as many frames.
+    """
 
     round: int
     shard: int
     frame: Buffer
     reduce_s: float
+    more: tuple[Buffer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +94,34 @@ class StopRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightsAbove:
+    """In a tree: the server above has weights, so this one can have them sent on."""
+
+
+@dataclass(frozen=True, slots=True)
+class WaitsAbove:
+    """In a tree: what the servers above wait for, in words; empty for nothing."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndedAbove:
+    """In a tree: there is no going on with the server above, and why."""
+
+    exit_code: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed. A machine that hears nothing for long still has to notice silence."""
 
 
-Event: TypeAlias = FrameReceived | PeerGone | PeerBehind | ShardReduced | StopRequested | Tick
+Above: TypeAlias = WeightsAbove | WaitsAbove | EndedAbove
+Event: TypeAlias = (
+    FrameReceived | PeerGone | PeerBehind | ShardReduced | StopRequested | Tick | Above
+)
 
 
 # ---- actions
@@ -115,7 +145,10 @@ class Echo:
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """Send the same frames, weights of `version`, one of each of `shards`, to all these peers."""
+    """Send the same frames, weights of `version`, to all these peers.
+
+    `shards` says of each frame which shard it is of; one that goes whole may have several.
+    """
 
     peers: tuple[bytes, ...]
     version: int

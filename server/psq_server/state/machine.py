@@ -53,6 +53,7 @@ from psq_proto.session import Message, State
 from psq_server.state import joining, presence, rounds, training
 from psq_server.state.events import (
     Action,
+    EndedAbove,
     Event,
     FrameReceived,
     PeerBehind,
@@ -61,6 +62,8 @@ from psq_server.state.events import (
     ShardReduced,
     StopRequested,
     Tick,
+    WaitsAbove,
+    WeightsAbove,
 )
 from psq_server.state.members import MAX_STRANGERS, STANDINGS, Peer, standing
 from psq_server.state.round import Contribution
@@ -203,6 +206,12 @@ class ServerState:
                 presence.on_peer_gone(world, event)
             case PeerBehind():
                 presence.on_peer_behind(world, event)
+            case WeightsAbove():
+                training.on_weights_above(world)
+            case WaitsAbove():
+                world.above = event.text
+            case EndedAbove():
+                presence.finish(world, event.exit_code, "gave-up", event.text)
             case StopRequested():
                 presence.on_stop_requested(world, event.reason)
             case _:

@@ -270,7 +270,7 @@ def wait_text(world: World) -> str:
     """The present wait in words; empty when there is none."""
     wait = current_wait(world)
     if wait is None:
-        return ""
+        return world.above if world.job is not None and world.round.all_closed else ""
     return describe(
         wait,
         world_size=world.world_size,

@@ -121,7 +121,7 @@ def on_shard_reduced(world: World, event: ShardReduced) -> None:
     assert open_round.closed.get(event.shard, event.frame) is None, event.shard
     open_round.closed[event.shard] = event.frame
     world.versions[event.shard] = event.round + 1
-    world.last_frames[event.shard] = event.frame
+    frames = world.last_frames[event.shard] = (event.frame, *event.more)
     world.server_s += event.reduce_s
     committed = open_round.is_reduced
     if committed:
@@ -130,7 +130,7 @@ def on_shard_reduced(world: World, event: ShardReduced) -> None:
         m.peer for m in world.members.values() if m.synced and m.peer is not None and not m.gone
     )
     if followers:
-        news = Broadcast(followers, event.round + 1, (event.frame,), (event.shard,))
+        news = Broadcast(followers, event.round + 1, frames, (event.shard,) * len(frames))
         world.out.append(news)
     if committed:
         advance(world)

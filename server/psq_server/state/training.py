@@ -27,7 +27,7 @@ from psq_server.state.round import Contribution
 from psq_server.state.rounds import advance, reject_late, repeat_verdict
 from psq_server.state.world import World
 
-__all__ = ["on_init", "on_pull", "on_push"]
+__all__ = ["on_init", "on_pull", "on_push", "on_weights_above"]
 
 
 # ---- initial weights
@@ -56,11 +56,22 @@ def on_init(world: World, peer: Peer, message: Message) -> None:
     world.init_parts.add((header.shard, header.part))
     world.progressed()
     if len(world.init_parts) == job.init_parts:
-        world.has_weights = True
-        world.round.opened_s = world.now_s
-        world.note_opened()
-        world.log("weights", version=world.version, numel=job.plan.layout.numel)
-        _serve_parked(world)
+        _have_weights(world)
+
+
+def on_weights_above(world: World) -> None:
+    """The server above has weights: those that wait for them may have them."""
+    if world.job is not None and not world.has_weights:
+        _have_weights(world)
+
+
+def _have_weights(world: World) -> None:
+    world.has_weights = True
+    world.progressed()
+    world.round.opened_s = world.now_s
+    world.note_opened()
+    world.log("weights", version=world.version, numel=world.need_job().plan.layout.numel)
+    _serve_parked(world)
 
 
 def _serve_parked(world: World) -> None:
@@ -111,8 +122,11 @@ def _send_lacking(world: World, member: Member, peer: Peer, have: int) -> None:
         else:
             whole[shard] = version
     for version, shards in repeated.items():
-        frames = tuple(world.last_frames[shard] for shard in shards)
-        world.out.append(Broadcast((peer.name,), version, frames, tuple(shards)))
+        frames = [(shard, frame) for shard in shards for frame in world.last_frames[shard]]
+        news = Broadcast(
+            (peer.name,), version, tuple(f for _, f in frames), tuple(k for k, _ in frames)
+        )
+        world.out.append(news)
     if whole:
         world.out.append(SendFull((peer.name,), whole))
 

@@ -92,8 +92,10 @@ class World:
         self.versions: dict[int, int] = {}
         """Of each shard, the version that moved it last; up to the next round that moves it
         (`Plan.due_after`) its weights are those of every version."""
-        self.last_frames: dict[int, Buffer] = {}
+        self.last_frames: dict[int, tuple[Buffer, ...]] = {}
         """Of each shard, what was broadcast last."""
+        self.above = ""
+        """What the servers above wait for, in a tree."""
         self.server_s = 0.0
         """What reducing the open round has taken so far."""
         self.durations_s: deque[float] = deque(maxlen=DEADLINE_SAMPLES)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from psq.errors import ConfigError, RefusedError, RemotePlanError
-from psq_server.state import Stop
+from psq_proto.messages import Bye
+from psq_server.state import (
+    Broadcast,
+    EndedAbove,
+    SendFull,
+    ShardReduced,
+    Stop,
+    WaitsAbove,
+    WeightsAbove,
+)
 from psq_server.state.branches import parse_branches
 
 
@@ -117,3 +126,68 @@ def test_an_aggregator_that_leaves_with_an_error_ends_the_job(cluster, plan_of):
     made = tree(cluster, plan_of)
     started(made, 0, 2)[1].leave("error", "no room")
     assert "left (error: no room)" in made.stop_action.text
+
+
+# ---- what comes from the server above
+
+
+def aggregator(cluster, plan_of, branches="2,3", **settings):
+    return tree(cluster, plan_of, branches, is_root=False, **settings)
+
+
+def test_an_aggregator_takes_a_part_of_the_jobs_ranks(cluster, plan_of):
+    made = aggregator(cluster, plan_of)
+    assert not made.connect(3).join().errors
+    assert made.connect(1).join().errors
+
+
+def test_whoever_pulled_gets_weights_once_the_server_above_has_some(cluster, plan_of):
+    made = aggregator(cluster, plan_of)
+    made.connect(2).join().pull()
+    assert not made.of(SendFull)
+    made.handle(WeightsAbove())
+    made.handle(WeightsAbove())
+    assert [action.peers for action in made.of(SendFull)] == [(made.world.members[2].peer,)]
+    assert made.state.snapshot(made.now_s).status == "running"
+
+
+def held(cluster, plan_of):
+    """An aggregator whose children have said all of round 0; nothing has come from above."""
+    made = aggregator(cluster, plan_of)
+    children = [made.connect(rank).join(lineage=rank) for rank in (2, 3)]
+    for child in children:
+        child.pull()
+    made.handle(WeightsAbove())
+    made.hold_reductions = True
+    for child in children:
+        child.push_all()
+    return made, children
+
+
+def test_children_hear_what_the_servers_above_wait_for(cluster, plan_of):
+    made, children = held(cluster, plan_of)
+    made.handle(WaitsAbove("waiting above for rank 0"))
+    assert made.state.snapshot(made.now_s).text == "waiting above for rank 0"
+    assert children[0].beat().text == "waiting above for rank 0"
+
+
+def test_a_shard_that_comes_whole_goes_on_whole_and_is_repeated_whole(cluster, plan_of):
+    made, children = held(cluster, plan_of)
+    for action in made.held:
+        event = ShardReduced(action.round, action.shard, b"first", 0.0, (b"second", b"third"))
+        made.handle(event)
+    assert made.version == 1
+    news = made.of(Broadcast)
+    assert [one.frames for one in news] == [(b"first", b"second", b"third")] * 2
+    assert [one.shards for one in news] == [(0, 0, 0), (1, 1, 1)]
+    before = len(news)
+    children[0].pull(0)
+    [again] = made.of(Broadcast)[before:]
+    assert again.shards == (0, 0, 0, 1, 1, 1)
+
+
+def test_the_end_above_ends_an_aggregator(cluster, plan_of):
+    made, children = held(cluster, plan_of)
+    made.handle(EndedAbove(75, "the server ended the job"))
+    assert made.stop_action.exit_code == 75
+    assert children[0].take(Bye)[0].text == "the server ended the job"
