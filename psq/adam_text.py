@@ -14,7 +14,7 @@ from typing import Any, Final, get_args
 
 from psq.errors import ConfigError
 from psq.recipe import AdamConfig, EpsPlacement, Recipe
-from psq.schedules import parse_schedule, schedule_text
+from psq.schedules import Schedule, parse_schedule, schedule_text
 
 __all__ = ["missing_in_torch", "parse_adam", "with_adam_text"]
 
@@ -90,11 +90,19 @@ def _value(name: str, kind: Any, text: str) -> Any:
     elif kind is float:
         expected, value = "a number", _number(text)
     else:
-        expected, value = _SCHEDULE, parse_schedule(text)
+        expected, value = _SCHEDULE, _schedule(name, text)
     if value is None:
         msg = f"adam: {name}: expected {expected}, got {text!r}"
         raise ConfigError(msg)
     return value
+
+
+def _schedule(name: str, text: str) -> Schedule | None:
+    try:
+        return parse_schedule(text)
+    except ConfigError as error:
+        msg = f"adam: {name}: got {text!r}: {error}"
+        raise ConfigError(msg) from None
 
 
 def _number(text: str) -> float | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from psq.catalogue import CATALOGUE
 from psq.errors import ConfigError
@@ -39,6 +39,8 @@ __all__ = [
     "parts",
     "register",
 ]
+
+EntryT = TypeVar("EntryT")
 
 GROUPS: Final[Mapping[str, str]] = {
     "direction": "psq.directions",
@@ -126,7 +128,7 @@ def entry_names(group: str) -> tuple[str, ...]:
     return tuple(sorted({point.name for point in entry_points(group=group)}))
 
 
-def entry(group: str, name: str, expected: type) -> tuple[Any, str] | None:
+def entry(group: str, name: str, expected: type[EntryT]) -> tuple[EntryT, str] | None:
     """What an entry point stands for, and the package that brings it; None where there is none.
 
     Raises:

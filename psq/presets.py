@@ -1,90 +1,80 @@
-"""The recipes that have names."""
+"""The recipes that have names: psq's own, and those that other packages bring.
+
+A package brings one by an entry point in the group psq.recipes, whose name is the recipe's and
+whose object is a `Preset`. It is imported when someone first asks for it. Only the value travels:
+a server needs the parts of a recipe, not its name.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
 
+from psq.adam_presets import ADAM_PRESETS
+from psq.adam_text import with_adam_text
+from psq.config import WorkerConfig
 from psq.errors import ConfigError
-from psq.recipe import AdamConfig, Apply, Direction, Downlink, Recipe, Uplink
+from psq.parts import entry, entry_names
+from psq.preset import Preset
+from psq.recipe import AdamConfig, Recipe
+from psq.sgd_presets import SGD_PRESETS
 
-__all__ = ["PRESETS", "preset"]
+__all__ = ["PRESETS", "RECIPES_GROUP", "Preset", "asked_recipe", "find_preset", "names", "preset"]
 
-
-def _server_adam(adam: AdamConfig) -> Recipe:
-    return Recipe(
-        "server-adam",
-        Direction("gradient"),
-        Uplink("lloyd-max:bits=4,block=256"),
-        Apply("adam", adam),
-        Downlink("delta", "lloyd-max:bits=3"),
-    )
+RECIPES_GROUP: Final = "psq.recipes"
+PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
+    {each.name: each for each in (*ADAM_PRESETS, *SGD_PRESETS)}
+)
 
 
-def _qadam(adam: AdamConfig) -> Recipe:
-    return Recipe(
-        "qadam",
-        Direction("adam", adam),
-        Uplink("log:k=2"),
-        Apply("add"),
-        Downlink("weights", "uniform:bits=8", error_feedback=False),
-    )
+def names() -> tuple[str, ...]:
+    """The names of all recipes, psq's own first; nothing is imported for it."""
+    return tuple(dict.fromkeys([*PRESETS, *entry_names(RECIPES_GROUP)]))
 
 
-def _qadam_1bit(adam: AdamConfig) -> Recipe:
-    corrected = dataclasses.replace(adam, variance_correction=True)
-    return Recipe(
-        "qadam-1bit",
-        Direction("adam", corrected),
-        Uplink("sign:norm=l2"),
-        Apply("add"),
-        Downlink("delta", "sign:norm=l2"),
-    )
-
-
-def _local_adam(adam: AdamConfig) -> Recipe:
-    one_bit = _qadam_1bit(adam)
-    return dataclasses.replace(one_bit, name="local-adam").with_rhythm(local_steps=8)
-
-
-def _efficient_adam(adam: AdamConfig) -> Recipe:
-    return Recipe(
-        "efficient-adam",
-        Direction("adam", adam),
-        Uplink("log:k=2"),
-        Apply("add"),
-        Downlink("delta", "log:k=2"),
-    )
-
-
-def _fp32(adam: AdamConfig) -> Recipe:
-    return Recipe(
-        "fp32",
-        Direction("gradient"),
-        Uplink("fp32", error_feedback=False),
-        Apply("adam", adam),
-        Downlink("weights", "fp32", error_feedback=False),
-    )
-
-
-PRESETS = {
-    "server-adam": _server_adam,
-    "qadam": _qadam,
-    "qadam-1bit": _qadam_1bit,
-    "local-adam": _local_adam,
-    "efficient-adam": _efficient_adam,
-    "fp32": _fp32,
-}
-
-
-def preset(name: str, adam: AdamConfig | None = None) -> Recipe:
-    """One of PRESETS by name.
+def find_preset(name: str) -> Preset:
+    """A recipe by its name, with what is to be known of it.
 
     Raises:
         ConfigError: no such recipe; the message lists what exists.
     """
-    try:
-        make = PRESETS[name]
-    except KeyError:
-        msg = f"no recipe {name!r}; there are: {', '.join(PRESETS)}"
-        raise ConfigError(msg) from None
-    return make(adam or AdamConfig())
+    if name in PRESETS:
+        return PRESETS[name]
+    found = entry(RECIPES_GROUP, name, Preset)
+    if found is None:
+        msg = f"no recipe {name!r}; there are: {', '.join(names())}"
+        raise ConfigError(msg)
+    made, package = found
+    return dataclasses.replace(made, package=package)
+
+
+def preset(name: str, adam: AdamConfig | None = None) -> Recipe:
+    """A recipe by its name.
+
+    Raises:
+        ConfigError: no such recipe, which the message lists, or it has no Adam to give settings to.
+    """
+    made = find_preset(name).make(adam or AdamConfig())
+    if adam is not None and made.adam is None:
+        msg = f"recipe {name!r} has no Adam: there is nothing to set"
+        raise ConfigError(msg)
+    return made
+
+
+def asked_recipe(told: WorkerConfig, adam: AdamConfig | None = None) -> Recipe:
+    """What a worker makes of its settings.
+
+    Args:
+        told: the settings.
+        adam: Adam's, where they are given as a value and not as a text.
+
+    Raises:
+        ConfigError: no such recipe, or it cannot be what the settings ask for.
+    """
+    recipe = preset(told.recipe, adam).with_options(*told.changes)
+    if adam is None:
+        recipe = with_adam_text(recipe, told.adam)
+    recipe = recipe.with_codecs(uplink=told.uplink, downlink=told.downlink)
+    return recipe.with_rhythm(local_steps=told.local_steps, every=told.every)

@@ -224,7 +224,7 @@ def _named_value(schedule: Named, t: int) -> float:
 
 def _function_of(name: str) -> ScheduleFunction:
     if name not in _REGISTERED:
-        found = entry(SCHEDULES_GROUP, name, Callable)  # type: ignore[arg-type]
+        found = entry(SCHEDULES_GROUP, name, object)
         if found is None:
             there = ", ".join(sorted({*_FAMILIES, *_REGISTERED, *entry_names(SCHEDULES_GROUP)}))
             msg = (
@@ -232,7 +232,11 @@ def _function_of(name: str) -> ScheduleFunction:
                 f"of the job, or install the package that brings it ({SCHEDULES_GROUP})"
             )
             raise ConfigError(msg)
-        _REGISTERED[name] = found[0]
+        function, package = found
+        if not callable(function):
+            msg = f"schedule {name!r} of the package {package} is no function: {function!r:.80}"
+            raise ConfigError(msg)
+        _REGISTERED[name] = function
     return _REGISTERED[name]
 
 

@@ -26,7 +26,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import click
 
-from psq.config.setting import Setting, settings_of
+from psq.config.setting import SPACE, Setting, settings_of
 from psq.config.sources import CONFIG_ENV, Given
 from psq.errors import EXIT_USAGE, PsqError
 
@@ -64,7 +64,7 @@ def options(
     def decorate(function: FunctionT) -> FunctionT:
         @functools.wraps(function)
         def command(*, config: str | None, **params: Any) -> Any:
-            values = {key: params.pop(key) for key in chosen}
+            values = {key: _typed(chosen[key], params.pop(key)) for key in chosen}
             typed = {key: value for key, value in values.items() if value is not None}
             return function(given=Given(typed, config), **params)
 
@@ -114,6 +114,13 @@ def _wants_traceback(words: Sequence[str]) -> bool:
     return "--debug" in words or bool(os.environ.get(DEBUG_ENV))
 
 
+def _typed(item: Setting, value: Any) -> Any:
+    """What was typed for a setting, None for nothing; of a repeated flag, all as one text."""
+    if not item.repeat:
+        return value
+    return SPACE.join(value) if value else None
+
+
 def _option(item: Setting, default: Any) -> Callable[[Any], Any]:
     names = [item.key, item.flag, *([item.short] if item.short else [])]
     text = f"{item.help[0].upper()}{item.help[1:]}."
@@ -122,5 +129,10 @@ def _option(item: Setting, default: Any) -> Callable[[Any], Any]:
         return click.option(*names, default=None, help=f"{text}  [{item.env}]")
     shown = "" if default is None else f"{default:g}; " if item.kind is float else f"{default}; "
     return click.option(
-        *names, default=None, type=str, metavar=item.metavar, help=f"{text}  [{shown}{item.env}]"
+        *names,
+        default=None,
+        type=str,
+        multiple=item.repeat,
+        metavar=item.metavar,
+        help=f"{text}  [{shown}{item.env}]",
     )

@@ -135,8 +135,16 @@ class WorkerConfig:
     )
     recipe: str = setting(
         DEFAULT_RECIPE,
-        "the algorithm: server-adam, qadam, qadam-1bit, local-adam, efficient-adam or fp32",
+        "the algorithm, such as server-adam, qadam-1bit or fp32; psq recipes lists them all",
         metavar="NAME",
+    )
+    options: str | None = setting(
+        None,
+        "an option or another kind of a part of the recipe, as in aggregate.f=2 or aggregate=krum; "
+        "may be given several times; psq recipes NAME lists what there is",
+        key="with",
+        metavar="SLOT.OPTION=VALUE",
+        repeat=True,
     )
     uplink: str | None = setting(
         None,
@@ -240,6 +248,11 @@ class WorkerConfig:
     def endpoints(self) -> tuple[str, ...]:
         """The servers' addresses; a server's number in the job is its place here."""
         return _endpoints(self.connect)
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What `options` says, one by one."""
+        return tuple((self.options or "").split())
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@
 declares `--lease`, `PSQ_LEASE`, `lease =` in the TOML table, the unit (the field's last word), the
 default and the check, once. `settings_of` turns such a dataclass into `Setting` values;
 `psq.config.sources` and `psq.config.options` read nothing else. A setting with `many` is a list
-that a flag or a variable writes with commas; a TOML file and code may say it as a list. One typed
+that a flag or a variable writes with commas; a TOML file and code may say it as a list. One with
+`repeat` is a list whose flag is given again for each; a variable writes spaces. One typed
 `int | Literal["auto"]` takes the word in place of a number. This module never reads the
 environment, a file or the command line.
 """
@@ -28,6 +29,7 @@ ENV_PREFIX: Final = "PSQ_"
 MAX_TEXT_CHARS: Final = 4096
 MAX_LIST_CHARS: Final = 65_536
 COMMA: Final = ","
+SPACE: Final = " "
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"0", "false", "no", "off"})
 _METAVARS: Final = {str: "TEXT", int: "N", float: "X", bool: ""}
@@ -45,6 +47,7 @@ class _Meta:
     above: float | None
     high: float | None
     many: bool
+    repeat: bool
     cluster: tuple[str, ...]
 
 
@@ -61,6 +64,7 @@ class Setting:
         optional: None is allowed and means "not set".
         low, above, high: the range: low <= value <= high, value > above; None is no limit.
         many: a text of several parts with commas between them; a list of them will do too.
+        repeat: the same with spaces between them, and the flag may be given several times.
         cluster: torchrun's and Slurm's variables that say the same, in order of preference.
     """
 
@@ -78,6 +82,7 @@ class Setting:
     above: float | None
     high: float | None
     many: bool
+    repeat: bool
     cluster: tuple[str, ...]
 
     @property
@@ -133,8 +138,9 @@ class Setting:
             return value
         if self.kind is float and type(value) is int:
             value = float(value)
-        if self.many and isinstance(value, list | tuple) and all(type(v) is str for v in value):
-            value = COMMA.join(value)
+        several = (self.many or self.repeat) and isinstance(value, list | tuple)
+        if several and all(type(v) is str for v in value):
+            value = (COMMA if self.many else SPACE).join(value)
         if type(value) is not self.kind or not self._in_range(value):
             raise ValueError(self.complaint(value))
         return value
@@ -147,7 +153,9 @@ class Setting:
         if self.choices:
             return value in self.choices
         if isinstance(value, str):
-            return 0 < len(value) <= (MAX_LIST_CHARS if self.many else MAX_TEXT_CHARS)
+            return (
+                0 < len(value) <= (MAX_LIST_CHARS if self.many or self.repeat else MAX_TEXT_CHARS)
+            )
         if isinstance(value, bool):
             return True
         return (
@@ -169,6 +177,7 @@ def setting(  # noqa: PLR0913 - one keyword for each thing that can be said of a
     above: float | None = None,
     high: float | None = None,
     many: bool = False,
+    repeat: bool = False,
     cluster: tuple[str, ...] = (),
 ) -> Any:
     """A dataclass field that is also a flag, a variable and a TOML key.
@@ -183,9 +192,10 @@ def setting(  # noqa: PLR0913 - one keyword for each thing that can be said of a
         above: a number must be larger than this.
         high: largest number allowed.
         many: several texts, with commas between them or as a list.
+        repeat: several texts, with spaces between them, as a list, or one for each flag.
         cluster: variables of torchrun and Slurm that say the same.
     """
-    meta = _Meta(help, key, short, metavar, low, above, high, many, cluster)
+    meta = _Meta(help, key, short, metavar, low, above, high, many, repeat, cluster)
     return dataclasses.field(default=default, metadata={"setting": meta})
 
 
@@ -243,6 +253,7 @@ def _describe(field: dataclasses.Field[Any], hint: Any) -> Setting:
         above=meta.above,
         high=meta.high,
         many=meta.many,
+        repeat=meta.repeat,
         cluster=meta.cluster,
     )
 

@@ -62,7 +62,7 @@ def test_what_is_not_named_stays_as_the_recipe_has_it():
         ("eps=small", "eps: expected a number, got 'small'"),
         ("amsgrad=1", "amsgrad: expected true or false, got '1'"),
         ("eps_placement=above", "expected one of outside, inside, initial, got 'above'"),
-        ("beta=power:1", "beta: expected a number, power:VALUE:EXPONENT or one-minus"),
+        ("beta=power:1", "beta: expected a number, power:VALUE:EXPONENT, one-minus"),
         ("beta=power:0.9:x", "got 'power:0.9:x'"),
         ("beta=power:0.9:1:2", "got 'power:0.9:1:2'"),
         ("beta=linear:0.9:1", "got 'linear:0.9:1'"),

@@ -5,13 +5,13 @@ Imports numpy with the codecs, never torch.
 
 from __future__ import annotations
 
-from psq.adam_text import missing_in_torch, with_adam_text
+from psq.adam_text import missing_in_torch
 from psq.clock import parse_consistency
 from psq.codec import get_codec
 from psq.config import WorkerConfig
 from psq.errors import ConfigError
 from psq.plan import Plan
-from psq.presets import preset
+from psq.presets import asked_recipe
 from psq.recipe import Recipe
 
 __all__ = ["check_comparison", "check_job", "recipe_of"]
@@ -24,12 +24,11 @@ def recipe_of(told: WorkerConfig) -> Recipe:
         ConfigError: no such recipe, codec or consistency, or no such Adam settings for it; the
             message lists what there is.
     """
-    recipe = preset(told.recipe).with_codecs(uplink=told.uplink, downlink=told.downlink)
-    recipe = recipe.with_rhythm(local_steps=told.local_steps, every=told.every)
+    recipe = asked_recipe(told)
     get_codec(recipe.uplink.codec)
     get_codec(recipe.downlink.codec)
     parse_consistency(told.consistency)
-    return with_adam_text(recipe, told.adam)
+    return recipe
 
 
 def check_job(told: WorkerConfig) -> None:
