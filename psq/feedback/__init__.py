@@ -31,8 +31,10 @@ Weight decay acts where the direction is formed: here for Adam on the worker, el
 
 The units of the residual may change. Where the server's step is the learning rate times something
 linear in the messages (SGD), the residual is rescaled when the rate changes, e <- e rate_before /
-rate_now, so that what it still holds has the weight of its own step (after Zheng 2019); a rate of 0
-changes nothing. Server-side Adam does not weigh by the rate alone, and nothing is rescaled there.
+rate_now, so that what it still holds has the weight of its own step (after Zheng 2019). With a rate
+of 0, as at the start of a warm-up, the message counts for nothing and the residual is left alone:
+sum rate d + rate e is sum rate c. Where the server has Adam or a rate of its own, nothing of this
+is done.
 Where all nodes hold a unit for each value and change it (`ApplyRule.rescale`), `rescale` follows.
 """
 

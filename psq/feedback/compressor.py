@@ -8,7 +8,6 @@ scratch: the rule writes the message there, the codec reads it.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
@@ -20,7 +19,7 @@ from psq import kernels
 from psq.codec import ShardCodec
 from psq.errors import ConfigError, UsageError
 from psq.feedback.payloads import Payloads
-from psq.feedback.residual import Residuals, ResidualType
+from psq.feedback.residual import Rates, Residuals, ResidualType
 from psq.kernels import Buffer, Floats, Residual, WorkerStep
 from psq.kernels.reference import clear_finite
 from psq.layout import Shard
@@ -68,9 +67,10 @@ class Compressor:
         self._told = [False] * len(layout.shards)
         choice = self._payloads.choice
         self._state |= {f"choice.{name}": array for name, array in choice.state_arrays().items()}
-        self._rates: NDArray[np.float64] | None = None
+        self._rates: Rates | None = None
         if self._residuals is not None and is_linear(recipe):
-            self._rates = self._state["rates"] = np.zeros(len(layout.shards))
+            self._rates = Rates(self._residuals, len(layout.shards))
+            self._state["rates"] = self._rates.array
         self._local_steps = recipe.direction.local_steps
         self._adams: list[Adam] | None = None
         self._rule: DirectionRule | None = None
@@ -182,17 +182,18 @@ class Compressor:
         direction or a codec that changes, some passes over a shard of scratch.
         """
         lr *= self._factors[shard]
-        if self._rates is not None:
-            self._follow_rate(shard, gradients, lr)
-        index = 0
+        index, takes_part = 0, self._follow_rate(shard, gradients, lr)
         if self._rule is not None:
             round_t = self._round(shard, t)
             self._direct(self._rule, shard, gradients, lr, round_t, weights, shared, clear=clear)
-            index = self._say(self._rule, shard, round_t, payload)
+            index = self._say(self._rule, shard, round_t, payload, takes_part=takes_part)
         elif self._adams is None:
             seed = self._payloads.seed(shard, self._steps[shard])
-            codec, residual = self._payloads.codecs(shard)[0], self._residual_of(shard)
+            residual = self._residual_of(shard) if takes_part else None
+            codec = self._payloads.codecs(shard)[0]
             codec.encode_segments(gradients, residual, payload, seed=seed, clear=clear)
+            if self._rates is not None:
+                self._payloads.note(shard, has_residual=takes_part)
         else:
             self._step(shard, gradients, lr, payload, weights, clear=clear)
         self._steps[shard] += 1
@@ -210,8 +211,8 @@ class Compressor:
     ) -> None:
         """Take a step that says nothing: its direction waits in the residual.
 
-        A direction that does not use the residual in this round (`shared`, in a refresh) has
-        nowhere to wait: the step is lost, as it would be without error feedback.
+        Where the residual takes no part (`shared` in a refresh; a rate of 0 outside the message) it
+        has nowhere to wait: the step is lost, as it would be without error feedback.
 
         Args:
             shard: its index.
@@ -228,15 +229,14 @@ class Compressor:
         """
         residuals = self._check_can_wait()
         lr *= self._factors[shard]
-        if self._rates is not None:
-            self._follow_rate(shard, gradients, lr)
-        if self._rule is None:
-            self._step(shard, gradients, lr, None, weights)
-        else:
+        takes_part = self._follow_rate(shard, gradients, lr)
+        if self._rule is not None:
             round_t = self._round(shard, t)
             self._direct(self._rule, shard, gradients, lr, round_t, weights, shared)
-            if self._rule.uses_residual(round_t):
+            if takes_part and self._rule.uses_residual(round_t):
                 residuals.add(shard, self._message(shard))
+        elif takes_part:
+            self._step(shard, gradients, lr, None, weights)
         self._steps[shard] += 1
 
     def descend(self, shard: int, gradients: Segments, lr: float, weights: Segments) -> None:
@@ -407,9 +407,12 @@ class Compressor:
             for said in gradients:
                 clear_finite(said)
 
-    def _say(self, rule: DirectionRule, shard: int, t: int, payload: Buffer) -> int:
+    def _say(
+        self, rule: DirectionRule, shard: int, t: int, payload: Buffer, *, takes_part: bool
+    ) -> int:
         """Encode the message in scratch, and tell the rule what it became."""
-        index = self._encode(shard, t, payload, uses_residual=rule.uses_residual(t))
+        uses_residual = takes_part and rule.uses_residual(t)
+        index = self._encode(shard, t, payload, uses_residual=uses_residual)
         self._told[shard] = rule.wants_said and self._payloads.is_finite(shard, payload)
         if self._told[shard]:
             message = self._message(shard)
@@ -428,17 +431,12 @@ class Compressor:
 
     # ---- rates and residuals
 
-    def _follow_rate(self, shard: int, gradients: Segments, lr: float) -> None:
-        """Let what waits keep the weight of its own step when the learning rate changes."""
-        rates = self._rates
-        if rates is None or not (math.isfinite(lr) and lr > 0.0):
-            return
+    def _follow_rate(self, shard: int, gradients: Segments, lr: float) -> bool:
+        """Whether the residual takes part in a step of this rate; see `Rates`."""
+        if self._rates is None:
+            return True
         _check_segments(self._shards[shard], gradients)  # before anything changes
-        before = float(rates[shard])
-        if self._residuals is not None and before not in {0.0, lr}:
-            with np.errstate(over="ignore"):
-                self._residuals.scale(shard, np.float32(before / lr))
-        rates[shard] = lr
+        return self._rates.follow(shard, lr)
 
     def _round(self, shard: int, t: int | None) -> int:
         return self._steps[shard] + 1 if t is None else t

@@ -55,6 +55,7 @@ class Payloads:
         ]
         self._last = [_Last(codecs[0], residuals is not None) for codecs in self._codecs]
         self.choice: Final = make_choice(plan.recipe.uplink, layout)
+        self.choice.bind(self._codecs)
 
     def codecs(self, shard: int) -> tuple[ShardCodec, ...]:
         """All that a shard may be said in, the default first."""
@@ -90,7 +91,7 @@ class Payloads:
         codecs, residuals = self._codecs[shard], self._residuals if uses_residual else None
         index = 0
         if len(codecs) > 1:
-            index = self.choice.choose(shard, t, _norm_of(message, residuals, shard))
+            index = self.choice.choose(shard, t, self._norm_of(shard, message, residuals))
         codec, seed = codecs[index], self.seed(shard, step)
         target = memoryview(payload)[: codec.nbytes]
         if residuals is None:
@@ -99,6 +100,10 @@ class Payloads:
             codec.encode_ef(message, residuals.of(shard), target, seed=seed)
         self._last[shard] = _Last(codec, residuals is not None)
         return index
+
+    def note(self, shard: int, *, has_residual: bool) -> None:
+        """Remember of a payload in the default codec, written elsewhere, how it was made."""
+        self._last[shard] = _Last(self._codecs[shard][0], has_residual)
 
     def is_finite(self, shard: int, payload: Buffer) -> bool:
         """Whether a shard's last payload says no NaN or Inf. Cost: one read of the scales."""
@@ -135,14 +140,15 @@ class Payloads:
         residuals.add(shard, said)
         return True
 
+    def _norm_of(
+        self, shard: int, message: Floats, residuals: Residuals | None
+    ) -> Callable[[], float]:
+        """The norm of what is to be said, as the choice measures it, when it is asked for."""
 
-def _norm_of(message: Floats, residuals: Residuals | None, shard: int) -> Callable[[], float]:
-    """The L2 norm of what is to be said, in float64, computed when it is asked for."""
+        def norm() -> float:
+            if residuals is None:
+                return self.choice.measure(shard, message)
+            with np.errstate(all="ignore"):  # the payload will tell
+                return self.choice.measure(shard, message + residuals.values(shard))
 
-    def norm() -> float:
-        said = message.astype(np.float64)
-        if residuals is not None:
-            np.add(said, residuals.values(shard), out=said)
-        return float(np.sqrt(np.sum(np.square(said))))
-
-    return norm
+        return norm

@@ -1,23 +1,27 @@
 """What is still to be said: one value for each parameter, in f32 or bf16.
 
-No value that is not finite ever enters it.
+No value that is not finite ever enters it. Where the server's step is the learning rate times what
+was said, what waits has a weight, that of its own step: it is in units of a rate, and `Rates` keeps
+it so when the rate changes.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from psq import kernels
 from psq.codec import get_codec
-from psq.errors import ConfigError
+from psq.errors import ConfigError, UsageError
 from psq.kernels import Floats, Residual, WorkerStep
 from psq.kernels.quantizers import quantize_bf16
 from psq.kernels.reference import expand
 from psq.layout import Layout
 
-__all__ = ["ResidualType", "Residuals"]
+__all__ = ["Rates", "ResidualType", "Residuals"]
 
 ResidualType: TypeAlias = Literal["f32", "bf16"]
 _DTYPES: Final[dict[str, Any]] = {"f32": np.float32, "bf16": np.uint16}
@@ -69,3 +73,37 @@ class Residuals:
             product = expand(residual) * factor
             product[~np.isfinite(product)] = 0.0
             residual[:] = product if residual.dtype == np.float32 else quantize_bf16(product)[0]
+
+
+class Rates:
+    """The learning rates that the shards' residuals are in units of.
+
+    Attributes:
+        array: f64[shards]; 0: nothing waits yet.
+    """
+
+    def __init__(self, residuals: Residuals, shards: int) -> None:
+        self.array: NDArray[np.float64] = np.zeros(shards)
+        self._residuals = residuals
+
+    def follow(self, shard: int, lr: float) -> bool:
+        """Bring a shard's residual to this step's rate.
+
+        Returns:
+            Whether it takes part in this step: one with the rate 0 moves nothing, so what waits
+            goes on waiting, and nothing comes to it.
+
+        Raises:
+            UsageError: the rate is negative or not finite.
+        """
+        if not (math.isfinite(lr) and lr >= 0.0):
+            msg = f"the learning rate must be a finite number >= 0, got {lr!r}"
+            raise UsageError(msg)
+        before = float(self.array[shard])
+        if lr == 0.0:
+            return False
+        if before not in {0.0, lr}:
+            with np.errstate(over="ignore"):
+                self._residuals.scale(shard, np.float32(before / lr))
+        self.array[shard] = lr
+        return True

@@ -98,13 +98,25 @@ class ChoiceRule:
         self.codecs = tuple(codecs)
         self.layout = layout
 
+    def bind(self, codecs: Sequence[Sequence[ShardCodec]]) -> None:
+        """Learn what each shard may be written in: called once, where messages are written.
+
+        Raises:
+            ConfigError: it cannot choose from these.
+        """
+
+    def measure(self, shard: int, message: Floats) -> float:
+        """The norm by which it chooses: L2. message: f32[shard.numel]."""
+        del shard
+        return float(np.sqrt(np.sum(np.square(message, dtype=np.float64))))
+
     def choose(self, shard: int, t: int, norm: Callable[[], float]) -> int:
         """The number of the codec for a shard in round t.
 
         Args:
             shard: its index.
             t: the round, from 1.
-            norm: the L2 norm of what is to be said, computed when it is called.
+            norm: what `measure` says of what is to be said, computed when it is called.
         """
         del shard, t, norm
         return 0
@@ -348,6 +360,7 @@ class ApplyRule(_Rule):
         whole: it takes whole rounds, by tensor: `step_whole` instead of `write`.
         counts_absent: a rank that says nothing has said zero: the aggregate comes multiplied by
             contributors / world_size.
+        keeps_weights: the server's weights move as the workers' do, so that it can give them away.
 
     Args:
         options: of the part, complete.
@@ -360,6 +373,7 @@ class ApplyRule(_Rule):
 
     whole: ClassVar[bool] = False
     counts_absent: ClassVar[bool] = False
+    keeps_weights: ClassVar[bool] = True
 
     def __init__(  # noqa: PLR0913 - all that an apply may depend on
         self,

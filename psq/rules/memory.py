@@ -5,6 +5,10 @@
 h is the sum of all this worker has said, and the server keeps the mean of all h: nothing else has
 to be remembered of what a codec left out. What was not applied is taken out of h again; rounding
 then leaves h within an ulp of the larger of h and d.
+
+Both sides' h are one state in two places. A worker that comes back without its own, or with an
+older one, leaves the server's mean off by what it has forgotten, for good: such a job has to start
+again from a checkpoint of all.
 """
 
 from __future__ import annotations
