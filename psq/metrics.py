@@ -48,6 +48,7 @@ class Totals:
         version: of the weights held now; -1 before the first.
         pushes: contributions (worker) or shards (server) by outcome.
         skipped: contributions of nothing, because a gradient was not finite.
+        rejected: contributions that did not count, or not wholly, by rank and kind of reason.
         workers: how many ranks are in each state.
         waiting_s: how long the present wait has lasted; 0 when nobody is waited for.
         staleness_steps: how many rounds behind the newest known weights the ones in use are.
@@ -60,6 +61,7 @@ class Totals:
     version: int = -1
     pushes: Mapping[str, int] = field(default_factory=dict)
     skipped: int = 0
+    rejected: Mapping[tuple[int, str], int] = field(default_factory=dict)
     workers: Mapping[str, int] = field(default_factory=dict)
     waiting_s: float = 0.0
     staleness_steps: int = 0
@@ -168,6 +170,14 @@ def _families(build: Mapping[str, str], totals: Totals) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "psq_skipped", "Contributions of nothing: gradient not finite", totals.skipped
     )
+    rejected = CounterMetricFamily(
+        "psq_rejected",
+        "Contributions that did not count, or not wholly",
+        labels=["rank", "reason"],
+    )
+    for (rank, kind), count in sorted(totals.rejected.items()):
+        rejected.add_metric([str(rank), kind], count)
+    yield rejected
     workers = GaugeMetricFamily("psq_workers", "Ranks by state", labels=["state"])
     for state, count in totals.workers.items():
         workers.add_metric([state], count)

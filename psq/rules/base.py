@@ -360,7 +360,6 @@ class ApplyRule(_Rule):
         whole: it takes whole rounds, by tensor: `step_whole` instead of `write`.
         counts_absent: a rank that says nothing has said zero: the aggregate comes multiplied by
             contributors / world_size.
-        keeps_weights: the server's weights move as the workers' do, so that it can give them away.
 
     Args:
         options: of the part, complete.
@@ -373,7 +372,6 @@ class ApplyRule(_Rule):
 
     whole: ClassVar[bool] = False
     counts_absent: ClassVar[bool] = False
-    keeps_weights: ClassVar[bool] = True
 
     def __init__(  # noqa: PLR0913 - all that an apply may depend on
         self,

@@ -1,4 +1,4 @@
-"""`/metrics` and `/healthz` over HTTP, on loopback unless told otherwise.
+"""`/metrics`, `/healthz` and `/status` over HTTP, on loopback unless told otherwise.
 
 A scrape never touches the training thread: pages are made from numbers that it leaves lying. A
 client has a few seconds altogether, and a few are served at once; the rest are closed. No client
@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Final
 
 from psq.errors import ConfigError
 from psq_server.page import OK, UNAVAILABLE, Page, Pages
 
-__all__ = ["Health", "HealthServer", "health_page"]
+__all__ = ["Health", "HealthServer", "by_rank", "health_page", "status_page"]
 
 BACKLOG: Final = 16
 POLL_S: Final = 0.25
@@ -47,6 +48,30 @@ def health_page(health: Health) -> Page:
     """The health as JSON; 503 when nothing will happen before somebody comes back."""
     bad = health.status in {"stalled", "stuck", "stopping"}
     return Page(json.dumps(asdict(health)).encode() + b"\n", JSON_TYPE, UNAVAILABLE if bad else OK)
+
+
+def status_page(
+    health: Health,
+    workers: Mapping[str, int],
+    pushes: Mapping[str, int],
+    rejected: Mapping[tuple[int, str], int],
+) -> Page:
+    """The health, and what became of the workers' contributions, as JSON; always 200."""
+    told = {
+        **asdict(health),
+        "workers": dict(workers),
+        "pushes": dict(pushes),
+        "rejected": by_rank(rejected),
+    }
+    return Page(json.dumps(told).encode() + b"\n", JSON_TYPE)
+
+
+def by_rank(rejected: Mapping[tuple[int, str], int]) -> dict[str, dict[str, int]]:
+    """What did not count: of each rank, as text, how often for which reason."""
+    told: dict[str, dict[str, int]] = {}
+    for (rank, kind), count in sorted(rejected.items()):
+        told.setdefault(str(rank), {})[kind] = count
+    return told
 
 
 class HealthServer:

@@ -1,26 +1,30 @@
 """The server's arithmetic: a round's payloads in, the weights moved, the answer's payload out.
 
-    g  = mean of the decoded pushes, by ascending rank
-    u  = Adam's step on g (apply "adam"), or g itself (apply "add": the learning rate is inside)
+    a  = aggregate of the decoded pushes, by ascending rank           the mean, if nothing else
+    u  = what the recipe's apply makes of it                          Adam's step, or a itself
 
     downlink "weights"   x <- x - u;  broadcast C(x)               x is exact, workers see C(x)
     downlink "delta"     z = -u + e;  d = C(z);  e <- z - d;  x <- x + d;  broadcast d
+    downlink "mean"      z = a + e;   d = C(z);  e <- z - d;  broadcast d;  everyone: x <- x - u(d)
 
-In "delta" x is, byte for byte, what every worker holds, because each adds the same d; what the
-codec has not said yet is e, and x + e is where the weights would be without a codec in the way.
+In "delta" and "mean" x is, byte for byte, what every worker holds, because each does the same with
+the same d; what the codec has not said yet is e.
 
-All of it is one kernel, `server_step`; this module holds the vectors and says which. State in
-bytes: 4 numel (1 for x; 2 for m and v where the server runs Adam, 3 with AMSGrad; 1 for e where the
-downlink has error feedback), and 4 times the largest shard of scratch. No torch, no clock, no
-socket. The caller guarantees checked payloads (`check`, `check_rate`), and each shard once a round.
+A mean that is added, or that Adam steps on, is one kernel, `server_step`, if all pushes came in one
+codec and count alike; this module holds the vectors and says which. Everything else goes through
+the recipe's rules (`psq.rules`), shard by shard, and gives the same bits where both can. State in
+bytes: 4 numel (1 for x; the vectors of the rules; 1 for e where the downlink has error feedback),
+and 4 times the largest shard of scratch. An apply that takes whole rounds (a server step of the
+user's) has two vectors more from its step to the end of the round. No torch, no clock, no socket.
+The caller guarantees checked payloads (`check`, `check_rate`), and each shard once a round.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,24 +32,48 @@ from numpy.typing import NDArray
 from psq import kernels
 from psq.codec import ShardCodec, get_codec
 from psq.errors import RemotePayloadError, UsageError
-from psq.feedback import SERVER_RANK, stream_seed
 from psq.kernels import AdamCoefficients, Buffer, Floats, ServerStep
 from psq.layout import PART_NUMEL, Layout, Shard, part_count
-from psq.optim import Adam, per_shard
 from psq.plan import Plan
+from psq.rules import Judgement, Said, is_linear, make_aggregate, make_apply, make_choice
+from psq.rules.applies import AdamStep, Add
+from psq.seeds import SERVER_RANK, stream_seed
 from psq_server.slices import slice_name
+from psq_server.state import Pushed
+from psq_server.view import View
 
-__all__ = ["Full", "Reducer"]
+__all__ = ["Answer", "Full", "Reducer"]
 
 NOTHING: Final = np.float32(-0.0)  # unlike +0.0 it changes no bit of what it is added to
+Bytes: TypeAlias = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class Full:
-    """A shard's whole weights, for a worker that has none: bodies in the codec `wire_id`."""
+    """A shard's whole weights, for a worker that has none: bodies in the codec `wire_id`.
+
+    First the parts of the weights, then those of each vector of a rule that all nodes run.
+    """
 
     wire_id: int
-    parts: tuple[NDArray[np.uint8], ...]
+    parts: tuple[Bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a round made of a shard, for everybody.
+
+    Attributes:
+        kind: as the downlink's; "nothing": a mean of no contributions, which has no body.
+        wire_id: the codec of the body; 0 where there is none.
+        body: the payload.
+        rate: what a mean is to be applied with, the pushes' rate; else 0.
+    """
+
+    kind: Literal["weights", "delta", "mean", "nothing"]
+    wire_id: int
+    body: Bytes
+    rate: float = 0.0
 
 
 def _local(plan: Plan) -> Layout:
@@ -71,26 +99,30 @@ class Reducer:
 
     def __init__(self, plan: Plan, *, seed: int = 0) -> None:
         recipe, local = plan.recipe, _local(plan)
-        uplink, downlink = get_codec(recipe.uplink.codec), get_codec(recipe.downlink.codec)
         self._recipe = recipe
+        self._plan = plan
         self._layout = local
-        self._shares = plan.servers > 1
         self._seed = seed
         self._shards = {shard.index: shard for shard in local.shards}
-        self._uplinks = {shard.index: ShardCodec(uplink, shard) for shard in local.shards}
-        self._downlinks = {shard.index: ShardCodec(downlink, shard) for shard in local.shards}
+        self._uplinks = {s.index: _codecs(plan.uplink_codecs(s.index), s) for s in local.shards}
+        self._downlinks = {s.index: _codecs(plan.downlink_codecs(s.index), s) for s in local.shards}
+        self._choice = make_choice(recipe.downlink, local)
+        self._aggregate = make_aggregate(recipe, layout=local, world_size=plan.world_size)
+        self._apply = make_apply(recipe, layout=local, world_size=plan.world_size)
+        self._is_plain_mean = recipe.aggregate.kind == "mean" and recipe.downlink.kind != "mean"
         self._rounds = dict.fromkeys(self._shards, 0)
+        self._moves = dict.fromkeys(self._shards, 0)
         self._missing = {(s.index, p) for s in local.shards for p in range(part_count(s.numel))}
         self._x = np.zeros(local.numel, np.float32)
-        self._state: dict[str, Floats] = {"x": self._x}
+        self._state: dict[str, Floats] = {"x": self._x, **self._apply.state_arrays()}
         self._residual = None
-        if recipe.downlink.kind == "delta" and recipe.downlink.error_feedback:
+        if recipe.downlink.kind != "weights" and recipe.downlink.error_feedback:
             self._residual = self._state["residual"] = np.zeros(local.numel, np.float32)
-        self._adams: dict[int, Adam] | None = None
-        if recipe.apply.adam is not None:
-            adams, moments = per_shard(recipe.apply.adam, local)
-            self._adams = dict(zip(self._shards, adams, strict=True))
-            self._state |= moments
+        self._rates: dict[int, float] = {}
+        """Of each shard, the rate that its residual was left with, where rates are outside it."""
+        self._is_linear = recipe.downlink.kind == "mean" and is_linear(recipe)
+        self._stepped: Floats | None = None
+        """The next weights of all shards, where the apply takes whole rounds."""
         self._scratch = np.empty(max(shard.numel for shard in local.shards), np.float32)
 
     @property
@@ -132,77 +164,118 @@ class Reducer:
         self._missing.discard((shard, part))
 
     def check(self, shard: int, payload: Buffer) -> None:
-        """Whether a worker's payload may be given to `reduce`.
+        """Whether a worker's payload, in the usual codec, may be given to `reduce`.
 
         Raises:
             RemotePayloadError: wrong length, or a scale that is not finite.
         """
-        self._uplinks[shard].check(payload)
+        self._uplinks[shard][0].check(payload)
 
     def check_rate(self, rate: float) -> None:
         """Whether a learning rate a worker asked for may be given to `reduce`.
 
         Raises:
-            RemotePayloadError: the server's Adam needs one and this is negative or not finite.
+            RemotePayloadError: the server's step needs one and this is negative or not finite.
         """
-        if self._adams is not None and not (math.isfinite(rate) and rate >= 0.0):
+        if not isinstance(self._apply, Add) and not (math.isfinite(rate) and rate >= 0.0):
             msg = f"the push asks for the learning rate {rate!r}: it must be finite and >= 0"
             raise RemotePayloadError(msg)
 
-    def payload_nbytes(self, shard: int) -> int:
-        """Exact bytes of a shard's broadcast."""
-        return self._downlinks[shard].nbytes
+    def payload_nbytes(self, shard: int, *, anything: bool = True) -> int:
+        """Exact bytes of the next broadcast of a shard, to which somebody contributed or not."""
+        return self._next_codec(shard).nbytes if anything or not self._is_mean else 0
+
+    def judge(
+        self, number: int, said: Mapping[int, Sequence[Pushed]], lr: float
+    ) -> Mapping[int, Judgement]:
+        """Let the recipe's rules look at a round before any of it is reduced.
+
+        Needed, once a round and before its first `step`, where `recipe.whole`.
+
+        Args:
+            number: the round, from 0: it turns this version into the next one.
+            said: of every shard that the round moves, the contributions by ascending rank, checked.
+            lr: the round's learning rate.
+
+        Returns:
+            Of ranks that it says something of: the weight that replaces theirs, or why nothing of
+            theirs may be given to `step`.
+        """
+        view = View(number + 1, said, codec=self._codec_of, x=self._x_of)
+        judged = dict(self._aggregate.judge(view)) if self._aggregate.whole else {}
+        if self._apply.whole:
+            self._step_whole(view, said, judged, lr)
+        return judged
 
     def reduce(
-        self,
-        shard: int,
-        payloads: Sequence[Buffer],
-        lr: float | None,
-        out: NDArray[np.uint8] | None = None,
-    ) -> NDArray[np.uint8]:
+        self, shard: int, payloads: Sequence[Buffer], lr: float | None, out: Bytes | None = None
+    ) -> Bytes:
+        """One round of one shard, of payloads in the usual codec that count alike; see `step`.
+
+        Returns:
+            The broadcast's body.
+        """
+        usual = self._uplinks[shard][0].codec.wire_id
+        said = [Pushed(rank, memoryview(p), usual) for rank, p in enumerate(payloads)]
+        return self.step(shard, said, lr, out).body
+
+    def step(
+        self, shard: int, said: Sequence[Pushed], lr: float | None, out: Bytes | None = None
+    ) -> Answer:
         """One round of one shard.
 
-        With no payloads (every worker skipped) nothing moves and no state changes; the answer
-        says so: the same weights again, or a delta of zeros.
+        With nothing said (every worker skipped, or was refused) nothing moves and no state changes;
+        the answer says so: the same weights again, a delta of zeros, or "nothing".
 
         Args:
             shard: its index.
-            payloads: the contributions by ascending rank, checked.
-            lr: learning rate of the server's Adam; ignored where the rate is inside the message.
-            out: u8[payload_nbytes(shard)], written; made here when None.
-
-        Returns:
-            The broadcast: `out`, or the array made.
+            said: the contributions by ascending rank, checked, and judged where they need be.
+            lr: learning rate of the server's step; ignored where the rate is inside the message.
+            out: u8[payload_nbytes(shard, anything=bool(said))], written; made here when None.
 
         Raises:
-            UsageError: the server runs Adam and lr is None, negative or not finite.
+            UsageError: the step needs a learning rate, and it is None, negative or not finite.
 
-        Cost: one pass over x, m, v and the residual; of the payloads and the answer, their bytes.
+        Cost: one pass over x, the state and the residual where the kernel does it, some more where
+            rules do; of the payloads and the answer, their bytes.
         """
         if out is None:
-            out = np.empty(self.payload_nbytes(shard), np.uint8)
-        adam = self._adam_numbers(shard, lr) if payloads else None
-        self._rounds[shard] += 1
-        if payloads:
-            kernels.active().server_step(self._server_step(shard, payloads, adam, out))
-        else:
-            self._repeat(shard, out)
-        return out
+            out = np.empty(self.payload_nbytes(shard, anything=bool(said)), np.uint8)
+        downlink = self._next_codec(shard)
+        if not said and self._stepped is None:
+            self._rounds[shard] += 1
+            return self._repeat(shard, downlink, out)
+        rate = self._rate(shard, lr)
+        with np.errstate(over="ignore", invalid="ignore"):  # as in the kernels; workers will tell
+            adam = self._begin(shard, rate)
+            self._rounds[shard] += 1
+            self._moves[shard] += 1
+            if self._is_fused(said):
+                step = self._server_step(shard, said, adam, downlink, out)
+                kernels.active().server_step(step)
+            else:
+                self._compose(shard, said, downlink, out)
+        return self._answer(downlink, out, lr)
 
     def full(self, shard: int) -> Full:
         """A shard's weights as a worker without any needs them: what the others now hold.
 
-        "delta": views of x itself, in parts, to be sent before the next `reduce`; "weights": the
-        last broadcast, made again.
+        "delta" and "mean": views of the vectors themselves, in parts, to be sent before the next
+        `step`; "weights": the last broadcast, made again.
         """
         cut = self._shards[shard]
-        x = self._of(self._x, cut)
         if self._recipe.downlink.kind == "weights":
-            payload = np.empty(self.payload_nbytes(shard), np.uint8)
-            self._downlinks[shard].encode(x, payload, seed=self._stream(shard))
-            return Full(get_codec(self._recipe.downlink.codec).wire_id, (payload,))
+            codec = self._last_codec(shard)
+            payload = np.empty(codec.nbytes, np.uint8)
+            codec.encode(self._of(self._x, cut), payload, seed=self._stream(shard))
+            return Full(codec.codec.wire_id, (payload,))
+        planes = [self._x, *(self._apply.state_arrays().values() if self._is_mean else ())]
         starts = range(0, cut.numel, PART_NUMEL)
-        parts = tuple(x[start : start + PART_NUMEL].view(np.uint8) for start in starts)
+        parts = tuple(
+            self._of(plane, cut)[start : start + PART_NUMEL].view(np.uint8)
+            for plane in planes
+            for start in starts
+        )
         return Full(get_codec("fp32").wire_id, parts)
 
     def weights(self) -> dict[str, Floats]:
@@ -211,7 +284,7 @@ class Reducer:
         Of a server that shares the job with others: what it has of each parameter, flat, by
         `slice_name`.
         """
-        if self._shares:
+        if self._plan.servers > 1:
             return self._slices()
         return {
             tensor.name: self._x[tensor.offset : tensor.offset + tensor.numel].reshape(tensor.shape)
@@ -230,33 +303,71 @@ class Reducer:
         return slices
 
     def state_arrays(self) -> dict[str, Floats]:
-        """x, moments and residual, f32[numel] by name, not copied."""
-        return dict(self._state)
+        """x, the rules' vectors and the residual, f32[numel] by name, not copied."""
+        aggregate = self._aggregate.state_arrays()
+        return self._state | {f"aggregate.{name}": array for name, array in aggregate.items()}
 
-    def _adam_numbers(self, shard: int, lr: float | None) -> AdamCoefficients | None:
-        """Begin the next step of a shard's Adam, where the server has one."""
-        if self._adams is None:
-            return None
-        if lr is None:
-            msg = "the server's Adam needs a learning rate"
+    # ---- how a shard moves
+
+    @property
+    def _is_mean(self) -> bool:
+        return self._recipe.downlink.kind == "mean"
+
+    def _rate(self, shard: int, lr: float | None) -> float:
+        """The rate of a shard in this round.
+
+        Raises:
+            UsageError: there is none, and the apply needs one.
+        """
+        if lr is None and not isinstance(self._apply, Add):
+            msg = f"the server's {self._recipe.apply.kind} needs a learning rate"
             raise UsageError(msg)
-        self._adams[shard].advance(lr)
-        return self._adams[shard].coefficients
+        return (lr or 0.0) * self._plan.rate_of(shard)
+
+    def _begin(self, shard: int, rate: float) -> AdamCoefficients | None:
+        """Begin the apply's next round of a shard; the numbers of the kernel's Adam, if it is one.
+
+        Where everyone runs the rule its rounds are counted by version, for all must agree;
+        otherwise those that move something are.
+        """
+        counts = self._rounds if self._is_mean else self._moves
+        self._apply.advance(shard, counts[shard] + 1, rate)
+        self._rescale_for(shard, rate)
+        return self._apply.coefficients(shard) if isinstance(self._apply, AdamStep) else None
+
+    def _rescale_for(self, shard: int, rate: float) -> None:
+        """Keep what a residual of means is worth when the rate that will meet it changes."""
+        before = self._rates.get(shard, 0.0)
+        if rate > 0.0:
+            self._rates[shard] = rate
+        if self._is_linear and self._residual is not None and 0.0 < before != rate > 0.0:
+            residual = self._of(self._residual, self._shards[shard])
+            np.multiply(residual, np.float32(before / rate), out=residual)
+
+    def _is_fused(self, said: Sequence[Pushed]) -> bool:
+        """Whether the kernel can do this round."""
+        return (
+            bool(said)
+            and self._is_plain_mean
+            and isinstance(self._apply, Add | AdamStep)
+            and all(one.weight == 1 and one.codec == said[0].codec for one in said)
+        )
 
     def _server_step(
         self,
         shard: int,
-        payloads: Sequence[Buffer],
+        said: Sequence[Pushed],
         adam: AdamCoefficients | None,
-        out: NDArray[np.uint8],
+        downlink: ShardCodec,
+        out: Bytes,
     ) -> ServerStep:
-        cut, downlink = self._shards[shard], self._downlinks[shard]
+        cut = self._shards[shard]
         vectors = {name: self._of(array, cut) for name, array in self._state.items()}
         return ServerStep(
-            uplink=self._uplinks[shard].codec.format,
+            uplink=self._codec_of(shard, said[0].codec).codec.format,
             downlink=downlink.codec.format,
             segments=[segment.numel for segment in cut.segments],
-            payloads=payloads,
+            payloads=[one.payload for one in said],
             scratch=self._scratch,
             answer=out,
             delta=self._recipe.downlink.kind == "delta",
@@ -265,14 +376,128 @@ class Reducer:
             **vectors,
         )
 
-    def _repeat(self, shard: int, out: NDArray[np.uint8]) -> None:
-        """Answer a round in which nobody said anything: the weights again, or no change."""
-        codec, x = self._downlinks[shard], self._of(self._x, self._shards[shard])
-        if self._recipe.downlink.kind == "weights":
-            codec.encode(x, out, seed=self._stream(shard))
+    def _compose(
+        self, shard: int, said: Sequence[Pushed], downlink: ShardCodec, out: Bytes
+    ) -> None:
+        """The same by the recipe's rules."""
+        cut = self._shards[shard]
+        x, change = self._of(self._x, cut), self._scratch[: cut.numel]
+        if self._stepped is not None:
+            np.subtract(x, self._of(self._stepped, cut), out=change)
         else:
-            codec.encode(np.full(x.size, NOTHING), out, seed=self._stream(shard))
-            codec.decode_add(out, x)  # as every worker will: of some codecs the answer is +0.0
+            self._combine(shard, said, change)
+        if self._is_mean:
+            self._encode(shard, change, downlink, out)
+            downlink.decode(out, change)
+        if self._stepped is None:
+            self._apply.write(shard, change, x)
+        if self._recipe.downlink.kind == "delta":
+            np.negative(change, out=change)
+            self._encode(shard, change, downlink, out)
+            downlink.decode_add(out, x)
+            return
+        self._move(shard, x, change)
+        if self._recipe.downlink.kind == "weights":
+            downlink.encode(x, out, seed=self._stream(shard))
+        else:
+            self._change_units(shard)
+
+    def _combine(self, shard: int, said: Sequence[Pushed], out: Floats) -> None:
+        """Write the aggregate to out."""
+        messages = [
+            Said(p.rank, self._codec_of(shard, p.codec), p.payload, float(p.weight), p.staleness)
+            for p in said
+        ]
+        self._aggregate.combine(shard, messages, out)
+        if self._apply.counts_absent:
+            share = sum(one.weight for one in messages) / self._plan.world_size
+            np.multiply(out, np.float32(share), out=out)
+
+    def _encode(self, shard: int, values: Floats, codec: ShardCodec, out: Bytes) -> None:
+        """Write an answer, with the residual where it takes part."""
+        seed, residual = self._stream(shard), self._residual
+        if residual is None or not self._apply.uses_residual(shard, self._rounds[shard]):
+            codec.encode(values, out, seed=seed)
+        else:
+            codec.encode_ef(values, self._of(residual, self._shards[shard]), out, seed=seed)
+
+    def _move(self, shard: int, x: Floats, change: Floats) -> None:
+        if self._stepped is None:
+            np.subtract(x, change, out=x)
+        else:
+            x[:] = self._of(self._stepped, self._shards[shard])
+
+    def _change_units(self, shard: int) -> None:
+        factor = self._apply.rescale(shard)
+        if factor is not None and self._residual is not None:
+            residual = self._of(self._residual, self._shards[shard])
+            np.multiply(residual, factor, out=residual)
+
+    def _step_whole(
+        self,
+        view: View,
+        said: Mapping[int, Sequence[Pushed]],
+        judged: Mapping[int, Judgement],
+        lr: float,
+    ) -> None:
+        """Let the apply take a whole round: `_stepped` are the weights that come of it."""
+        means, self._stepped = np.zeros(self._layout.numel, np.float32), None
+        counting = {shard: _counting(pushed, judged) for shard, pushed in said.items()}
+        if not any(counting.values()):
+            return
+        for shard, pushed in counting.items():
+            if pushed:
+                self._combine(shard, pushed, self._of(means, self._shards[shard]))
+        self._stepped = self._x.copy()
+        pushed_shards = {index for index in self._shards if self._plan.pushes(index)}
+        self._apply.step_whole(
+            self._named(means, pushed_shards), self._named(self._stepped), view.number, lr, view
+        )
+
+    def _named(self, vector: Floats, only: Collection[int] | None = None) -> dict[str, Floats]:
+        """A vector's values by parameter, shaped, not copied; of those shards only."""
+        chosen = self._layout.shards if only is None else [self._shards[i] for i in sorted(only)]
+        tensors = {segment.tensor for shard in chosen for segment in shard.segments}
+        return {
+            tensor.name: vector[tensor.offset : tensor.offset + tensor.numel].reshape(tensor.shape)
+            for index, tensor in enumerate(self._layout.tensors)
+            if index in tensors
+        }
+
+    def _repeat(self, shard: int, downlink: ShardCodec, out: Bytes) -> Answer:
+        """Answer a round in which nobody said anything: the weights again, or no change."""
+        x = self._of(self._x, self._shards[shard])
+        if self._is_mean:
+            return Answer("nothing", 0, out)
+        if self._recipe.downlink.kind == "weights":
+            downlink.encode(x, out, seed=self._stream(shard))
+        else:
+            downlink.encode(np.full(x.size, NOTHING), out, seed=self._stream(shard))
+            downlink.decode_add(out, x)  # as every worker will: of some codecs the answer is +0.0
+        return self._answer(downlink, out, 0.0)
+
+    def _answer(self, downlink: ShardCodec, out: Bytes, lr: float | None) -> Answer:
+        rate = float(lr or 0.0) if self._is_mean else 0.0
+        return Answer(self._recipe.downlink.kind, downlink.codec.wire_id, out, rate)
+
+    # ---- codecs and vectors
+
+    def _next_codec(self, shard: int) -> ShardCodec:
+        """What the next answer is written in."""
+        return self._downlink_at(shard, self._rounds[shard] + 1)
+
+    def _last_codec(self, shard: int) -> ShardCodec:
+        return self._downlink_at(shard, max(1, self._rounds[shard]))
+
+    def _downlink_at(self, shard: int, t: int) -> ShardCodec:
+        return self._downlinks[shard][self._choice.choose(shard, t, _no_norm)]
+
+    def _codec_of(self, shard: int, wire_id: int) -> ShardCodec:
+        """A shard's uplink codec by its wire id."""
+        return next(c for c in self._uplinks[shard] if c.codec.wire_id == wire_id)
+
+    def _x_of(self, shard: int) -> Floats:
+        return self._of(self._x, self._shards[shard])
 
     def _stream(self, shard: int) -> int:
         return stream_seed(self._seed, SERVER_RANK, self._rounds[shard], shard)
@@ -280,3 +505,22 @@ class Reducer:
     @staticmethod
     def _of(array: Floats, shard: Shard) -> Floats:
         return array[shard.offset : shard.offset + shard.numel]
+
+
+def _codecs(specs: Sequence[str], shard: Shard) -> tuple[ShardCodec, ...]:
+    return tuple(ShardCodec(get_codec(spec), shard) for spec in specs)
+
+
+def _counting(said: Sequence[Pushed], judged: Mapping[int, Judgement]) -> list[Pushed]:
+    """What counts of a shard's contributions, with the weights that were judged."""
+    nothing = Judgement()
+    return [
+        one._replace(weight=judged[one.rank].weight) if one.rank in judged else one
+        for one in said
+        if not judged.get(one.rank, nothing).refused
+    ]
+
+
+def _no_norm() -> float:
+    msg = "a downlink's choice of codecs decides by the round alone"
+    raise UsageError(msg)

@@ -4,6 +4,7 @@
 `events` is the vocabulary. `round`, `members`, `job` and `waits` are its nouns.
 """
 
+from psq_server.state.branches import Branches, parse_branches
 from psq_server.state.events import (
     Action,
     Adopt,
@@ -14,9 +15,12 @@ from psq_server.state.events import (
     Event,
     FrameReceived,
     Initialize,
+    Judge,
+    Judged,
     Log,
     PeerBehind,
     PeerGone,
+    Pushed,
     Reduce,
     Save,
     Send,
@@ -34,6 +38,7 @@ from psq_server.state.world import Counts, Settings
 __all__ = [
     "Action",
     "Adopt",
+    "Branches",
     "Broadcast",
     "Committed",
     "Counts",
@@ -42,9 +47,12 @@ __all__ = [
     "Event",
     "FrameReceived",
     "Initialize",
+    "Judge",
+    "Judged",
     "Log",
     "PeerBehind",
     "PeerGone",
+    "Pushed",
     "Reduce",
     "Save",
     "Send",
@@ -58,4 +66,5 @@ __all__ = [
     "Tick",
     "WaitsAbove",
     "WeightsAbove",
+    "parse_branches",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from psq.plan import Plan
 from psq_proto.frames import Buffer
@@ -24,10 +24,13 @@ __all__ = [
     "Field",
     "FrameReceived",
     "Initialize",
+    "Judge",
+    "Judged",
     "Level",
     "Log",
     "PeerBehind",
     "PeerGone",
+    "Pushed",
     "Reduce",
     "Save",
     "Send",
@@ -42,6 +45,24 @@ __all__ = [
 
 Level = Literal["info", "warning", "error"]
 Field: TypeAlias = str | int | float
+
+
+class Pushed(NamedTuple):
+    """One rank's contribution to one shard, checked.
+
+    Attributes:
+        rank: whose.
+        payload: what it says, a view of the frame that it came in.
+        codec: the wire id of what that is written in.
+        weight: how often it counts in a weighted mean; what a rule has judged takes its place.
+        staleness: how many versions had been made since the one it was computed from.
+    """
+
+    rank: int
+    payload: memoryview
+    codec: int
+    weight: float = 1
+    staleness: int = 0
 
 
 # ---- events
@@ -87,6 +108,21 @@ class ShardReduced:
 
 
 @dataclass(frozen=True, slots=True)
+class Judged:
+    """A `Judge` is answered.
+
+    Attributes:
+        round: whose contributions were judged.
+        weights: of some ranks, what takes the place of the weight that they asked for.
+        refused: of those of whom nothing is to count: why, in words.
+    """
+
+    round: int
+    weights: Mapping[int, float]
+    refused: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """Somebody wants this server to end; `reason` is a word for the log and for BYE."""
 
@@ -120,7 +156,7 @@ class Tick:
 
 Above: TypeAlias = WeightsAbove | WaitsAbove | EndedAbove
 Event: TypeAlias = (
-    FrameReceived | PeerGone | PeerBehind | ShardReduced | StopRequested | Tick | Above
+    FrameReceived | PeerGone | PeerBehind | ShardReduced | Judged | StopRequested | Tick | Above
 )
 
 
@@ -185,17 +221,37 @@ class Initialize:
 
 
 @dataclass(frozen=True, slots=True)
-class Reduce:
-    """Take one shard's step from these payloads, in rank order; answer with `ShardReduced`.
+class Judge:
+    """Look at a whole round before any of it is reduced; answer with `Judged`.
 
-    No payloads: no rank has anything to say to it; nothing changes, and the answer says so. The
+    Attributes:
+        round: the round.
+        said: of every shard that it moves, the contributions in rank order.
+        rate: its learning rate.
+    """
+
+    round: int
+    said: Mapping[int, tuple[Pushed, ...]]
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """Take one shard's step from what was said, in rank order; answer with `ShardReduced`.
+
+    Nothing said: no rank has anything to say to it; nothing changes, and the answer says so. The
     answer is the shard of version round + 1.
     """
 
     round: int
     shard: int
-    payloads: tuple[memoryview, ...]
+    said: tuple[Pushed, ...]
     rate: float
+
+    @property
+    def payloads(self) -> tuple[memoryview, ...]:
+        """What was said, as it came."""
+        return tuple(one.payload for one in self.said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,5 +296,16 @@ class Stop:
 
 
 Action: TypeAlias = (
-    Send | Echo | Broadcast | SendFull | Adopt | Initialize | Reduce | Committed | Save | Log | Stop
+    Send
+    | Echo
+    | Broadcast
+    | SendFull
+    | Adopt
+    | Initialize
+    | Judge
+    | Reduce
+    | Committed
+    | Save
+    | Log
+    | Stop
 )

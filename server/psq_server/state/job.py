@@ -6,22 +6,25 @@ scales that the plan says, so the reducer, which runs compiled code over it, nee
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, cast
 
 from psq.clock import parse_consistency
 from psq.codec import get_codec
 from psq.codec.shard import ShardCodec
 from psq.errors import RemotePayloadError, RemotePlanError
 from psq.kernels import Family
-from psq.layout import PART_NUMEL, part_count
+from psq.layout import PART_NUMEL, Shard, part_count
+from psq.parts import load_rule
 from psq.plan import Plan
+from psq.rules import AggregateRule, ApplyRule
 from psq_proto.frames import Header
 
 __all__ = ["SERVER_BYTES_PER_VALUE", "Job", "check_fits"]
 
 FLOAT_BYTES: Final = 4
 MAX_NAMED_SHARDS: Final = 8
-SERVER_BYTES_PER_VALUE: Final = 16  # x, m, v and the downlink's residual, each f32
+SERVER_BYTES_PER_VALUE: Final = 16  # x, m, v and the downlink's residual, each f32; at least
 
 
 def check_fits(plan: Plan, memory_bytes: int | None, disk_bytes: int | None = None) -> None:
@@ -31,7 +34,7 @@ def check_fits(plan: Plan, memory_bytes: int | None, disk_bytes: int | None = No
         RemotePlanError: it needs more than `memory_bytes`, or its weights more than `disk_bytes`.
     """
     numel = sum(shard.numel for shard in plan.owned)
-    needed_bytes = numel * SERVER_BYTES_PER_VALUE
+    needed_bytes = numel * _bytes_per_value(plan)
     if memory_bytes is not None and needed_bytes > memory_bytes:
         msg = (
             f"a model of {numel} values takes {needed_bytes / 2**30:.1f} GiB on the server, "
@@ -46,6 +49,15 @@ def check_fits(plan: Plan, memory_bytes: int | None, disk_bytes: int | None = No
         raise RemotePlanError(msg)
 
 
+def _bytes_per_value(plan: Plan) -> int:
+    """What a server keeps for each value: x, a residual, and the vectors of the recipe's rules."""
+    apply, aggregate = plan.recipe.apply.part, plan.recipe.aggregate.part
+    vectors = 2 + 2 * apply.whole  # the next weights and the means of a server step
+    vectors += len(cast("type[ApplyRule]", load_rule(apply)).state_names)
+    vectors += len(cast("type[AggregateRule]", load_rule(aggregate)).state_names)
+    return max(SERVER_BYTES_PER_VALUE, FLOAT_BYTES * vectors)
+
+
 class Job:
     """A plan and everything derived from it."""
 
@@ -54,14 +66,13 @@ class Job:
         self.world_size = plan.world_size
         self.shards = {shard.index: shard for shard in plan.owned}
         self.consistency = parse_consistency(plan.consistency)
-        uplink = get_codec(plan.recipe.uplink.codec)
-        self._uplink_id = uplink.wire_id
-        self._uplink_spec = uplink.spec
-        self._says_all_in_scales = uplink.format.family != Family.TOPK  # it has places as well
-        self._codecs = {index: ShardCodec(uplink, shard) for index, shard in self.shards.items()}
+        self.judges = plan.recipe.whole
+        self.is_whole = self.judges or not self.consistency.eager
+        self.keeps_weights = plan.recipe.apply.part.keeps_weights
+        self._codecs = {index: _codecs(plan, shard) for index, shard in self.shards.items()}
         self._dense = get_codec("fp32")
-        payload_bytes = sum(codec.nbytes for codec in self._codecs.values())
-        self.staged_bytes_limit = self.world_size * payload_bytes
+        largest = (max(c.nbytes for c in codecs.values()) for codecs in self._codecs.values())
+        self.staged_bytes_limit = self.world_size * sum(largest)
 
     def check_push(self, header: Header, payload: memoryview) -> None:
         """Refuse a payload for one of `shards` that is not what the plan says.
@@ -70,15 +81,15 @@ class Job:
             RemotePayloadError: its codec, length or scales are wrong, or it says more than a mean
                 or a moment could hold.
         """
-        if header.codec != self._uplink_id:
-            msg = (
-                f"expected codec {self._uplink_id:#06x} ({self._uplink_spec}) by the plan, "
-                f"got {header.codec:#06x}"
-            )
+        codecs = self._codecs[header.shard]
+        codec = codecs.get(header.codec)
+        if codec is None:
+            known = " or ".join(f"{wire:#06x} ({c.codec.spec})" for wire, c in codecs.items())
+            msg = f"expected codec {known} by the plan, got {header.codec:#06x}"
             raise RemotePayloadError(msg)
-        codec = self._codecs[header.shard]
         _check_length(payload, codec.nbytes)
-        if self._says_all_in_scales and codec.is_bounded(payload):
+        says_all_in_scales = codec.codec.format.family != Family.TOPK  # it has places as well
+        if says_all_in_scales and codec.is_bounded(payload):
             return
         codec.check(payload)
         codec.check_bound(payload)
@@ -110,10 +121,20 @@ class Job:
             msg = f"expected one of shards {held}{more} by the plan, got shard {index}"
             raise RemotePayloadError(msg)
 
+    def owed(self, shards: Iterable[int]) -> tuple[int, ...]:
+        """Those of these shards that workers push; the others are the server's own."""
+        return tuple(shard for shard in shards if self.plan.pushes(shard))
+
     @property
     def init_parts(self) -> int:
         """How many INIT frames make the whole initial weights."""
         return sum(part_count(shard.numel) for shard in self.shards.values())
+
+
+def _codecs(plan: Plan, shard: Shard) -> dict[int, ShardCodec]:
+    """What a shard's pushes may be written in, by wire id."""
+    made = [ShardCodec(get_codec(spec), shard) for spec in plan.uplink_codecs(shard.index)]
+    return {codec.codec.wire_id: codec for codec in made}
 
 
 def _check_length(payload: memoryview, expected_bytes: int) -> None:

@@ -17,6 +17,7 @@ from psq_server.state.events import Adopt, Send
 from psq_server.state.job import Job, check_fits
 from psq_server.state.members import Member, Peer, may_continue
 from psq_server.state.round import OpenRound
+from psq_server.state.tree_fit import refusal
 from psq_server.state.world import Settings, World
 
 __all__ = ["MAX_OFFERS", "on_hello", "on_join", "on_plan"]
@@ -87,6 +88,8 @@ def on_join(world: World, peer: Peer, message: Message) -> None:
     if old is not None and old.incarnation > session.incarnation:
         msg = f"rank {rank} is held by a newer process (incarnation {old.incarnation})"
         raise FencedError(msg)
+    if _comes_too_late(world, old, peer, join):
+        return
     _take_over(world, old, peer)
     member, mode = _admit(world, old, peer, join)
     world.counts.joins += 1
@@ -141,6 +144,12 @@ def _check_offer(world: World, plan: Plan) -> None:
         )
         raise RemotePlanError(msg)
     _check_branches(plan, world.settings)
+    if world.settings.saves and not plan.recipe.apply.part.keeps_weights:
+        msg = (
+            f"recipe {plan.recipe.name!r}: this server was started with --save, but the weights "
+            "are the workers' own: start it without, rank 0 saves them"
+        )
+        raise RemotePlanError(msg)
     check_fits(plan, world.settings.memory_bytes, world.settings.disk_bytes)
     try:
         plan.layout  # noqa: B018 - made here, where its errors are the peer's
@@ -153,6 +162,8 @@ def _check_branches(plan: Plan, settings: Settings) -> None:
     if settings.branches is None:
         return
     fault = settings.branches.misfit(plan.world_size, is_root=settings.is_root)
+    if not settings.is_root or any(branch.is_aggregator for branch in settings.branches.items):
+        fault = fault or refusal(plan)
     if fault:
         raise RemotePlanError(fault)
 
@@ -194,7 +205,8 @@ def _plan_of(world: World, peer: Peer) -> Plan:
 
 def _adopt(world: World, plan: Plan) -> None:
     world.job = Job(plan)
-    world.round = OpenRound(0, plan.due_shards(0), world.now_s)
+    due = plan.due_shards(0)
+    world.round = OpenRound(0, due, world.now_s, world.job.owed(due))
     world.versions = dict.fromkeys(world.job.shards, 0)
     world.out.append(Adopt(plan))
     world.log(
@@ -217,6 +229,22 @@ def _tell_job(world: World, peer: Peer) -> None:
     world.out.append(Send(peer.name, peer.session.send_job(world.job.plan.body)))
 
 
+def _comes_too_late(world: World, old: Member | None, peer: Peer, join: Join) -> bool:
+    """Whether this process would need weights that only the workers have; then it is told."""
+    if world.need_job().keeps_weights or not any(world.versions.values()):
+        return False
+    if old is not None and may_continue(old, join) and _is_same(old, join):
+        return False
+    recipe = world.need_job().plan.recipe.name
+    text = (
+        f"rank {peer.session.rank} joins at round {world.round.number}, and this server has no "
+        f"weights to give: in recipe {recipe!r} they are the workers' own after the first step; "
+        "start the job again from what rank 0 saved"
+    )
+    world.end_conversation(peer, ErrorCode.REFUSED, text)
+    return True
+
+
 def _take_over(world: World, old: Member | None, peer: Peer) -> None:
     """Fence whoever spoke for this rank."""
     if old is None or old.peer in (None, peer.name):
@@ -232,7 +260,7 @@ def _drop_unclaimed(world: World, rank: int, join: Join, *, same: bool) -> None:
     """Drop what is staged of this rank, unless the joiner says that it is its own."""
     mine = world.round.get(rank)
     if not same:
-        world.round.closing.pop(rank, None)  # it counts, but its verdict is not this process's
+        world.round.disown(rank)  # it counts, but its verdict is not this process's
     if mine is None or (same and join.pending == mine.base):
         return
     if world.round.drop(rank, forget=not same):

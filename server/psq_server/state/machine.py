@@ -16,8 +16,9 @@ it, or was refused it. Where every member is in every round (bsp), a shard is gi
 as soon as it is said by all: so compressing, sending, reducing, broadcasting and decoding of
 different shards overlap. Under any other consistency a round closes all its shards at once, for the
 contributions that are complete; the others stay for the next round while they are not too stale,
-and are rejected then. Which ranks are members, when a round closes and what is too stale are
-`psq.clock`'s decisions.
+and are rejected then. So it does under any consistency where the recipe judges whole rounds: then
+all that was taken waits for `Judged`, and refused ranks have said nothing. Which ranks are members,
+when a round closes and what is too stale are `psq.clock`'s decisions.
 
 A contribution is named by the version it was computed from, and has one verdict, which says of each
 shard whether it counts: all do but those it names. Payloads live from the push until their shard is
@@ -56,6 +57,7 @@ from psq_server.state.events import (
     EndedAbove,
     Event,
     FrameReceived,
+    Judged,
     PeerBehind,
     PeerGone,
     Send,
@@ -198,8 +200,8 @@ class ServerState:
         match event:
             case FrameReceived():
                 return self._on_frame(event)
-            case ShardReduced():
-                rounds.on_shard_reduced(world, event)
+            case ShardReduced() | Judged():
+                rounds.on_reducer(world, event)
             case Tick():
                 presence.on_tick(world)
             case PeerGone():
@@ -301,7 +303,8 @@ class ServerState:
         assert mine.payloads.keys() | mine.counted == mine.checksums.keys(), rank
         said = [*mine.checksums, *mine.nothing, *mine.refused]
         assert len(said) == len(set(said)) == mine.said_count, (rank, sorted(said))
-        assert set(said) <= set(world.round.shards), (rank, sorted(said))
+        assert set(said) <= set(world.round.owed), (rank, sorted(said))
         assert not mine.counted - world.round.closed.keys(), rank
+        assert not (mine.counted and world.round.judging), rank
         if not world.round.whole:
             assert not mine.payloads.keys() & world.round.closed.keys(), rank

@@ -248,7 +248,8 @@ def _say_bye(world: World, reason: EndReason, text: str) -> list[tuple[Send, Mem
 
 def current_wait(world: World) -> Wait | None:
     """What the job stands still for, if anything: workers, the initial weights, or pushes."""
-    if world.stopped or (world.job is not None and world.round.all_closed):
+    closed = world.round.all_closed or world.round.judging
+    if world.stopped or (world.job is not None and closed):
         return None
     number, since_s = world.round.number, world.progress_s
     size = world.world_size

@@ -12,17 +12,24 @@ one verdict; but each shard of it counts, or does not, by itself. Payloads are h
 until their shard is closed, when they are handed to the reducer and let go; the checksum stays, so
 that a shard that comes twice is known to be the same (workers send again what they think was lost).
 
+Where a recipe judges whole rounds, what was taken waits for its judgement before the first shard
+is handed over; a rank that is refused then has said nothing.
+
 Plain bookkeeping: what may be said, and when a shard closes, is decided elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from psq_proto.frames import Buffer
+from psq_server.state.events import Pushed
 
-__all__ = ["Contribution", "OpenRound"]
+__all__ = ["Contribution", "OpenRound", "kind_of"]
+
+MAX_KIND_CHARS: Final = 24
 
 
 @dataclass(slots=True)
@@ -38,16 +45,18 @@ class Contribution:
         nothing: the shards that the rank skipped.
         refused: the shards whose payload was not taken.
         reason: why the first of them was not.
+        kind: that in a word, for those who count.
     """
 
     base: int
     rate: float | None = None
-    payloads: dict[int, memoryview] = field(default_factory=dict)
+    payloads: dict[int, Pushed] = field(default_factory=dict)
     checksums: dict[int, int] = field(default_factory=dict)
     counted: set[int] = field(default_factory=set)
     nothing: set[int] = field(default_factory=set)
     refused: set[int] = field(default_factory=set)
     reason: str = ""
+    kind: str = ""
 
     def said(self, shard: int) -> bool:
         """Whether this shard was pushed, skipped or refused."""
@@ -61,7 +70,7 @@ class Contribution:
     @property
     def staged_bytes(self) -> int:
         """What its payloads hold."""
-        return sum(payload.nbytes for payload in self.payloads.values())
+        return sum(pushed.payload.nbytes for pushed in self.payloads.values())
 
     @property
     def counts(self) -> bool:
@@ -77,30 +86,47 @@ class Contribution:
         return tuple(shard for shard in sorted(shards) if shard not in settled)
 
 
+def kind_of(reason: str) -> str:
+    """The word that a rule's reason begins with, before a colon; "judged" where it is none."""
+    word, colon, _ = reason.partition(":")
+    is_word = bool(colon) and len(word) <= MAX_KIND_CHARS and word.replace("-", "").isalnum()
+    return word if is_word else "judged"
+
+
 class OpenRound:
     """The contributions to one round, bounded by ranks x shards.
 
     Args:
         number: the round; it turns version `number` into `number` + 1.
-        shards: the indexes of the shards that it moves, ascending: a contribution says all of them.
+        shards: the indexes of the shards that it moves, ascending.
         opened_s: when it began.
+        owed: those of them that a contribution says; None: all.
 
     Attributes:
         closed: shards that have been given to the reducer, each with its new WEIGHTS frame once the
             reducer has answered.
         whole: whether contributions were taken whole; else shards close one by one.
         closing: the contributions that were.
+        judging: whether they wait for their judgement.
         rate: (rank, learning rate) of the first that named one.
         staged_bytes: what all payloads hold.
     """
 
-    def __init__(self, number: int, shards: tuple[int, ...], opened_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        number: int,
+        shards: tuple[int, ...],
+        opened_s: float = 0.0,
+        owed: tuple[int, ...] | None = None,
+    ) -> None:
         self.number = number
         self.shards = shards
+        self.owed = shards if owed is None else owed
         self.opened_s = opened_s
         self.closed: dict[int, Buffer | None] = {}
         self.whole = False
         self.closing: dict[int, Contribution] = {}
+        self.judging = False
         self.rate: tuple[int, float] | None = None
         self.staged_bytes = 0
         self._contributions: dict[int, Contribution] = {}
@@ -130,7 +156,7 @@ class OpenRound:
         mine = self._contributions.get(rank)
         if mine is None:
             return False
-        whole = mine.said_count == len(self.shards)
+        whole = mine.said_count == len(self.owed)
         return whole or (bool(self.closed) and not self.missing(rank, 1))
 
     @property
@@ -152,7 +178,7 @@ class OpenRound:
             return ()
         mine = self._contributions.get(rank)
         owed: list[int] = []
-        for shard in self.shards:
+        for shard in self.owed:
             if len(owed) == limit:
                 break
             if not self.is_shut(shard) and not (mine is not None and mine.said(shard)):
@@ -171,17 +197,16 @@ class OpenRound:
         assert mine.base == base, (rank, mine.base, base)
         return mine
 
-    def stage(  # noqa: PLR0913 - the parts of one push
-        self, rank: int, shard: int, payload: memoryview, *, base: int, checksum: int, rate: float
-    ) -> None:
+    def stage(self, shard: int, pushed: Pushed, *, base: int, checksum: int, rate: float) -> None:
         """Keep one shard's payload; the caller has checked all of it."""
+        rank = pushed.rank
         mine = self.begin(rank, base)
         assert not mine.said(shard), (rank, shard)
         assert not self.is_shut(shard), (rank, shard)
-        mine.payloads[shard] = payload
+        mine.payloads[shard] = pushed
         mine.checksums[shard] = checksum
         mine.rate = rate
-        self.staged_bytes += payload.nbytes
+        self.staged_bytes += pushed.payload.nbytes
         if self.rate is None:
             self.rate = (rank, rate)
 
@@ -190,17 +215,18 @@ class OpenRound:
         mine = self.begin(rank, base)
         mine.nothing.update(shard for shard in shards if not mine.said(shard))
 
-    def refuse(self, rank: int, base: int, shard: int, reason: str) -> None:
+    def refuse(self, rank: int, base: int, shard: int, reason: str, *, kind: str) -> None:
         """Take nothing of this shard from this rank; what it has staged there is dropped."""
         mine = self.begin(rank, base)
         assert shard not in mine.counted, (rank, shard)
         gone = mine.payloads.pop(shard, None)
         if gone is not None:
-            self.staged_bytes -= gone.nbytes
+            self.staged_bytes -= gone.payload.nbytes
         mine.checksums.pop(shard, None)
         mine.nothing.discard(shard)
         mine.refused.add(shard)
-        mine.reason = mine.reason or reason
+        if not mine.reason:
+            mine.reason, mine.kind = reason, kind
 
     def drop(self, rank: int, *, forget: bool = True) -> bool:
         """Let go what this rank has said of shards that are not closed; whether there was anything.
@@ -225,7 +251,7 @@ class OpenRound:
 
     # ---- closing
 
-    def close(self, shard: int) -> tuple[memoryview, ...]:
+    def close(self, shard: int) -> tuple[Pushed, ...]:
         """Hand over this shard's payloads of everybody, in rank order."""
         return self._hand_over(shard, self._contributions)
 
@@ -234,25 +260,68 @@ class OpenRound:
         self.whole = True
         self.closing = {rank: self._contributions.pop(rank) for rank in sorted(ranks)}
 
-    def close_taken(self, shard: int) -> tuple[memoryview, ...]:
+    def taken(self) -> dict[int, tuple[Pushed, ...]]:
+        """Of every shard what those taken have said, in rank order; nothing is handed over."""
+        return {
+            shard: tuple(
+                self._of_now(mine, mine.payloads[shard])
+                for _, mine in sorted(self.closing.items())
+                if shard in mine.payloads
+            )
+            for shard in self.shards
+        }
+
+    def apply_judgement(self, weights: Mapping[int, float], refused: Mapping[int, str]) -> None:
+        """Let those taken count as was judged; who is refused has said nothing."""
+        self.judging = False
+        for rank, mine in self.closing.items():
+            if rank in refused:
+                self._take_back(mine, refused[rank])
+            elif rank in weights:
+                weight = weights[rank]
+                mine.payloads = {
+                    shard: pushed._replace(weight=weight) for shard, pushed in mine.payloads.items()
+                }
+
+    def _take_back(self, mine: Contribution, reason: str) -> None:
+        self.staged_bytes -= mine.staged_bytes
+        mine.refused |= mine.payloads.keys() | mine.nothing
+        mine.payloads.clear()
+        mine.checksums.clear()
+        mine.nothing.clear()
+        mine.reason, mine.kind = reason, kind_of(reason)
+
+    def disown(self, rank: int) -> None:
+        """Let the contribution that was taken of this rank be nobody's; what counts stays."""
+        mine = self.closing.pop(rank, None)
+        if mine is not None:
+            self.staged_bytes -= mine.staged_bytes
+
+    def close_taken(self, shard: int) -> tuple[Pushed, ...]:
         """Hand over this shard's payloads of those taken, in rank order."""
         return self._hand_over(shard, self.closing)
 
-    def _hand_over(self, shard: int, whose: dict[int, Contribution]) -> tuple[memoryview, ...]:
+    def _hand_over(self, shard: int, whose: dict[int, Contribution]) -> tuple[Pushed, ...]:
         assert shard not in self.closed, shard
         self.closed[shard] = None
-        payloads: list[memoryview] = []
+        said: list[Pushed] = []
         for _, mine in sorted(whose.items()):
-            payload = mine.payloads.pop(shard, None)
-            if payload is not None:
+            pushed = mine.payloads.pop(shard, None)
+            if pushed is not None:
                 mine.counted.add(shard)
-                payloads.append(payload)
-                self.staged_bytes -= payload.nbytes
-        return tuple(payloads)
+                said.append(self._of_now(mine, pushed))
+                self.staged_bytes -= pushed.payload.nbytes
+        return tuple(said)
 
-    def following(self, shards: tuple[int, ...], now_s: float) -> OpenRound:
+    def _of_now(self, mine: Contribution, pushed: Pushed) -> Pushed:
+        late = self.number - mine.base
+        return pushed._replace(staleness=late) if late else pushed
+
+    def following(
+        self, shards: tuple[int, ...], now_s: float, owed: tuple[int, ...] | None = None
+    ) -> OpenRound:
         """The next round, with what this one leaves: contributions that it did not take."""
-        following = OpenRound(self.number + 1, shards, now_s)
+        following = OpenRound(self.number + 1, shards, now_s, owed)
         if self.whole:
             following._contributions = self._contributions
             following.staged_bytes = self.staged_bytes

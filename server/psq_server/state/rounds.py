@@ -4,6 +4,8 @@
                                    commits with its last shard
     whole (every other rule)       all shards close together, for the contributions that are
                                    complete then; the others wait for a later round, while they may
+    judged (recipes that look at   as whole, and what was taken waits for a judgement: refused ranks
+    whole rounds, under any rule)  have said nothing, and are told so; the others' shards close
 
 Which ranks are members, when a round closes and what may still be applied are `psq.clock`'s
 decisions. A commit is the only place where a verdict "applied" is born, but for the end of a server
@@ -17,12 +19,26 @@ from functools import partial
 
 from psq import clock
 from psq_proto.messages import MAX_LIST_ITEMS, ErrorCode, MessageType, Verdict, clip_text
-from psq_server.state.events import Broadcast, Committed, Reduce, ShardReduced
+from psq_server.state.events import (
+    Broadcast,
+    Committed,
+    Judge,
+    Judged,
+    Pushed,
+    Reduce,
+    ShardReduced,
+)
 from psq_server.state.members import NO_LINEAGE, Member, Resolved
 from psq_server.state.round import Contribution
 from psq_server.state.world import World
 
-__all__ = ["abandon_round", "advance", "on_shard_reduced", "reject_late", "repeat_verdict"]
+__all__ = [
+    "abandon_round",
+    "advance",
+    "on_reducer",
+    "reject_late",
+    "repeat_verdict",
+]
 
 
 def advance(world: World, shards: Iterable[int] | None = None) -> None:
@@ -32,15 +48,25 @@ def advance(world: World, shards: Iterable[int] | None = None) -> None:
         world: everything.
         shards: the shards about which something was said; None: all.
     """
-    if world.job is None or not world.has_weights or world.round.all_closed:
+    if world.job is None or not world.has_weights:
         return
-    if not world.job.consistency.eager:
+    if world.round.all_closed or world.round.judging:
+        return
+    if world.job.is_whole:
         _close_whole(world)
         return
-    for shard in world.round.shards if shards is None else shards:
+    for shard in world.round.owed if shards is None else shards:
         if shard not in world.round.closed and _is_said(world, shard):
-            rate = world.round.rate[1] if world.round.rate else 0.0
-            _reduce(world, shard, world.round.close(shard), rate)
+            _close(world, shard)
+    if len(world.round.closed) == len(world.round.owed):
+        for shard in world.round.shards:  # those that nobody pushes
+            if shard not in world.round.closed:
+                _close(world, shard)
+
+
+def _close(world: World, shard: int) -> None:
+    rate = world.round.rate[1] if world.round.rate else 0.0
+    _reduce(world, shard, world.round.close(shard), rate)
 
 
 def _is_said(world: World, shard: int) -> bool:
@@ -49,8 +75,8 @@ def _is_said(world: World, shard: int) -> bool:
     return clock.closes(clock.members(world.ranks, world.finished, said), said)
 
 
-def _reduce(world: World, shard: int, payloads: tuple[memoryview, ...], rate: float) -> None:
-    world.out.append(Reduce(world.round.number, shard, payloads, rate))
+def _reduce(world: World, shard: int, said: tuple[Pushed, ...], rate: float) -> None:
+    world.out.append(Reduce(world.round.number, shard, said, rate))
 
 
 def _close_whole(world: World) -> None:
@@ -60,9 +86,28 @@ def _close_whole(world: World) -> None:
     if not complete or not _is_time(world, complete):
         return
     world.round.take(complete)
+    if world.need_job().judges:
+        world.round.judging = True
+        rate = _newest_rate(world.round.closing)
+        world.out.append(Judge(world.round.number, world.round.taken(), rate))
+    else:
+        _close_taken(world)
+
+
+def _close_taken(world: World) -> None:
     rate = _newest_rate(world.round.closing)
     for shard in world.round.shards:
         _reduce(world, shard, world.round.close_taken(shard), rate)
+
+
+def _on_judged(world: World, event: Judged) -> None:
+    """Close all shards, for the contributions that were not refused."""
+    assert event.round == world.round.number, (event.round, world.round.number)
+    assert world.round.judging, event.round
+    world.round.apply_judgement(event.weights, event.refused)
+    for rank, reason in sorted(event.refused.items()):
+        world.log("rejected", "warning", rank=rank, round=event.round, reason=reason)
+    _close_taken(world)
 
 
 def _is_time(world: World, complete: tuple[int, ...]) -> bool:
@@ -114,7 +159,15 @@ def _newest_rate(taken: Mapping[int, Contribution]) -> float:
 # ---- commit
 
 
-def on_shard_reduced(world: World, event: ShardReduced) -> None:
+def on_reducer(world: World, event: ShardReduced | Judged) -> None:
+    """Take what the reducer answers: to a round, or to a shard of it."""
+    if isinstance(event, Judged):
+        _on_judged(world, event)
+    else:
+        _on_shard_reduced(world, event)
+
+
+def _on_shard_reduced(world: World, event: ShardReduced) -> None:
     """One shard has its next version: everybody gets it; with the last one the round commits."""
     open_round = world.round
     assert event.round == open_round.number, (event.round, open_round.number)
@@ -140,13 +193,14 @@ def _commit(world: World) -> None:
     """Version r becomes r + 1."""
     closed = world.round
     world.version += 1
-    world.round = closed.following(world.need_job().plan.due_shards(world.version), world.now_s)
+    due = world.need_job().plan.due_shards(world.version)
+    world.round = closed.following(due, world.now_s, world.need_job().owed(due))
     world.counts.rounds += 1
     staleness: list[int] = []
     for rank, mine in sorted(closed.closing.items()) if closed.whole else closed.items():
         if mine.counts:
             staleness.append(closed.number - mine.base)
-        _settle(world, world.members[rank], mine, closed.shards, world.version)
+        _settle(world, world.members[rank], mine, closed.owed, world.version)
     world.counts.max_staleness = max([world.counts.max_staleness, *staleness])
     world.server_s = 0.0
     world.note_opened()
@@ -172,6 +226,7 @@ def reject_late(world: World, member: Member, seq: int) -> None:
         f"rank {member.rank} pushed round {seq}, which was closed without it: "
         f"this server is at round {world.round.number}"
     )
+    world.note_rejected(member.rank, "late")
     resolve(world, member, Verdict("rejected", reason), seq, world.version)
 
 
@@ -180,6 +235,8 @@ def _settle(
 ) -> None:
     """Resolve a contribution as what it came to: all of it counts, or some, or nothing."""
     rejected = mine.uncounted(shards)
+    if rejected:
+        world.note_rejected(member.rank, mine.kind or "late")
     if not mine.counts:
         resolve(world, member, Verdict("rejected", clip_text(mine.reason)), mine.base, version)
         return
@@ -230,10 +287,12 @@ def repeat_verdict(world: World, member: Member) -> None:
 def abandon_round(world: World, reason: str) -> None:
     """Resolve what the open round holds: what was reduced counts, the rest does not."""
     abandoned = world.round
-    world.round = type(abandoned)(abandoned.number, abandoned.shards, world.now_s)
+    owed = abandoned.owed
+    world.round = type(abandoned)(abandoned.number, abandoned.shards, world.now_s, owed)
     for rank, mine in (*abandoned.items(), *sorted(abandoned.closing.items())):
-        mine.reason = mine.reason or reason
+        if not mine.reason:
+            mine.reason, mine.kind = reason, "stopped"
         version = abandoned.number + 1 if mine.counted else abandoned.number
         if not mine.counted:
             mine.nothing.clear()
-        _settle(world, world.members[rank], mine, abandoned.shards, version)
+        _settle(world, world.members[rank], mine, owed, version)

@@ -21,7 +21,7 @@ from psq_proto.messages import (
     Flags,
 )
 from psq_proto.session import Message
-from psq_server.state.events import Broadcast, Initialize, SendFull
+from psq_server.state.events import Broadcast, Initialize, Pushed, SendFull
 from psq_server.state.members import NO_LINEAGE, Member, Peer
 from psq_server.state.round import Contribution
 from psq_server.state.rounds import advance, reject_late, repeat_verdict
@@ -127,7 +127,14 @@ def _send_lacking(world: World, member: Member, peer: Peer, have: int) -> None:
             (peer.name,), version, tuple(f for _, f in frames), tuple(k for k, _ in frames)
         )
         world.out.append(news)
-    if whole:
+    if not world.need_job().keeps_weights and any(whole.values()):
+        text = (
+            f"rank {member.rank} needs weights, and this server has none: in recipe "
+            f"{plan.recipe.name!r} they are the workers' own after the first step; start the job "
+            "again from what rank 0 saved"
+        )
+        world.end_conversation(peer, ErrorCode.REFUSED, text)
+    elif whole:
         world.out.append(SendFull((peer.name,), whole))
 
 
@@ -219,7 +226,7 @@ def _skip(world: World, member: Member, header: Header) -> tuple[int, ...]:
     every = header.shard == NO_SHARD
     if not every:
         _check_shard(world, member, header)
-    shards = world.round.shards if every else (header.shard,)
+    shards = world.round.owed if every else (header.shard,)
     mine = world.round.get(member.rank)
     fresh = tuple(shard for shard in shards if mine is None or not mine.said(shard))
     if not fresh:
@@ -243,9 +250,8 @@ def _take(world: World, member: Member, peer: Peer, message: Message) -> tuple[i
     fault = _fault_of_shard(world, mine, message)
     if not fault:
         world.round.stage(
-            member.rank,
             header.shard,
-            message.body,
+            Pushed(member.rank, message.body, header.codec, header.part or 1),
             base=header.seq,
             checksum=header.body_crc,
             rate=header.rate,
@@ -262,6 +268,9 @@ def _check_shard(world: World, member: Member, header: Header) -> None:
     except RemotePayloadError as error:
         msg = f"{_who(member, header)}: {error}"
         raise RemoteProtocolError(msg) from error
+    if not world.need_job().plan.pushes(header.shard):
+        msg = f"{_who(member, header)}: nobody pushes it by the plan, it is the server's own"
+        raise RemoteProtocolError(msg)
     due = world.need_job().plan.due_after(header.shard, header.round)
     if due != header.round:
         msg = f"{_who(member, header)}: it is not due before round {due} by the plan"
@@ -333,7 +342,9 @@ def _refuse(world: World, member: Member, peer: Peer, header: Header, fault: str
     """Take nothing of this shard; False if the contribution has too many of these."""
     _count(world, "rejected")
     reason = f"{_who(member, header)}: {fault}"
-    world.round.refuse(member.rank, header.seq, header.shard, reason)
+    late = world.round.is_shut(header.shard)
+    kind = "late" if late else "payload"
+    world.round.refuse(member.rank, header.seq, header.shard, reason, kind=kind)
     world.log("rejected", "warning", rank=member.rank, round=header.round, reason=reason)
     mine = world.round.get(member.rank)
     if mine is None or len(mine.refused) <= MAX_LIST_ITEMS:

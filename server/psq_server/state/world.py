@@ -25,6 +25,8 @@ from psq_server.state.round import OpenRound
 
 __all__ = ["MAX_COMPLAINTS", "Counts", "Settings", "World"]
 
+MAX_KINDS: Final = 32
+"""Words for why contributions do not count; of rules that have more, the rest is "other"."""
 MAX_COMPLAINTS: Final = 8
 """Refusals of one connection that are answered and logged; later ones are only counted."""
 
@@ -44,6 +46,7 @@ class Settings:
         is_root: there is no server above this one.
         memory_bytes: what this machine has; a larger model is refused. None: unknown.
         disk_bytes: what is free where the weights will be saved; likewise. None: not saved.
+        saves: whether this server is to save the weights in the end.
     """
 
     run_id: bytes
@@ -56,6 +59,7 @@ class Settings:
     is_root: bool = True
     memory_bytes: int | None = None
     disk_bytes: int | None = None
+    saves: bool = False
 
 
 @dataclass(slots=True)
@@ -70,6 +74,8 @@ class Counts:
     fenced: int = 0
     pushes: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """Contributions of which something, or nothing, counted, by rank and kind of reason."""
 
 
 class World:
@@ -161,6 +167,13 @@ class World:
         if base in self.opened_s:
             member.took_s = self.now_s - self.opened_s[base]
             self.durations_s.append(member.took_s)
+
+    def note_rejected(self, rank: int, kind: str) -> None:
+        """Something that this rank contributed does not count; kinds are of a bounded number."""
+        known = {word for _, word in self.counts.rejected}
+        if kind not in known and len(known) >= MAX_KINDS:
+            kind = "other"
+        self.counts.rejected[rank, kind] += 1
 
     def progressed(self) -> None:
         """Something came nearer: the age of the present wait starts anew."""

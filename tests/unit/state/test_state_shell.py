@@ -210,7 +210,7 @@ def test_a_server_that_fails_tells_its_workers_before_it_ends(shell, monkeypatch
         msg = "no such kernel"
         raise RuntimeError(msg)
 
-    monkeypatch.setattr(job.weights.reducer, "reduce", fail)
+    monkeypatch.setattr(job.weights.reducer, "step", fail)
     monkeypatch.setattr(
         "psq_server.loop.time.sleep", lambda s: setattr(job, "now_s", job.now_s + s)
     )

@@ -1,0 +1,33 @@
+"""What rules in NumPy share: cuts of memory that stay in the cache, and checked rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Final
+
+from psq.errors import UsageError
+
+__all__ = ["BLOCK_NUMEL", "blocks", "check_rate"]
+
+BLOCK_NUMEL: Final = 1 << 14
+"""Values that are worked on at once: with a scratch of as many, they stay in a core's cache."""
+
+
+def blocks(numel: int, start: int = 0) -> Iterator[slice]:
+    """Cuts of BLOCK_NUMEL values, the last one shorter, from `start` on."""
+    stop = start + numel
+    for at in range(start, stop, BLOCK_NUMEL):
+        yield slice(at, min(at + BLOCK_NUMEL, stop))
+
+
+def check_rate(lr: float) -> float:
+    """The learning rate.
+
+    Raises:
+        UsageError: it is negative or not finite.
+    """
+    if not (math.isfinite(lr) and lr >= 0.0):
+        msg = f"the learning rate must be a finite number >= 0, got {lr!r}"
+        raise UsageError(msg)
+    return lr
