@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from psq import kernels
 from psq.codec import ShardCodec
 from psq.errors import ConfigError, UsageError
+from psq.feedback.local import LocalSteps, check_segments
 from psq.feedback.payloads import Payloads
 from psq.feedback.residual import Rates, Residuals, ResidualType
 from psq.kernels import Buffer, Floats, Residual, WorkerStep
 from psq.kernels.reference import clear_finite
-from psq.layout import Shard
 from psq.optim import Adam, per_shard
 from psq.plan import Plan
 from psq.rules import DirectionRule, Segments, is_linear, make_direction
@@ -253,15 +253,8 @@ class Compressor:
 
         Cost: `Adam.write`, and one pass over the weights.
         """
-        adam, cut = self._local_adam(shard), self._shards[shard]
-        for values in (gradients, weights):
-            _check_segments(cut, values)
-        adam.advance(lr * self._factors[shard])
-        for segment, g, x in zip(cut.segments, gradients, weights, strict=True):
-            u = self._scratch[: segment.numel]
-            adam.write(g, u, start=segment.offset, x=x)
-            with np.errstate(over="ignore"):  # then the next gradients will not be finite
-                np.subtract(x, u, out=x)
+        lr *= self._factors[shard]
+        self._local().descend(self._shards[shard], gradients, lr, weights, self._scratch)
 
     def compress_drift(  # noqa: PLR0913 - as `compress`, and where the steps began
         self,
@@ -296,19 +289,10 @@ class Compressor:
         Cost: `Adam.write`, two passes over the weights, one over start, and encoding.
         """
         residuals = self._check_can_wait() if payload is None else self._residuals
-        adam, cut = self._local_adam(shard), self._shards[shard]
-        for values in (weights, start) if gradients is None else (gradients, weights, start):
-            _check_segments(cut, values)
-        parts = [self._scratch[s.offset : s.offset + s.numel] for s in cut.segments]
-        if gradients is not None:
-            adam.advance(lr * self._factors[shard])
-        with np.errstate(over="ignore", invalid="ignore"):  # the payload will tell
-            for index, (segment, drift) in enumerate(zip(cut.segments, parts, strict=True)):
-                x = weights[index]
-                if gradients is not None:
-                    adam.write(gradients[index], drift, start=segment.offset, x=x)
-                    x = np.subtract(x, drift, out=drift)
-                np.subtract(start[index], x, out=drift)
+        lr *= self._factors[shard]
+        self._local().drift(
+            self._shards[shard], gradients, lr, weights, start, self._message(shard)
+        )
         number = 0
         if payload is not None:
             number = self._encode(shard, self._round(shard, t), payload)
@@ -398,7 +382,7 @@ class Compressor:
         """Let the rule write a shard's message to scratch."""
         for values in (gradients, weights):
             if values is not None:
-                _check_segments(self._shards[shard], values)
+                check_segments(self._shards[shard], values)
         message, common = self._message(shard), _NOTHING if shared is None else shared
         with np.errstate(all="ignore"):  # the payload will tell
             rule.write(shard, t, lr, gradients, message, weights=weights, shared=common)
@@ -435,17 +419,17 @@ class Compressor:
         """Whether the residual takes part in a step of this rate; see `Rates`."""
         if self._rates is None:
             return True
-        _check_segments(self._shards[shard], gradients)  # before anything changes
+        check_segments(self._shards[shard], gradients)  # before anything changes
         return self._rates.follow(shard, lr)
 
     def _round(self, shard: int, t: int | None) -> int:
         return self._steps[shard] + 1 if t is None else t
 
-    def _local_adam(self, shard: int) -> Adam:
+    def _local(self) -> LocalSteps:
         if self._adams is None or self._local_steps == 1:
             msg = "this recipe has no local steps: its workers push in every step"
             raise UsageError(msg)
-        return self._adams[shard]
+        return LocalSteps(self._adams)
 
     def _residual_of(self, shard: int) -> Residual | None:
         return None if self._residuals is None else self._residuals.of(shard)
@@ -472,7 +456,7 @@ class Compressor:
         codec, cut = self._payloads.codecs(shard)[0], self._shards[shard]
         for values in (gradients, weights):
             if values is not None:
-                _check_segments(cut, values)
+                check_segments(cut, values)
         step = WorkerStep(
             uplink=codec.codec.format,
             gradients=gradients,
@@ -509,10 +493,3 @@ def _residuals_of(plan: Plan, residual_dtype: ResidualType) -> Residuals | None:
         msg = f"a {residual_dtype} residual: recipe {plan.recipe.name!r} has no error feedback"
         raise ConfigError(msg)
     return None
-
-
-def _check_segments(shard: Shard, values: Segments) -> None:
-    wanted, came = [s.numel for s in shard.segments], [v.size for v in values]
-    if wanted != came:
-        msg = f"shard {shard.index} has segments of {wanted} values, got {came}"
-        raise UsageError(msg)
