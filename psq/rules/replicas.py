@@ -30,7 +30,7 @@ from psq.recipe import AdamConfig, OneMinusPower, Power, schedule_value
 from psq.rules.base import ApplyRule, RuleOptions
 from psq.rules.blocks import BLOCK_NUMEL, blocks, check_rate
 
-__all__ = ["Onebit", "Shared"]
+__all__ = ["OneBit", "Shared"]
 
 
 class _Marked(ApplyRule):
@@ -80,7 +80,7 @@ class _Marked(ApplyRule):
             np.add(change[at], part, out=change[at])
 
 
-class Onebit(_Marked):
+class OneBit(_Marked):
     """Adam, then momentum over a v that stays as it is."""
 
     state_names: ClassVar[tuple[str, ...]] = ("m", "v")

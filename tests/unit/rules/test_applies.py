@@ -10,7 +10,7 @@ from psq.optim import Adam
 from psq.recipe import AdamConfig, Power
 from psq.rules.applies import AdamStep, Add, Ef21, Return, Sgd
 from psq.rules.base import ChoiceRule
-from psq.rules.replicas import Onebit, Shared, power
+from psq.rules.replicas import OneBit, Shared, power
 
 SPECS = [("table", (300, 200)), ("bias", (40,))]
 LAYOUT = cut(SPECS, (lambda n: 4 * n,))
@@ -150,7 +150,7 @@ def test_ef21_steps_along_the_sum_of_the_differences():
 
 def onebit(marked, floor=1e-3, **adam):
     given = {"adam": AdamConfig(**adam), "choice": Marks(marked)}
-    return made(Onebit, {"floor": floor}, **given)
+    return made(OneBit, {"floor": floor}, **given)
 
 
 def shared(marked, floor=1e-3, **adam):
@@ -265,7 +265,7 @@ def test_the_residuals_of_shared_wait_while_gradients_are_said():
         (AdamConfig(weight_decay=0.1, decoupled=False), "has no L2 weight_decay"),
     ],
 )
-@pytest.mark.parametrize("kind", [Onebit, Shared])
+@pytest.mark.parametrize("kind", [OneBit, Shared])
 def test_settings_that_they_do_not_have_are_refused(kind, adam, words):
     with pytest.raises(ConfigError, match=words):
         made(kind, {"floor": 1e-3}, adam=adam, choice=Marks(lambda _: True))
