@@ -1,9 +1,9 @@
-"""Aggregates that a minority of hostile workers cannot move far: n messages, f of them hostile.
+"""Aggregates that a minority of hostile workers cannot move far: f of n are hostile, or absent.
 
     median         of each value over the messages                    any f < n / 2
     trimmed-mean   of each value, without its f largest and smallest  n >= 2 f + 1
     krum           the m messages with the smallest scores, averaged  n >= 2 f + 3
-                   score_i = sum of |d_i - d_j|^2 over the n - f - 2 nearest j
+                   score_i = sum of |d_i - d_j|^2 over the n - f - 2 nearest j; m <= n - f - 2
     clip           mean of  d_i min(1, norm / |d_i|)                  bounds what one worker can do
 
 After Yin 2018 (median, trimmed mean) and Blanchard 2017 (Krum; m > 1 is Multi-Krum). Median and
@@ -14,8 +14,8 @@ give without being decoded. A shard that a worker left out counts as zeros in it
 
 Every worker counts once here, whatever weight it asks for: a weight is one more thing to lie about.
 The result is a function of the messages, not of the order in which they came or of who sent which.
-A round with too few messages for the promise is refused, all of it, and its messages go back to
-their residuals.
+n is the job's workers. Who says nothing is one of the f: nothing is promised with more than f
+absent, and trimmed mean and Krum refuse such a round, all of it.
 """
 
 from __future__ import annotations
@@ -91,14 +91,14 @@ class TrimmedMean(Median):
         _check_count("trimmed-mean", world_size, self._hostile, 2 * self._hostile + 1)
 
     def judge(self, round: RoundView) -> Mapping[int, Judgement]:  # noqa: A002 - the field's word
-        """Refuse a round with fewer than 2 f + 1 messages; all weights are 1."""
-        least = 2 * self._hostile + 1
-        return _too_few("trimmed-mean", round, self._hostile, least) or _all_alike(round)
+        """Refuse a round with fewer than n - f messages; all weights are 1."""
+        few = _too_few("trimmed-mean", round, self.world_size, self._hostile)
+        return few or {rank: Judgement() for rank in round.ranks}
 
     def combine(self, shard: int, said: Sequence[Said], out: Floats) -> None:
         """Write the trimmed mean of each value to out, f32[shard.numel]; cost as the median.
 
-        Of a shard on which few had something to say, f is what leaves one message or two.
+        Of too few for f on each side it is the median: the absent are of the f.
         """
         cut = min(self._hostile, (len(said) - 1) // 2)
         low, high = cut, len(said) - 1 - cut
@@ -167,21 +167,21 @@ class Krum(AggregateRule):
         super().__init__(options, layout=layout, world_size=world_size, state=state)
         self._hostile: Final = int(options["f"])
         self._chosen: Final = int(options["m"])
-        self._least: Final = max(2 * self._hostile + 3, self._hostile + 2 + self._chosen)
+        self._neighbours: Final = world_size - self._hostile - 2
         _check_count("krum", world_size, self._hostile, 2 * self._hostile + 3)
-        if not 1 <= self._chosen <= world_size - self._hostile - 2:
+        if not 1 <= self._chosen <= self._neighbours:
             msg = (
                 f"krum with f={self._hostile} cannot choose m={self._chosen} of {world_size} "
-                f"workers: m is 1 to {world_size - self._hostile - 2}"
+                f"workers: m is 1 to {self._neighbours}"
             )
             raise ConfigError(msg)
 
     def judge(self, round: RoundView) -> Mapping[int, Judgement]:  # noqa: A002 - the field's word
         """Refuse all but the m best of a round. Cost: `psq.rules.packed.distances`, each shard."""
-        few = _too_few("krum", round, self._hostile, self._least)
+        few = _too_few("krum", round, self.world_size, self._hostile)
         if few:
             return few
-        scores = _krum_scores(round_distances(round), self._hostile)
+        scores = _krum_scores(round_distances(round), self._neighbours)
         order = sorted(range(len(scores)), key=lambda i: (scores[i], round.ranks[i]))
         taken, refused = order[: self._chosen], order[self._chosen :]
         verdicts = {round.ranks[i]: Judgement() for i in taken}
@@ -253,11 +253,11 @@ def round_distances(round: RoundView) -> NDArray[np.float64]:  # noqa: A002 - th
     return total
 
 
-def _krum_scores(apart: NDArray[np.float64], hostile: int) -> list[float]:
-    """Sum of the n - f - 2 smallest squared distances of each to the others."""
+def _krum_scores(apart: NDArray[np.float64], neighbours: int) -> list[float]:
+    """Sum of each one's squared distances to its nearest neighbours."""
     others = apart + np.diag(np.full(len(apart), np.inf))
     others.sort(axis=1)
-    scores: list[float] = others[:, : len(apart) - hostile - 2].sum(axis=1).tolist()
+    scores: list[float] = others[:, :neighbours].sum(axis=1).tolist()
     return scores
 
 
@@ -282,16 +282,12 @@ def _check_count(name: str, workers: int, hostile: int, least: int) -> None:
         raise ConfigError(msg)
 
 
-def _too_few(name: str, round: RoundView, hostile: int, least: int) -> dict[int, Judgement]:  # noqa: A002
-    """All refused, if there are too few messages for what is promised; else nothing."""
-    if len(round.ranks) >= least:
+def _too_few(name: str, round: RoundView, workers: int, hostile: int) -> dict[int, Judgement]:  # noqa: A002
+    """All refused, if more than f are absent; else nothing."""
+    if len(round.ranks) >= workers - hostile:
         return {}
     reason = (
-        f"too-few: {name} with f={hostile} needs {least} messages, this round has "
-        f"{len(round.ranks)}: raise the quorum or lower f"
+        f"too-few: {name} with f={hostile} needs {workers - hostile} messages of {workers} "
+        f"workers, this round has {len(round.ranks)}: raise the quorum, or f"
     )
     return {rank: Judgement(0.0, reason) for rank in round.ranks}
-
-
-def _all_alike(round: RoundView) -> dict[int, Judgement]:  # noqa: A002 - the field's word
-    return {rank: Judgement() for rank in round.ranks}

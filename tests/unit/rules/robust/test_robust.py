@@ -123,13 +123,19 @@ def test_trimming_needs_more_workers_than_it_leaves_out(bench):
         TrimmedMean({"f": 2}, layout=bench.layout, world_size=4)
 
 
-def test_a_round_with_too_few_messages_to_trim_is_refused_as_a_whole(bench):
-    rule = TrimmedMean({"f": 1}, layout=bench.layout, world_size=3)
+def test_a_round_that_more_than_f_are_absent_from_is_not_trimmed_but_refused(bench):
+    rule = TrimmedMean({"f": 1}, layout=bench.layout, world_size=4)
     verdicts = rule.judge(round_of(bench, bench.values(2)))
     assert set(verdicts) == {0, 1}
     for verdict in verdicts.values():
-        assert verdict.refused.startswith("too-few: trimmed-mean with f=1 needs 3 messages, this r")
+        assert verdict.refused.startswith("too-few: trimmed-mean with f=1 needs 3 messages of 4")
     assert set(rule.judge(round_of(bench, bench.values(3))).values()) == {Judgement()}
+
+
+def test_the_absent_are_of_the_f_so_fewer_are_trimmed(bench):
+    messages = [bench.say(values, "fp32") for values in bench.values(3)]
+    rule = TrimmedMean({"f": 2}, layout=bench.layout, world_size=5)
+    np.testing.assert_array_equal(combine(bench, rule, messages), median_of(bench, messages))
 
 
 # ---- message by message --------------------------------------------------------------------------
@@ -213,10 +219,17 @@ def test_what_krum_cannot_promise_is_refused_in_words(bench, workers, f, m, word
         make_krum(bench, workers, f, m)
 
 
-def test_a_round_with_too_few_messages_for_krum_is_refused_as_a_whole(bench):
-    verdicts = make_krum(bench, 5).judge(round_of(bench, bench.values(4)))
+def test_a_round_that_more_than_f_are_absent_from_is_refused_by_krum(bench):
+    verdicts = make_krum(bench, 7, f=2).judge(round_of(bench, bench.values(4)))
     assert len(verdicts) == 4
-    assert all("too-few: krum with f=1 needs 5 messages" in v.refused for v in verdicts.values())
+    for verdict in verdicts.values():
+        assert "too-few: krum with f=2 needs 5 messages of 7" in verdict.refused
+
+
+def test_silence_of_the_f_does_not_stop_krum(bench):
+    values = bench.values(5)
+    verdicts = make_krum(bench, 7, f=2, m=3).judge(round_of(bench, values))
+    assert sum(not verdict.refused for verdict in verdicts.values()) == 3
 
 
 def test_krums_chosen_are_averaged_with_weights_of_one(bench):
