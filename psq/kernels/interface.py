@@ -77,6 +77,7 @@ class WorkerStep:
         scratch: f32, at least as many as the largest segment has; its content means nothing.
             Needed with Adam.
         clear: what is finite of the gradients becomes 0; they must then be writable.
+        residual_scale: what the residual is multiplied by first, finite: its units have changed.
     """
 
     uplink: Format
@@ -92,6 +93,7 @@ class WorkerStep:
     weights: Sequence[Floats] | None = None
     scratch: Floats | None = None
     clear: bool = False
+    residual_scale: float = 1.0
 
 
 class Kernels(Protocol):

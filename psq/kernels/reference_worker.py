@@ -1,6 +1,7 @@
 """A worker's push, one pass after another: what every native level's `worker_step` means.
 
     u  = Adam's direction on g (reference_optim), or g itself
+    asked to rescale    e <- s e, 0 where that is not finite
     with a payload      payload = C(u + e);  e <- u + e - decoded      (no e: C(u))
     without             e <- u + e                                     the push waits in e
     asked to clear      g <- 0 where it is finite
@@ -29,7 +30,7 @@ from psq.kernels.reference import Buffer, Floats, Residual, clear_finite, expand
 if TYPE_CHECKING:
     from psq.kernels.interface import Kernels, WorkerStep
 
-__all__ = ["absorb", "compose"]
+__all__ = ["absorb", "compose", "rescale"]
 
 
 class _Cut(NamedTuple):
@@ -51,6 +52,8 @@ def compose(level: Kernels, step: WorkerStep) -> None:
     for cut in _cuts(step):
         u = _direction(level, step, cut)
         residual = None if step.residual is None else step.residual[cut.values]
+        if residual is not None and step.residual_scale != 1.0:
+            rescale(residual, step.residual_scale)
         if step.payload is not None:
             payload = memoryview(step.payload)[cut.sent]
             level.encode(*step.uplink, u, residual, payload, cut.start)
@@ -66,6 +69,14 @@ def absorb(u: Floats, residual: Residual) -> None:
         c = u + expand(residual)
         kept = c if residual.dtype == np.float32 else quantize_bf16(c)[0]
         residual[:] = np.where(np.isfinite(c), kept, residual)
+
+
+def rescale(residual: Residual, factor: float) -> None:
+    """Multiply a residual, f32[n] or bf16[n]; a product that is not finite is given up: 0."""
+    with np.errstate(all="ignore"):
+        product = expand(residual) * np.float32(factor)
+        kept = np.where(np.isfinite(product), product, np.float32(0))
+        residual[:] = kept if residual.dtype == np.float32 else quantize_bf16(kept)[0]
 
 
 def _direction(level: Kernels, step: WorkerStep, cut: _Cut) -> Floats:
@@ -103,6 +114,9 @@ def _check(step: WorkerStep) -> None:
         _check_payload(step, step.payload)
     elif step.residual is None:
         msg = "without a payload there must be a residual"
+        raise ValueError(msg)
+    if not np.isfinite(step.residual_scale) or (step.residual is None and step.residual_scale != 1):
+        msg = "residual_scale must be a finite number, and 1 where there is no residual"
         raise ValueError(msg)
     _check_adam(step)
 

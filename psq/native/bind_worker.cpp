@@ -1,5 +1,6 @@
 // The Python face of the worker's step.
 #include <algorithm>
+#include <cmath>
 #include <deque>
 #include <optional>
 #include <vector>
@@ -25,7 +26,8 @@ PsqFormat uplink_from(nb::tuple from) {
 class WorkerCall {
  public:
   explicit WorkerCall(nb::handle step)
-      : format_(uplink_from(nb::cast<nb::tuple>(step.attr("uplink")))), clear_(nb::cast<bool>(step.attr("clear"))) {
+      : format_(uplink_from(nb::cast<nb::tuple>(step.attr("uplink")))), clear_(nb::cast<bool>(step.attr("clear"))),
+        residual_scale_(nb::cast<float>(step.attr("residual_scale"))) {
     read_segments(step.attr("gradients"), step.attr("starts"));
     read_state(step);
     const nb::object payload = step.attr("payload"), weights = step.attr("weights");
@@ -35,6 +37,8 @@ class WorkerCall {
     } else if (!residual_) {
       refuse("without a payload there must be a residual");
     }
+    if (!std::isfinite(residual_scale_) || (residual_scale_ != 1.0f && !residual_))
+      refuse("residual_scale must be a finite number, and 1 where there is no residual");
     if (weights.is_none()) return;
     for (nb::handle values : nb::cast<nb::sequence>(weights)) {
       if (weights_.size() < gradients_.size()) {
@@ -117,6 +121,7 @@ class WorkerCall {
     step.third = at(third_, from);
     step.x = weights_.empty() ? nullptr : weights_[index].f32();
     step.half = half_;
+    step.residual_scale = residual_scale_;
     if (residual_) step.residual = residual_->u8() + from * (half_ ? sizeof(uint16_t) : sizeof(float));
     step.format = format_;
     if (payload_) {
@@ -131,6 +136,7 @@ class WorkerCall {
 
   PsqFormat format_;
   bool clear_;
+  float residual_scale_;
   std::deque<View> gradients_, weights_;
   std::vector<uint32_t> starts_;
   size_t numel_ = 0, payload_bytes_ = 0, least_scratch_ = 0;

@@ -38,6 +38,7 @@ struct PsqEncode {
   bool half = false;  // the residual is bf16
   size_t ahead = 0;   // how far on to fetch values; 0 where they are in the cache (the residual is always fetched)
   bool clear = false;
+  float residual_scale = 1.0f;  // what the residual is multiplied by first
 };
 
 // out f32[numel], written, or added to where `add`.

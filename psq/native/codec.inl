@@ -342,6 +342,11 @@ PSQ_INLINE Span span_of(const PsqEncode& a, const Coder& coder, Memory& memory, 
           a.ahead};
 }
 
+// What comes before a span of a segment, once.
+PSQ_INLINE void rescale(const PsqEncode& a, size_t from, size_t numel) {
+  if (a.residual_scale != 1.0f) rescale_residual(a.residual, a.half, from, numel, a.residual_scale);
+}
+
 // What comes after a span of a segment.
 PSQ_INLINE void close_span(const PsqEncode& a, Memory& memory, size_t from, size_t numel) {
   memory.close(from, numel);
@@ -353,6 +358,7 @@ PSQ_OUTLINE void encode_spans(const Coder& coder, const PsqEncode& a) {
   Memory memory(a.residual, a.half);
   for (size_t from = 0; from < a.numel; from += span) {
     const size_t count = at_most(span, a.numel - from);
+    rescale(a, from, count);
     encode_span(coder, span_of(a, coder, memory, from, count), block > 0 ? a.scales + from / block * 4 : nullptr);
     close_span(a, memory, from, count);
   }
@@ -363,7 +369,9 @@ PSQ_OUTLINE void encode_whole(const Coder& coder, const PsqEncode& a) {
   Memory memory(a.residual, a.half);
   Norm norm = {};
   for (size_t from = 0; from < a.numel; from += kChunk) {
-    const Span b = span_of(a, coder, memory, from, at_most(kChunk, a.numel - from));
+    const size_t count = at_most(kChunk, a.numel - from);
+    rescale(a, from, count);
+    const Span b = span_of(a, coder, memory, from, count);
     norm.add(coder.encoders(b.residual).norm_part(b.values, b.residual, b.numel));
   }
   Constants fitted = {};
@@ -452,6 +460,7 @@ PSQ_OUTLINE void fp32_encode(const PsqEncode& a) {
   Memory memory(a.residual, a.half);
   for (size_t from = 0; from < a.numel; from += kSpan) {
     const size_t count = at_most(kSpan, a.numel - from);
+    rescale(a, from, count);
     float* residual = memory.open(from, count);
     residual == nullptr ? fp32_span<kForget>(a.values + from, residual, count, a.words + 4 * from)
                         : fp32_span<kKeep>(a.values + from, residual, count, a.words + 4 * from);

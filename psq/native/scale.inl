@@ -40,6 +40,31 @@ PSQ_INLINE F short_row(const float* values, const float* residual, size_t numel)
   return compensated<kFeedback>(row, rest);
 }
 
+// Multiplies 16 values of a residual; what is then not finite is given up: 0.
+PSQ_INLINE F rescaled_row(F row, F factor) {
+  const F product = row * factor;
+  return as_f(keep(less(as_i(absolute(product)), splat(int32_t(kInfinity))), as_u(product)));
+}
+PSQ_INLINE void rescale_row(float* residual, F factor) { store(residual, rescaled_row(load(residual), factor)); }
+PSQ_INLINE void rescale_row(uint16_t* residual, F factor) {
+  put_halves(residual, rounded_to_bf16(rescaled_row(load(residual), factor)));
+}
+template <class E>
+PSQ_INLINE void rescale_rows(E* residual, size_t numel, float factor) {
+  const size_t whole = numel & ~size_t(15), bytes = (numel - whole) * sizeof(E);
+  for (size_t i = 0; i < whole; i += 16) rescale_row(residual + i, splat(factor));
+  if (bytes == 0) return;
+  E last[16] = {};
+  __builtin_memcpy(last, residual + whole, bytes);
+  rescale_row(last, splat(factor));
+  __builtin_memcpy(residual + whole, last, bytes);
+}
+
+// A part of a residual, which then is in the cache.
+PSQ_OUTLINE void rescale_residual(void* residual, bool half, size_t from, size_t numel, float factor) {
+  half ? rescale_rows((uint16_t*)residual + from, numel, factor) : rescale_rows((float*)residual + from, numel, factor);
+}
+
 // A segment's residual: f32, bf16, or none. A bf16 one is expanded piece by piece, so there is one kind of encoder.
 class Memory {
  public:

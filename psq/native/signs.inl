@@ -53,6 +53,7 @@ PSQ_OUTLINE size_t encode_signs(const PsqEncode& a) {
   for (; at + block <= a.numel; at += block) {
     const float* values = a.values + at;
     E* residual = (E*)a.residual + at;
+    rescale(a, at, block);
     const float norm = mean_size(values, residual, block);
     if (!is_finite(norm)) break;
     Sign<kMeanAbs> quantizer = {};
@@ -63,18 +64,32 @@ PSQ_OUTLINE size_t encode_signs(const PsqEncode& a) {
   return at;
 }
 
+PSQ_INLINE PsqEncode part_from(const PsqEncode& a, size_t from) {
+  PsqEncode part = a;
+  part.values += from;
+  part.numel -= from;
+  part.scales += scale_offset(a.format, from);
+  part.words += word_offset(a.format, from);
+  if (a.residual != nullptr) part.residual = (uint8_t*)a.residual + from * (a.half ? sizeof(uint16_t) : sizeof(float));
+  return part;
+}
+
 PSQ_OUTLINE void sign_encode(const PsqEncode& a) {
-  size_t done = 0;
-  if (a.residual != nullptr && a.format.block >= kGroup)
-    done = a.half ? encode_signs<uint16_t>(a) : encode_signs<float>(a);
-  if (done == a.numel) return;
-  PsqEncode rest = a;
-  rest.values += done;
-  rest.numel -= done;
-  if (a.residual != nullptr) rest.residual = (uint8_t*)a.residual + done * (a.half ? sizeof(uint16_t) : sizeof(float));
-  rest.scales += scale_offset(a.format, done);
-  rest.words += word_offset(a.format, done);
-  encode_segment(kCoder<Sign<kMeanAbs>>, rest);
+  const bool by_blocks = a.residual != nullptr && a.format.block >= kGroup;
+  for (size_t done = 0; done < a.numel;) {
+    PsqEncode rest = part_from(a, done);
+    if (by_blocks) {
+      const size_t count = a.half ? encode_signs<uint16_t>(rest) : encode_signs<float>(rest);
+      done += count;
+      rest = part_from(rest, count);
+      if (rest.numel >= a.format.block) {  // its first block is not finite, which has been found out
+        rest.numel = a.format.block;
+        rest.residual_scale = 1.0f;
+      }
+    }
+    encode_segment(kCoder<Sign<kMeanAbs>>, rest);
+    done += rest.numel;
+  }
 }
 
 }  // namespace

@@ -287,6 +287,7 @@ PSQ_OUTLINE void topk_encode_with(const PsqEncode& a) {
   int32_t guess = 0;
   for (size_t from = 0, block = 0; from < a.numel; from += shape.block, ++block, entries += shape.entry_bytes) {
     const size_t count = at_most(shape.block, a.numel - from);
+    rescale(a, from, count);
     R* e = (R*)memory.open(from, count);
     const float* x = a.values + from;
     const float scale = count < shape.block ? topk_short_block(x, e, count, shape, entries)

@@ -18,6 +18,7 @@ struct PsqWorkerStep {
   const float* x;                              // weights; may be null where l2 and decay are 0
   void* residual;                              // or null
   bool half;                                   // the residual is bf16
+  float residual_scale;                        // what it is multiplied by first
   uint8_t* scales;                             // of the payload; null: the direction goes to the residual
   uint8_t* words;
   PsqFormat format;

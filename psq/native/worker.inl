@@ -1,6 +1,7 @@
 // A worker's push, in pieces that stay in the first cache: every vector is read from memory once.
 //
-//   u = Adam(g), to scratch, or g itself      encode u + residual, or (nothing to say) residual += u
+//   u = Adam(g), to scratch, or g itself      residual *= scale, if that is not 1
+//   encode u + residual, or (nothing to say) residual += u
 //
 // The stages are the kernels of optim.inl and codec.inl, so the bits are theirs. A piece is as many whole blocks as
 // fill kPush values. While it works on one, Adam's stage fetches what comes later of g, m and v, the encoder of the
@@ -30,10 +31,11 @@ PSQ_OUTLINE void absorb(const float* u, float* residual, size_t numel) {
   __builtin_memcpy(residual + whole, kept, bytes);
 }
 
-PSQ_OUTLINE void absorb_all(const float* u, void* residual, bool half, size_t numel, bool clears) {
+PSQ_OUTLINE void absorb_all(const float* u, void* residual, bool half, float scale, size_t numel, bool clears) {
   Memory memory(residual, half);
   for (size_t from = 0; from < numel; from += kChunk) {
     const size_t count = at_most(kChunk, numel - from);
+    if (scale != 1.0f) rescale_residual(residual, half, from, count, scale);
     absorb(u + from, memory.open(from, count), count);
     memory.close(from, count);
     if (clears) clear((float*)u + from, count);
@@ -55,12 +57,12 @@ PSQ_INLINE void worker_say(const PsqWorkerStep& s, size_t from, size_t numel, co
   uint8_t* residual = (uint8_t*)s.residual;
   if (residual != nullptr) residual += from * (s.half ? sizeof(uint16_t) : sizeof(float));
   if (s.scales == nullptr) {
-    return absorb_all(u, residual, s.half, numel, s.clear && s.adam == nullptr);
+    return absorb_all(u, residual, s.half, s.residual_scale, numel, s.clear && s.adam == nullptr);
   }
   uint8_t* scales = s.scales + scale_offset(s.format, from);
   uint8_t* words = s.words + word_offset(s.format, from);
   codec_encode({u, residual, scales, words, numel, s.format, s.start + uint32_t(from), s.half,
-                s.adam == nullptr ? PSQ_AHEAD : 0, s.clear && s.adam == nullptr});
+                s.adam == nullptr ? PSQ_AHEAD : 0, s.clear && s.adam == nullptr, s.residual_scale});
 }
 
 void worker_step(const PsqWorkerStep& s) {

@@ -11,7 +11,7 @@ import pytest
 from psq import kernels
 from psq.codec import get_codec
 from psq.kernels import AdamCoefficients, CorrectionCoefficients, WorkerStep
-from psq.kernels.reference_worker import absorb, compose
+from psq.kernels.reference_worker import absorb, compose, rescale
 
 NATIVE = [name for name in kernels.available() if name != kernels.REFERENCE]
 SEGMENTS = (5000, 1, 512, 2048, 77)
@@ -110,6 +110,42 @@ def test_a_push_that_clears_its_gradients_changes_nothing_else(name, mode, says)
         assert left.tolist() == ([17] if mode == "gradient" else [])
 
 
+@pytest.mark.parametrize("level", NATIVE)
+@pytest.mark.parametrize("mode", ["gradient", "adam"])
+@pytest.mark.parametrize("residual", ["f32", "bf16"])
+@pytest.mark.parametrize("spec", [*SPECS, "sign:block=512", "topk", None])
+def test_a_rescaled_residual_has_the_bits_of_the_reference(level, mode, residual, spec):
+    steps = [make_step(spec or "sign", mode, residual, says=spec is not None) for _ in range(2)]
+    steps = [dataclasses.replace(step, residual_scale=1 / 3) for step in steps]
+    for step in steps:
+        if mode == "gradient":  # a block in the midst, which keeps its old residual
+            step.gradients[0][1500] = np.nan
+    compose(kernels.get("reference"), steps[0])
+    kernels.get(level).worker_step(steps[1])
+    assert written(steps[1]) == written(steps[0])
+
+
+@pytest.mark.parametrize("name", kernels.available())
+@pytest.mark.parametrize("residual", ["f32", "bf16"])
+def test_a_rescaled_residual_is_rescaled_before_anything_else(name, residual):
+    for spec, says in (("sign", True), ("log:k=2,block=0", True), ("sign", False)):
+        expected, came = (make_step(spec, "gradient", residual, says=says) for _ in range(2))
+        rescale(expected.residual, 0.75)
+        kernels.get(name).worker_step(expected)
+        kernels.get(name).worker_step(dataclasses.replace(came, residual_scale=0.75))
+        assert written(came) == written(expected)
+
+
+@pytest.mark.parametrize("name", kernels.available())
+def test_a_product_that_is_not_finite_is_given_up(name):
+    for residual in ("f32", "bf16"):
+        step = make_step("sign", "gradient", residual, says=False)
+        step.gradients[0][:] = 0.0
+        step.residual[:2] = np.float32(1e30) if residual == "f32" else 0x7200
+        kernels.get(name).worker_step(dataclasses.replace(step, residual_scale=1e30))
+        assert step.residual[:2].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("name", kernels.available())
 def test_what_waits_is_residual_plus_gradient_to_the_last_bit(name):
     step = make_step("sign", "gradient", "f32", says=False)
@@ -143,6 +179,8 @@ WRONG = {
     "payload has 1 elements": {"payload": np.zeros(1, np.uint8)},
     "starts must be one": {"starts": [1]},
     "weights": {"weights": [np.zeros(1, np.float32)]},
+    "residual_scale must be": {"residual_scale": float("inf")},
+    "and 1 where there is no residual": {"residual": None, "residual_scale": 0.5},
     "there must be a residual": {"payload": None, "residual": None},
     "go together": {"m": None},
     "only with third": {"correction": CORRECTION, "third": None},
