@@ -21,7 +21,7 @@ from psq.errors import ConfigError, LocalError, RemotePlanError, RemoteWireError
 from psq.groups import DEFAULT_GROUP, Group, check_groups, group_from_plain
 from psq.kernels import Family
 from psq.layout import Layout, PayloadSize, Shard, cut
-from psq.recipe import Recipe
+from psq.recipe import Aggregate, Apply, Recipe
 from psq_proto.frames import digest64
 from psq_proto.messages import MAX_PAYLOAD_BYTES, PLAN_LIMITS
 from psq_proto.packing import pack, unpack
@@ -87,6 +87,7 @@ class Plan:
             _check_codecs(self.recipe, group)
         if consistency.max_staleness != 0:
             _check_stale(self)
+        _check_whole(self)
 
     @classmethod
     def of(  # noqa: PLR0913 - all that the processes of a job agree on
@@ -225,6 +226,15 @@ class Plan:
         """The shards of this plan's server that a round moves, ascending; there always is one."""
         return self._turns[round % len(self._turns)]
 
+    def pushed_shards(self, round: int) -> tuple[int, ...]:  # noqa: A002 - as above
+        """Those of them that workers push."""
+        due = self.due_shards(round)
+        return due if self._all_pushed else tuple(shard for shard in due if self.pushes(shard))
+
+    @cached_property
+    def _all_pushed(self) -> bool:
+        return all(group.pushed for group in self.groups)
+
     @cached_property
     def _turns(self) -> tuple[tuple[int, ...], ...]:
         return tuple(
@@ -350,8 +360,14 @@ def _downlink_codecs(recipe: Recipe, group: Group) -> tuple[str, ...]:
 
 def _check_codecs(recipe: Recipe, group: Group) -> None:
     """That all of a group's messages can be written."""
+    family = recipe.aggregate.part.family
     for spec in _uplink_codecs(recipe, group):
-        get_codec(spec)
+        if get_codec(spec).name != family and family and group.pushed:
+            msg = (
+                f"aggregate={recipe.aggregate.kind} reads {family} only, the uplink may be in "
+                f"{spec}: choose a codec of the family {family}"
+            )
+            raise ConfigError(msg)
     for spec in _downlink_codecs(recipe, group):
         downlink = get_codec(spec)
         if recipe.downlink.kind == "weights" and downlink.format.family == Family.TOPK:
@@ -376,6 +392,20 @@ def _check_stale(plan: Plan) -> None:
             f"apply={recipe.apply.kind} needs bsp, got {plan.consistency}: a late push would be in "
             "another unit than the round it counts in"
         )
+        raise ConfigError(msg)
+
+
+def _check_whole(plan: Plan) -> None:
+    """That who needs whole rounds, or moves tensors by itself, sees all of them in each round."""
+    recipe = plan.recipe
+    parts: dict[str, Aggregate | Apply] = {"aggregate": recipe.aggregate, "apply": recipe.apply}
+    who = [f"{slot}={each.kind}" for slot, each in parts.items() if each.part.whole]
+    who += [f"group {group.name!r} that is not pushed" for group in plan.groups if not group.pushed]
+    if who and plan.servers > 1:
+        msg = f"{who[0]} needs the whole model on one server, got {plan.servers} servers"
+        raise ConfigError(msg)
+    if who and recipe.uplink.every > 1:
+        msg = f"{who[0]} needs every shard in every round, got every={recipe.uplink.every}"
         raise ConfigError(msg)
 
 

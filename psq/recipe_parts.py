@@ -5,13 +5,13 @@ What fits together is `psq.recipe`'s to say; what kinds there are, `psq.parts`'.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 from psq import parts
 from psq.adam_config import AdamConfig
+from psq.codec_text import widths_of
 from psq.errors import ConfigError
 from psq.parts import Options, Part, part
 
@@ -37,7 +37,6 @@ DownlinkKind = Literal["weights", "delta", "mean"]
 MAX_LOCAL_STEPS: Final = 1000
 MAX_EVERY: Final = 1024
 _NONE: Final[Options] = ()
-_BITS: Final = re.compile(r"\bbits=\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +60,12 @@ class Choice:
         given = dict(self.options)
         specs = [default]
         for text in self.part.codecs:
-            if text.startswith("@"):
+            if text.startswith("@"):  # it has its number even where it is the default
                 specs.append(str(given[text[1:]]))
-            elif _BITS.search(default) is not None:
-                specs.append(_BITS.sub(text, default))
             else:
-                msg = f"choice={self.kind} changes a codec's bits, {default!r} has none to change"
-                raise ConfigError(msg)
-        return tuple(dict.fromkeys(specs))
+                others = widths_of(default, int(given["least"]), int(given["most"]))
+                specs += [spec for spec in others if spec != default]
+        return tuple(specs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,7 +207,8 @@ SGD_PRESETS: Final = (
         "For asynchronous runs with faulty workers: a message counts if the gradient's growth fits "
         "the others', none may speak too often, and late ones count less.",
         "after Kardam (1802.07928)",
-        "it refuses honest workers as well where data differ much, and needs more than 3 f of them",
+        "it refuses honest workers as well where data differ much, needs more than 3 f of them, "
+        "and keeps up to 12 bytes a parameter for each of them on the server",
         "--consistency asp, --with aggregate.f=F, SGD's own learning rate",
     ),
     Preset(

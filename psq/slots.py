@@ -69,7 +69,7 @@ class Option:
         kind = type(self.default)
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
         limits = [
-            f"{sign} {limit:g}"
+            f"{sign} {_limit(limit)}"
             for sign, limit in ((">=", self.low), ("<=", self.high))
             if limit is not None
         ]
@@ -135,12 +135,13 @@ class Part:
         local: directions: it moves weights, so that a worker can take local steps.
         replicable: applies: every node can run it on the same bytes, with a downlink of means.
         replicated: applies: it runs only so.
-        state: vectors of its own, 4 bytes a parameter each, with or without an if.
+        keeps_weights: applies: the server's weights are those of the workers.
+        family: aggregates: the only family of codecs that it can read; empty for all.
         needs: other parts it works with only, as "apply=ef21" or "choice=first" (the uplink's).
         in_step: applies: which round it is follows from the choice of codecs, so that both ways
             have the same choice, nobody is late, and every shard moves in every round.
         codecs: choices: the codecs besides the default: "@OPTION" is the one an option names,
-            "bits=N" the default with other bits.
+            "*" the default with all bits from option "least" to "most".
         clocked: choices: the step's number alone decides, so that everyone knows.
         package: who brings it; empty for psq itself.
     """
@@ -156,7 +157,8 @@ class Part:
     local: bool = False
     replicable: bool = False
     replicated: bool = False
-    state: tuple[str, ...] = ()
+    keeps_weights: bool = True
+    family: str = ""
     needs: tuple[str, ...] = ()
     in_step: bool = False
     codecs: tuple[str, ...] = ()
@@ -197,10 +199,6 @@ class Part:
         )
         return "there are: " + ", ".join(each)
 
-    def state_with(self, given: Options) -> tuple[str, ...]:
-        """The names of its vectors with these options."""
-        return tuple(_those(self.state, given))
-
     def takes_with(self, given: Options) -> tuple[str, ...]:
         """The meanings it can work with, with these options."""
         return tuple(_those(self.takes, given))
@@ -228,6 +226,10 @@ def _those(texts: Iterable[str], given: Options) -> Iterable[str]:
         name, _, condition = text.partition(_IF)
         if not condition or values[condition]:
             yield name
+
+
+def _limit(limit: float) -> str:
+    return f"{limit:,.0f}" if float(limit).is_integer() else f"{limit:g}"
 
 
 def _shown(value: Value) -> str:

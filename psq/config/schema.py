@@ -369,6 +369,7 @@ def _check_codec(told: WorkerConfig) -> None:
     said: dict[str, object] = {"uplink": told.uplink, "downlink": told.downlink}
     if told.recipe != DEFAULT_RECIPE:
         said["recipe"] = told.recipe
+    said["recipe's options"] = told.options
     for name, value in said.items():
         if value is not None:
             msg = (

@@ -388,3 +388,27 @@ def test_a_literal_an_optional_and_a_unit_are_read_from_the_annotation() -> None
 
     (item,) = settings_of(Sample)
     assert (item.kind, item.optional, item.flag, item.env) == (float, True, "--wait", "PSQ_WAIT")
+
+
+# ---- a setting that is said several times
+
+
+def test_options_of_a_recipe_are_given_one_by_one_and_add_up():
+    words = ["--with", "aggregate=krum", "--with", "aggregate.f=2"]
+    found = run_flags(WorkerConfig, words, {})
+    assert found.config.changes == ("aggregate=krum", "aggregate.f=2")
+    assert found.origins["options"] == "--with"
+
+
+def test_options_of_a_recipe_are_a_list_in_a_file_and_spaces_in_a_variable(tmp_path):
+    path = tmp_path / "psq.toml"
+    path.write_text('[worker]\nwith = ["aggregate=krum", "aggregate.f=2"]\n')
+    assert ask(WorkerConfig, file=str(path)).config.changes == ("aggregate=krum", "aggregate.f=2")
+    environ = {"PSQ_WITH": "aggregate=krum  aggregate.f=2"}
+    assert ask(WorkerConfig, environ=environ).config.changes == ("aggregate=krum", "aggregate.f=2")
+    assert ask(WorkerConfig).config.changes == ()
+
+
+def test_automatic_codecs_and_options_of_a_recipe_exclude_each_other():
+    with pytest.raises(ConfigError, match="auto chooses the recipe's options, which is given as"):
+        WorkerConfig(codec="auto", options="apply.rate=1")

@@ -303,3 +303,48 @@ def test_a_stranger_with_the_specification_cuts_the_same(shapes, servers):
     made = [[(s.tensor, s.start, s.numel) for s in shard.segments] for shard in layout.shards]
     assert made == shards
     assert layout.owners == owners
+
+
+# ---- groups
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 3 * SPLIT_NUMEL), st.integers(0, 2)), min_size=1, max_size=12
+    ),
+    st.integers(1, 2),
+)
+def test_no_shard_holds_two_groups_and_every_value_is_in_one_shard(tensors, every):
+    specs = [(f"p{i}", (numel,)) for i, (numel, _) in enumerate(tensors)]
+    members = [group for _, group in tensors]
+    others = [(dense, dense), (one_bit,)]
+    layout = cut(specs, (dense, one_bit), 1, every, members=members, others=others)
+    assert [tensor.name for tensor in layout.tensors] == [name for name, _ in specs]
+    offset = 0
+    for shard in layout.shards:
+        assert shard.offset == offset
+        offset += shard.numel
+        for segment in shard.segments:
+            assert members[segment.tensor] == shard.group
+            at = layout.tensors[segment.tensor].offset + segment.start
+            assert at == shard.offset + segment.offset
+    assert offset == sum(numel for numel, _ in tensors)
+    groups = [shard.group for shard in layout.shards]
+    assert groups == sorted(groups)
+
+
+def test_a_group_is_cut_by_its_own_payloads():
+    specs = [("a", (2 * PART_NUMEL,)), ("b", (2 * PART_NUMEL,))]
+    layout = cut(specs, (one_bit,), members=(0, 1), others=[(dense,)])
+    assert [(shard.group, shard.numel) for shard in layout.shards] == [
+        (0, 2 * PART_NUMEL),
+        (1, PART_NUMEL),
+        (1, PART_NUMEL),
+    ]
+
+
+def test_groups_that_alternate_make_no_more_shards_than_there_are_groups():
+    specs = [(f"p{i}", (10,)) for i in range(100)]
+    members = [i % 2 for i in range(100)]
+    layout = cut(specs, (dense,), members=members, others=[(dense,)])
+    assert [shard.numel for shard in layout.shards] == [500, 500]

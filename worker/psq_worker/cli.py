@@ -39,7 +39,7 @@ SAID_BY_LAUNCHER: Final = ("connect", "rank", "world_size", "progress", "progres
 FOR_SERVER: Final = ("save", "lease", "give_up_after", "metrics_host", "metrics_port")
 # What means nothing where there is one process and no server.
 ABOUT_MESSAGES: Final = (
-    *("connect", "recipe", "uplink", "downlink"),
+    *("connect", "recipe", "with", "uplink", "downlink"),
     *("consistency", "overlap", "residual", "codec", "give_up_after"),
     "timeline_filename",
 )
@@ -192,6 +192,41 @@ def advise(given: Given) -> None:
     from psq_worker.advising import run_advise  # noqa: PLC0415 - --help needs no numpy
 
     run_advise(config)
+
+
+@psq.command(epilog=EPILOG, short_help="List the recipes: parts, bits, state, traps.")
+@click.argument("name", required=False)
+@click.option(
+    "--with",
+    "changes",
+    multiple=True,
+    metavar="SLOT.OPTION=VALUE",
+    help="Show NAME with this option, as psq launch takes it.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def recipes(name: str | None, changes: tuple[str, ...], *, as_json: bool) -> None:
+    """List every recipe, or show NAME with all options of its parts.
+
+    Each with its parts, the bits it sends both ways, the state it keeps, where it is from, and when
+    it fails. Nothing is trained.
+    """
+    from psq_worker.recipe_pages import (  # noqa: PLC0415 - --help needs no numpy
+        print_recipe,
+        print_recipes,
+        recipe_plain,
+        recipes_plain,
+    )
+
+    if changes and name is None:
+        msg = "--with is for one recipe: name it, as in psq recipes qadam --with aggregate=median"
+        raise UsageError(msg)
+    if as_json:
+        found = recipes_plain() if name is None else recipe_plain(name, changes)
+        click.echo(json.dumps(found, indent=2))
+    elif name is None:
+        print_recipes()
+    else:
+        print_recipe(name, changes)
 
 
 @psq.command("merge-weights", epilog=EPILOG, short_help="Make one file of servers' parts.")
