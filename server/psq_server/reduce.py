@@ -254,7 +254,9 @@ class Reducer:
                 step = self._server_step(shard, said, adam, downlink, out)
                 kernels.active().server_step(step)
             else:
-                self._compose(shard, said, downlink, out)
+                waits = self._is_linear and rate == 0.0  # what is said now is worth nothing
+                residual = None if waits else self._residual_of(shard)
+                self._compose(shard, said, downlink, residual, out)
         return self._answer(downlink, out, lr)
 
     def full(self, shard: int) -> Full:
@@ -337,11 +339,10 @@ class Reducer:
 
     def _rescale_for(self, shard: int, rate: float) -> None:
         """Keep what a residual of means is worth when the rate that will meet it changes."""
-        before = self._rates.get(shard, 0.0)
+        before, residual = self._rates.get(shard, 0.0), self._residual_of(shard)
         if rate > 0.0:
             self._rates[shard] = rate
-        if self._is_linear and self._residual is not None and 0.0 < before != rate > 0.0:
-            residual = self._of(self._residual, self._shards[shard])
+        if self._is_linear and residual is not None and 0.0 < before != rate > 0.0:
             np.multiply(residual, np.float32(before / rate), out=residual)
 
     def _is_fused(self, said: Sequence[Pushed]) -> bool:
@@ -377,9 +378,14 @@ class Reducer:
         )
 
     def _compose(
-        self, shard: int, said: Sequence[Pushed], downlink: ShardCodec, out: Bytes
+        self,
+        shard: int,
+        said: Sequence[Pushed],
+        downlink: ShardCodec,
+        residual: Floats | None,
+        out: Bytes,
     ) -> None:
-        """The same by the recipe's rules."""
+        """The same by the recipe's rules, with this residual if it is to take part."""
         cut = self._shards[shard]
         x, change = self._of(self._x, cut), self._scratch[: cut.numel]
         if self._stepped is not None:
@@ -387,13 +393,13 @@ class Reducer:
         else:
             self._combine(shard, said, change)
         if self._is_mean:
-            self._encode(shard, change, downlink, out)
+            self._encode(shard, change, downlink, residual, out)
             downlink.decode(out, change)
         if self._stepped is None:
             self._apply.write(shard, change, x)
         if self._recipe.downlink.kind == "delta":
             np.negative(change, out=change)
-            self._encode(shard, change, downlink, out)
+            self._encode(shard, change, downlink, residual, out)
             downlink.decode_add(out, x)
             return
         self._move(shard, x, change)
@@ -413,13 +419,19 @@ class Reducer:
             share = sum(one.weight for one in messages) / self._plan.world_size
             np.multiply(out, np.float32(share), out=out)
 
-    def _encode(self, shard: int, values: Floats, codec: ShardCodec, out: Bytes) -> None:
-        """Write an answer, with the residual where it takes part."""
-        seed, residual = self._stream(shard), self._residual
+    def _encode(
+        self,
+        shard: int,
+        values: Floats,
+        codec: ShardCodec,
+        residual: Floats | None,
+        out: Bytes,
+    ) -> None:
+        """Write an answer, with the residual unless the apply lets it wait."""
         if residual is None or not self._apply.uses_residual(shard, self._rounds[shard]):
-            codec.encode(values, out, seed=seed)
+            codec.encode(values, out, seed=self._stream(shard))
         else:
-            codec.encode_ef(values, self._of(residual, self._shards[shard]), out, seed=seed)
+            codec.encode_ef(values, residual, out, seed=self._stream(shard))
 
     def _move(self, shard: int, x: Floats, change: Floats) -> None:
         if self._stepped is None:
@@ -428,9 +440,8 @@ class Reducer:
             x[:] = self._of(self._stepped, self._shards[shard])
 
     def _change_units(self, shard: int) -> None:
-        factor = self._apply.rescale(shard)
-        if factor is not None and self._residual is not None:
-            residual = self._of(self._residual, self._shards[shard])
+        factor, residual = self._apply.rescale(shard), self._residual_of(shard)
+        if factor is not None and residual is not None:
             np.multiply(residual, factor, out=residual)
 
     def _step_whole(
@@ -498,6 +509,9 @@ class Reducer:
 
     def _x_of(self, shard: int) -> Floats:
         return self._of(self._x, self._shards[shard])
+
+    def _residual_of(self, shard: int) -> Floats | None:
+        return None if self._residual is None else self._of(self._residual, self._shards[shard])
 
     def _stream(self, shard: int) -> int:
         return stream_seed(self._seed, SERVER_RANK, self._rounds[shard], shard)
