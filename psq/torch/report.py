@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["LOCAL", "StepReport"]
+__all__ = ["LOCAL", "SAT_OUT", "StepReport"]
 
 LOCAL: Final = "local"
 """The reason of a step that this worker took on its own weights: a later one says it."""
+SAT_OUT: Final = "sat out"
+"""The reason of a round that this worker asked to sit out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,7 @@ class StepReport:
         version: the version of the weights now.
         applied: this worker's gradient counted, all of it.
         reason: why it did not ("" when applied): some of the gradient was not finite, the server
-            rejected some of it, it was only accumulated, or LOCAL.
+            rejected some of it, it was only accumulated, LOCAL, or SAT_OUT.
         lr: the learning rate asked for.
         compute_s: the user's own time, since the step before had its weights; zeroing the gradients
             is in it.
@@ -35,6 +37,8 @@ class StepReport:
         staleness: how many rounds others were ahead when this gradient counted; 0 under bsp.
         sent_bytes: on the wire since the step before, headers and heartbeats included.
         received_bytes: likewise.
+        payload_bytes: of the payloads said in this step, scales included, headers not.
+        said_numel: how many values they say.
     """
 
     step: int
@@ -53,3 +57,10 @@ class StepReport:
     staleness: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    payload_bytes: int = 0
+    said_numel: int = 0
+
+    @property
+    def bits_per_value(self) -> float:
+        """What a value took on average, scales included; 0 where nothing was said."""
+        return 8 * self.payload_bytes / self.said_numel if self.said_numel else 0.0

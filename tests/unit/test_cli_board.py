@@ -144,6 +144,14 @@ def test_the_loss_is_the_mean_of_the_last_tenth_of_the_steps():
     assert board.summary()["loss"] == pytest.approx((4 * 3.0 + 6 * 1.0) / 10)
 
 
+def test_bits_of_what_was_said_count_payloads_alone():
+    assert filled().summary()["payload_bits"] is None
+    board = Board(2)
+    for rank, nbytes in ((0, 500), (1, 1500)):
+        board.add(summary(rank, payload_bytes=nbytes, said_numel=2000), 0.0)
+    assert board.summary()["payload_bits"] == 4.0
+
+
 def test_bits_per_parameter_are_those_of_the_wire():
     wire = filled().summary()["wire"]
     assert (wire["bits_per_parameter_up"], wire["bits_per_parameter_down"]) == (4.0, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from psq_worker.board import Board
@@ -54,6 +55,34 @@ def test_a_picture_is_drawn_even_where_nothing_was_scored(tmp_path, scored):
     board = filled(scored=scored)
     draw(path, "title", "subtitle", curve_of("psq", board), curve_of("plain", board))
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def said_in(bits_of_step):
+    """A board of a worker whose values took so many bits, ten steps at a time."""
+    board, payload_bytes = Board(1), 0
+    for step in range(10, 601, 10):
+        payload_bytes += 10 * 1000 * bits_of_step(step) // 8
+        board.add(
+            Progress(step=step, loss=1.0, payload_bytes=payload_bytes, said_numel=1000 * step), 0.0
+        )
+    return board
+
+
+def test_bits_are_those_of_the_values_said_in_a_range_of_steps():
+    curve = curve_of("psq", said_in(lambda step: 8 if step <= 300 else 2))
+    assert curve.bits == (8.0,) * 30 + (2.0,) * 30
+    assert curve.bits_steps == curve.loss_steps
+    assert curve_of("psq", filled()).bits == ()
+
+
+def test_bits_are_drawn_below_where_they_change(tmp_path):
+    sizes = {}
+    for name, bits in (("constant", lambda _: 4), ("changing", lambda step: 2 + 2 * (step > 300))):
+        path, curve = tmp_path / f"{name}.png", curve_of("psq", said_in(bits))
+        draw(path, "title", "subtitle", curve, curve_of("plain", filled()))
+        sizes[name] = np.frombuffer(path.read_bytes()[16:24], ">u4").tolist()
+    assert sizes["changing"][0] == sizes["constant"][0]
+    assert sizes["changing"][1] > sizes["constant"][1]
 
 
 def test_a_job_that_said_nothing_can_be_drawn(tmp_path):

@@ -42,6 +42,7 @@ SUMMARY = {
         "compression_ratio_down": 30.8,
         "compression_ratio": 12.4,
     },
+    "payload_bits": 4.03,
     "step_s": {"total": 0.055, **dict.fromkeys(PHASES, 0.011)},
 }
 BASELINE = {
@@ -49,6 +50,7 @@ BASELINE = {
     "workers": 1,
     "servers": 0,
     "exposed_s": 0.0,
+    "payload_bits": None,
     "score": 0.87,
     "step_s": {"total": 0.03, **dict.fromkeys(PHASES, 0.0), "compute": 0.03},
 }
@@ -84,6 +86,13 @@ def test_a_comparison_shows_both_jobs_and_no_phases_that_plain_adam_has_not(caps
     assert cells(text, "test accuracy") == ["87.12 %", "87.00 %"]
     assert cells(text, "encode:") == ["11.0", "-"]
     assert cells(text, "compute:") == ["11.0", "30.0"]
+
+
+def test_bits_of_payloads_are_shown_of_those_who_said_something(capsys):
+    Console().print(comparison_table(SUMMARY, BASELINE))
+    assert cells(capsys.readouterr().out, "of a value that was said") == ["4.03", "-"]
+    print_summary({**SUMMARY, "payload_bits": None}, as_json=False)
+    assert "of a value that was said" not in capsys.readouterr().out
 
 
 def test_a_job_without_scores_has_no_score_row(capsys):

@@ -20,6 +20,8 @@ class Step:
     reason: str = ""
     sent_bytes: int = 10
     received_bytes: int = 20
+    payload_bytes: int = 5
+    said_numel: int = 40
     compute_s: float = 1.0
     encode_s: float = 2.0
     wire_s: float = 3.0
@@ -54,6 +56,9 @@ def test_it_adds_up_steps():
     last = said[-1]
     assert (last.step, last.samples, last.sent_bytes, last.received_bytes) == (3, 24, 30, 60)
     assert (last.elapsed_s, last.loss, last.skipped, last.numel) == (1.5, 2.0, 0, 7)
+    assert (last.payload_bytes, last.said_numel) == (15, 120)
+    end = reporter.summary()
+    assert (end.payload_bytes, end.said_numel) == (15, 120)
 
 
 def test_it_speaks_no_more_often_than_told_but_always_at_the_last_step():

@@ -20,13 +20,17 @@ NEW_RATE_WEIGHT: Final = 0.3  # of the newest in the running mean of samples per
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Mean loss of one rank over its steps (step - steps, step], and its bytes up to there."""
+    """Mean loss of one rank over its steps (step - steps, step], and its bytes up to there.
+
+    `bits` is what a value that it said in these steps took on average; None where it said none.
+    """
 
     rank: int
     step: int
     steps: int
     loss: float
     sent_bytes: int
+    bits: float | None = None
 
 
 @dataclass(slots=True)
@@ -145,7 +149,8 @@ class Board:
         The loss is the mean over the last tenth of the steps: that of one batch says little. Bytes
         are those of one worker, times those of one step, both averaged over the workers.
         Steps right after an evaluation are left out of the times, and so of `samples_per_s`.
-        `exposed_s` is, per step, the waiting that no computing hid.
+        `exposed_s` is, per step, the waiting that no computing hid. `payload_bits` is what a value
+        that was pushed took in its payload, without headers; None where none was.
         """
         ends = [state.summary for state in self.ranks if state.summary is not None]
         if not ends:
@@ -173,6 +178,9 @@ class Board:
             "skipped": sum(end.skipped for end in ends),
             "rejected": sum(end.rejected for end in ends),
             "wire": _wire(ends),
+            "payload_bits": _bits(
+                sum(end.payload_bytes for end in ends), sum(end.said_numel for end in ends)
+            ),
             "step_s": step_s,
             "exposed_s": _per_timed_step(ends, sum(end.exposed_s for end in ends)),
             "consistency": first.consistency,
@@ -195,7 +203,14 @@ class Board:
             state.exposed_s = (event.exposed_s - old.exposed_s) / timed
         if event.loss is not None and event.step > old.step:
             made = event.step - old.step
-            self.points.append(Point(event.rank, event.step, made, event.loss, event.sent_bytes))
+            bits = _bits(event.payload_bytes - old.payload_bytes, event.said_numel - old.said_numel)
+            point = Point(event.rank, event.step, made, event.loss, event.sent_bytes, bits)
+            self.points.append(point)
+
+
+def _bits(payload_bytes: int, said_numel: int) -> float | None:
+    """What a value took; None where none was said."""
+    return 8 * payload_bytes / said_numel if said_numel > 0 else None
 
 
 def _progress_of(end: Summary, old: Progress) -> Progress:

@@ -67,6 +67,8 @@ class Progress:
             and those right after an evaluation, which are no typical steps.
         exposed_s: of these, seconds of waiting for the network and for others that no computing
             hid.
+        payload_bytes, said_numel: what was said in all steps, scales included and headers not, and
+            how many values that says.
         staleness_sum, staleness_max: rounds that others were ahead when a step of this worker
             counted, over all steps; 0 under bsp.
         skipped: steps of which some gradient was not finite and was left out.
@@ -83,6 +85,8 @@ class Progress:
     elapsed_s: float = 0.0
     sent_bytes: int = 0
     received_bytes: int = 0
+    payload_bytes: int = 0
+    said_numel: int = 0
     numel: int = 0
     skipped: int = 0
     rejected: int = 0
@@ -124,6 +128,8 @@ class Summary:
     elapsed_s: float = 0.0
     sent_bytes: int = 0
     received_bytes: int = 0
+    payload_bytes: int = 0
+    said_numel: int = 0
     numel: int = 0
     skipped: int = 0
     rejected: int = 0

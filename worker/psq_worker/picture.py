@@ -1,14 +1,15 @@
 """The picture of a demo: loss and score, against steps and against bytes, psq beside fp32.
 
 Four panels. The left column shows that psq needs no more steps than plain Adam; the right one, that
-it needs far fewer bytes. The two colours are from Okabe and Ito's palette, which colour-blind
+it needs far fewer bytes. Where a recipe changes how many bits it says a value in, a strip below
+shows these by step. The two colours are from Okabe and Ito's palette, which colour-blind
 readers can tell apart, and the lines differ in dash as well. matplotlib is imported only to draw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ BLUE: Final = "#0072B2"
 ORANGE: Final = "#D55E00"
 GREY: Final = "#666666"
 STRIP: Final = 0.16  # of a panel's height, kept free below the lines for the arrow
+LEAST_CHANGE: Final = 0.05  # bits: below it there is nothing to see
 ACCURACY: Final = "Test accuracy"
 
 
@@ -32,6 +34,7 @@ class Curve:
     Attributes:
         loss_steps, loss_bytes, losses: binned means, and the bytes one worker had sent by then.
         score_steps, score_bytes, scores: the evaluations.
+        bits_steps, bits: what a value that was said took, binned means; none where nothing was.
     """
 
     label: str
@@ -42,11 +45,15 @@ class Curve:
     score_steps: tuple[float, ...]
     score_bytes: tuple[float, ...]
     scores: tuple[float, ...]
+    bits_steps: tuple[float, ...] = ()
+    bits: tuple[float, ...] = ()
 
 
 def curve_of(label: str, board: Board) -> Curve:
     """The lines of a finished job."""
     binned = _bin(board.points, max(1, board.step))
+    said = [replace(p, loss=p.bits) for p in board.points if p.bits is not None]
+    bits = _bin(said, max(1, board.step))
     scored = [e for e in board.evaluations if e.metric in e.scores]
     return Curve(
         label=label,
@@ -57,6 +64,8 @@ def curve_of(label: str, board: Board) -> Curve:
         score_steps=tuple(float(e.step) for e in scored),
         score_bytes=tuple(float(e.sent_bytes) for e in scored),
         scores=tuple(e.scores[e.metric] for e in scored),
+        bits_steps=tuple(step for step, _, _ in bits),
+        bits=tuple(mean for _, _, mean in bits),
     )
 
 
@@ -82,9 +91,13 @@ def draw(path: Path, title: str, subtitle: str, psq: Curve, baseline: Curve) -> 
     from matplotlib import rc_context  # noqa: PLC0415 - half a second that only a picture needs
     from matplotlib.figure import Figure  # noqa: PLC0415 - as above
 
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(11, 7.4), layout="constrained")
-        axes = figure.subplots(2, 2, sharey="row")
+    with rc_context(STYLE):
+        strip = _changes(psq.bits)
+        figure = Figure(figsize=(11, 7.4 + 1.8 * strip), layout="constrained")
+        heights = (7.4, 1.8)[: 1 + strip]
+        parts = figure.subfigures(1 + strip, 1, height_ratios=heights, squeeze=False)
+        panels, *below = parts[:, 0]
+        axes = panels.subplots(2, 2, sharey="row")
         figure.suptitle(title, fontsize=15, fontweight="bold", x=0.012, ha="left")
         for curve, colour, dash in ((baseline, ORANGE, (0, (4, 2))), (psq, BLUE, "-")):
             style = {"color": colour, "linestyle": dash, "label": curve.label}
@@ -95,12 +108,27 @@ def draw(path: Path, title: str, subtitle: str, psq: Curve, baseline: Curve) -> 
             row[0].set_ylim(low - STRIP * (high - low), high)
         _mark_ratio(axes[0, 1], psq.loss_bytes, baseline.loss_bytes)
         _mark_ratio(axes[1, 1], psq.score_bytes, baseline.score_bytes)
+        if below:
+            _draw_bits(below[0].subplots(), psq)
         figure.supxlabel(subtitle, fontsize=9, color=GREY, x=0.012, ha="left")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=140)
 
 
-_STYLE: Final[Any] = {
+def _changes(bits: Sequence[float]) -> bool:
+    return max(bits, default=0.0) - min(bits, default=0.0) > LEAST_CHANGE
+
+
+def _draw_bits(axis: Any, curve: Curve) -> None:
+    axis.plot(curve.bits_steps, curve.bits, color=BLUE, drawstyle="steps-mid", label=curve.label)
+    axis.set_title("Bits of a value that was said, by step")
+    axis.set_ylabel("bits")
+    axis.set_xlabel("step")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+
+
+STYLE: Final[Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

@@ -104,6 +104,8 @@ def _sections(first: Summary) -> list[list[tuple[str, Cell]]]:
         ("sent per worker", lambda s: format_bytes(s["wire"]["sent_bytes"])),
         ("received per worker", lambda s: format_bytes(s["wire"]["received_bytes"])),
     ]
+    if first["payload_bits"] is not None:
+        wire.insert(1, ("  of a value that was said, payload alone", _payload_bits))
     phases: list[tuple[str, Cell]] = [
         ("milliseconds per step", lambda s: _ms(s, "total")),
         *((f"  {phase}: {PHASE_WORDS[phase]}", _phase_cell(phase)) for phase in PHASES),
@@ -130,6 +132,11 @@ def _score(summary: Summary) -> str:
 
 def _bits(summary: Summary, direction: str) -> str:
     return f"{summary['wire'][f'bits_per_parameter_{direction}']:.2f}"
+
+
+def _payload_bits(summary: Summary) -> str:
+    bits = summary["payload_bits"]
+    return "-" if bits is None else f"{bits:.2f}"
 
 
 def _ratios(summary: Summary) -> str:

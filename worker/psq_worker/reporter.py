@@ -41,6 +41,16 @@ class StepNumbers(Protocol):
         ...
 
     @property
+    def payload_bytes(self) -> int:
+        """Of what was said in the step, without headers."""
+        ...
+
+    @property
+    def said_numel(self) -> int:
+        """How many values that says."""
+        ...
+
+    @property
     def left_out(self) -> tuple[int, ...]:
         """The shards whose gradients were not finite."""
         ...
@@ -62,6 +72,8 @@ class _Totals:
     samples: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    payload_bytes: int = 0
+    said_numel: int = 0
     skipped: int = 0
     rejected: int = 0
     timed_steps: int = 0
@@ -114,6 +126,8 @@ class Reporter:
         totals.samples += samples
         totals.sent_bytes += numbers.sent_bytes
         totals.received_bytes += numbers.received_bytes
+        totals.payload_bytes += numbers.payload_bytes
+        totals.said_numel += numbers.said_numel
         totals.skipped += bool(numbers.left_out)
         counts = numbers.applied or numbers.reason == LOCAL
         totals.rejected += not counts and not numbers.left_out
@@ -167,6 +181,8 @@ class Reporter:
             elapsed_s=self._clock() - self._since_s,
             sent_bytes=totals.sent_bytes,
             received_bytes=totals.received_bytes,
+            payload_bytes=totals.payload_bytes,
+            said_numel=totals.said_numel,
             numel=self._started.numel,
             skipped=totals.skipped,
             rejected=totals.rejected,
@@ -190,6 +206,8 @@ class Reporter:
             elapsed_s=self._clock() - self._since_s,
             sent_bytes=totals.sent_bytes,
             received_bytes=totals.received_bytes,
+            payload_bytes=totals.payload_bytes,
+            said_numel=totals.said_numel,
             numel=self._started.numel,
             skipped=totals.skipped,
             rejected=totals.rejected,
