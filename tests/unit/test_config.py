@@ -40,9 +40,11 @@ EVERY_SETTING = [
 SPECIAL = {
     "bind": "tcp://127.0.0.1:7001",
     "connect": "tcp://10.0.0.1:7001",
+    "parent": "tcp://10.0.0.1:7002",
     "world_size": 7,
     "rank": 0,
     "servers": "auto",
+    "schedule": "power:1:0.5",
 }
 
 

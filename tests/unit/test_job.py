@@ -4,6 +4,7 @@ import pytest
 
 from psq.config import WorkerConfig
 from psq.errors import ConfigError
+from psq.recipe import register_schedule
 from psq_worker.job import Job
 from psq_worker.recipes import check_job, recipe_of
 
@@ -47,3 +48,40 @@ def test_the_rhythm_of_pushes_is_a_setting():
 def test_a_rhythm_that_no_job_can_have_is_refused_before_anything_starts(settings, words):
     with pytest.raises(ConfigError, match=words):
         check_job(WorkerConfig(**settings))
+
+
+def test_a_learning_rate_may_follow_a_schedule_of_a_family_or_of_the_user_s_own():
+    falling = Job(steps=9, batch_size=1, lr=0.5, schedule="power:1:0.5")
+    assert [falling.lr_at(step) for step in (0, 3, 8)] == [0.5, 0.25, 0.5 / 3]
+    register_schedule("test-rise", lambda t, steps: min(1.0, t / steps))
+    rising = Job(steps=9, batch_size=1, lr=0.5, schedule="test-rise:4")
+    assert [rising.lr_at(step) for step in (0, 3, 8)] == [0.125, 0.5, 0.5]
+    assert WorkerConfig(schedule="test-rise:4").schedule == "test-rise:4"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ("power:1", "constant or linear, or a factor"),
+        ("power:-1:0.5", "asks for the learning rate -0.5 in step 0"),
+        ("one-minus-power:1.5:0", "asks for the learning rate -0.25 in step 0"),
+        ("cosine", "no schedule 'cosine' here; there are: .*power"),
+    ],
+)
+def test_a_schedule_that_gives_no_rate_is_refused(schedule, words):
+    with pytest.raises(ConfigError, match=words):
+        Job(steps=9, batch_size=1, lr=0.5, schedule=schedule)
+
+
+def test_a_schedule_that_is_none_is_refused_with_the_settings():
+    with pytest.raises(ConfigError, match="schedule: expected constant or linear, or a factor"):
+        WorkerConfig(schedule="power:1")
+    with pytest.raises(ConfigError, match="schedule: no schedule 'cosine' here"):
+        WorkerConfig(schedule="cosine")
+
+
+def test_a_part_that_needs_more_workers_is_refused_before_anything_starts():
+    krum = {"recipe": "ef-sgd", "options": "aggregate=krum aggregate.f=1"}
+    with pytest.raises(ConfigError, match="krum"):
+        check_job(WorkerConfig(**krum, world_size=4))
+    check_job(WorkerConfig(**krum, world_size=5))

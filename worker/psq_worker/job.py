@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 
 from psq.errors import ConfigError
+from psq.schedules import parse_schedule, schedule_value
 from psq_worker.tasks import Schedule, Task, job_defaults
 
 __all__ = ["History", "Job", "LossMeter", "OnRecord", "Record", "job_for"]
@@ -24,7 +25,8 @@ class Job:
         steps: the step to train up to, counted from 0 and not from `start_step`.
         batch_size: samples per worker and step.
         lr: learning rate at the start.
-        schedule: how the learning rate goes on from there.
+        schedule: how the learning rate goes on from there: "constant", "linear" down to 0 at the
+            last step, or a factor of t = step + 1 as a text, see `psq.schedules.parse_schedule`.
         seed: of the initial weights and of the order of samples.
         eval_every: steps between evaluations; the last step is always evaluated.
         start_step: global batches already done; 0 for a new run.
@@ -35,7 +37,7 @@ class Job:
     steps: int
     batch_size: int
     lr: float
-    schedule: Schedule = "constant"
+    schedule: str = "constant"
     seed: int = 0
     eval_every: int = 100
     start_step: int = 0
@@ -54,15 +56,30 @@ class Job:
         if not (math.isfinite(self.lr) and self.lr > 0.0):
             msg = f"job: lr must be a number above 0, got {self.lr!r}"
             raise ConfigError(msg)
-        if self.schedule not in get_args(Schedule):
-            msg = f"job: schedule must be one of {get_args(Schedule)}, got {self.schedule!r}"
+        if self.schedule not in get_args(Schedule) and parse_schedule(self.schedule) is None:
+            words = " or ".join(get_args(Schedule))
+            msg = f"job: schedule must be {words}, or a factor, got {self.schedule!r}"
             raise ConfigError(msg)
+        for step in (0, self.steps - 1):
+            self.lr_at(step)
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0."""
+        """The learning rate of step `step`, counted from 0.
+
+        Raises:
+            ConfigError: a factor that is no number there, or below 0.
+        """
         if self.schedule == "constant":
             return self.lr
-        return self.lr * max(0.0, 1.0 - step / self.steps)
+        if self.schedule == "linear":
+            return self.lr * max(0.0, 1.0 - step / self.steps)
+        factor = parse_schedule(self.schedule)
+        assert factor is not None  # noqa: S101 - looked at when the job was made
+        rate = self.lr * schedule_value(factor, step + 1)
+        if not (math.isfinite(rate) and rate >= 0.0):
+            msg = f"schedule {self.schedule} asks for the learning rate {rate!r} in step {step}"
+            raise ConfigError(msg)
+        return rate
 
     def is_evaluated(self, done: int) -> bool:
         """Whether scores are taken once `done` steps are done: with the round that makes it due."""
