@@ -138,9 +138,9 @@ class _Link:
         """Whether `close` was called."""
         return bool(self._socket.closed)
 
-    def watch(self, fd: int) -> None:
-        """Let `wait` also return when this descriptor becomes readable (a signal's wake-up)."""
-        self._poller.register(fd, zmq.POLLIN)
+    def watch(self, other: int | WorkerLink) -> None:
+        """Let `wait` also return when another link, or a signal's descriptor, can be read."""
+        self._poller.register(other if isinstance(other, int) else other._socket, zmq.POLLIN)  # noqa: SLF001 - one class in two parts
 
     def wait(self, timeout_s: float) -> bool:
         """Block until a message can be read, a watched descriptor is readable, or the time is up.

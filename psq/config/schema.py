@@ -15,7 +15,6 @@ from typing import Any, Final, Literal
 from psq.config.setting import COMMA, check_fields, setting, switch
 from psq.errors import ConfigError
 from psq.recipe import MAX_EVERY, MAX_LOCAL_STEPS
-from psq.schedules import parse_schedule
 
 __all__ = [
     "DEFAULT_ENDPOINT",
@@ -37,7 +36,6 @@ DEFAULT_PORT: Final = 5555
 DEFAULT_RECIPE: Final = "server-adam"
 DEFAULT_LR: Final = 1e-3  # where neither a person nor a task says one
 DEFAULT_ENDPOINT: Final = f"tcp://127.0.0.1:{DEFAULT_PORT}"
-RATE_SCHEDULES: Final = ("constant", "linear")  # beside factors, see psq.schedules
 MAX_PORT: Final = 65_535
 MAX_WORLD_SIZE: Final = 4096
 MAX_LOCAL_WORKERS: Final = 256
@@ -66,6 +64,19 @@ class ServerConfig:
     )
     recipe: str | None = setting(
         None, "accept only jobs of this recipe (default: the first worker says)", metavar="NAME"
+    )
+    parent: str | None = setting(
+        None,
+        "be an aggregator: add up what the --children push, and push one message to the server "
+        "there",
+        metavar="URL",
+    )
+    children: str | None = setting(
+        None,
+        "ranks of the workers that connect here, as in 0,1,2; in 0-3,4-7 two aggregators do, each "
+        "for so many workers (default: all ranks, each for itself)",
+        metavar="RANK[-LAST],...",
+        many=True,
     )
     save: str | None = setting(None, "write the final weights here, as safetensors", metavar="FILE")
     lease_s: float = setting(
@@ -98,6 +109,8 @@ class ServerConfig:
         """Types, ranges, and the form of the address."""
         check_fields(self)
         _check_endpoint("bind", self.bind, allow_any_port=True)
+        if self.parent is not None:
+            _check_endpoint("parent", self.parent, allow_any_port=False)
         if not self.insecure_plaintext and not is_loopback(self.bind):
             msg = (
                 f"bind: {self.bind} can be reached from other machines and nothing is encrypted: "
@@ -203,11 +216,8 @@ class WorkerConfig:
     eval_every: int | None = setting(
         None, "steps between two evaluations by rank 0 (default: the task's)", low=1, high=MAX_STEPS
     )
-    schedule: str | None = setting(
-        None,
-        "how the learning rate goes on: constant, linear (down to 0), or a factor for each step: "
-        "power:1:0.5 for 1 / t^0.5, NAME:NUMBER for a schedule of your own (default: the task's)",
-        metavar="constant|linear|FACTOR",
+    schedule: Literal["constant", "linear"] | None = setting(
+        None, "how the learning rate goes on: as it is, or down to 0 (default: the task's)"
     )
     seed: int = setting(0, "seed of initial weights, data order and codecs", low=0, high=MAX_SEED)
     data: str | None = setting(None, "folder with the task's full data set", metavar="FOLDER")
@@ -248,8 +258,6 @@ class WorkerConfig:
             )
             raise ConfigError(msg)
         _check_codec(self)
-        if self.schedule is not None:
-            _check_schedule(self.schedule)
 
     @property
     def endpoints(self) -> tuple[str, ...]:
@@ -367,21 +375,6 @@ TABLES: Final[dict[str, type[Any]]] = {
 
 def _endpoints(connect: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in connect.split(COMMA))
-
-
-def _check_schedule(text: str) -> None:
-    """One of the two words, or a factor that can be computed here."""
-    if text in RATE_SCHEDULES:
-        return
-    try:
-        factor = parse_schedule(text)
-    except ConfigError as error:
-        msg = f"schedule: {error}"
-        raise ConfigError(msg) from None
-    if factor is None:
-        words = " or ".join(RATE_SCHEDULES)
-        msg = f"schedule: expected {words}, or a factor such as power:1:0.5, got {text!r:.200}"
-        raise ConfigError(msg)
 
 
 def _check_codec(told: WorkerConfig) -> None:

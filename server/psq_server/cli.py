@@ -14,30 +14,35 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import click
 
 import psq
 from psq import kernels
+from psq.client import Patience
 from psq.config import Given, ServerConfig, is_loopback, stray_variables
 from psq.config.options import EPILOG, options, run
+from psq.errors import ConfigError
 from psq.link import ServerLink
 from psq.metrics import CONTENT_TYPE, Metrics, Totals
 from psq.presets import preset
 from psq.process import watch_parent
 from psq.timeline import Process, Timeline, write_part
 from psq.timeline import check_writable as check_timeline
-from psq_server.health import Health, HealthServer, health_page
+from psq_server.health import Health, HealthServer, by_rank, health_page, status_page
 from psq_server.line_log import LineLog
 from psq_server.loop import Ending, Loop
 from psq_server.page import Page
 from psq_server.saving import check_writable, free_bytes
 from psq_server.signals import Signals
-from psq_server.state import ServerState, Settings
+from psq_server.state import ServerState, Settings, parse_branches
+from psq_server.tree import Aggregator
+from psq_server.tree_uplink import Uplink
 
 __all__ = ["main", "serve"]
 
@@ -61,6 +66,7 @@ def serve(given: Given) -> int:
     """
     watch_parent()
     config = given.resolve(ServerConfig).config
+    _check_place(config)
     save = Path(config.save) if config.save else None
     if config.recipe is not None:
         preset(config.recipe)  # fails at once, and lists what there is
@@ -87,6 +93,7 @@ def _serve(
 ) -> int:
     started_s = time.monotonic()
     state = ServerState(_settings(config), started_s)
+    above = _above(config, state, log) if config.parent is not None else None
     insecure = not is_loopback(link.endpoint)
     watcher = _Watcher(config)
     loop = Loop(
@@ -98,12 +105,17 @@ def _serve(
         save=save,
         insecure=insecure,
         timeline=Timeline() if config.timeline_filename else None,
+        above=above,
     )
     watcher.loop = loop
     health = HealthServer(
         config.metrics_host,
         config.metrics_port,
-        {"/metrics": watcher.metrics_page, "/healthz": watcher.health_page},
+        {
+            "/metrics": watcher.metrics_page,
+            "/healthz": watcher.health_page,
+            "/status": watcher.status_page,
+        },
     )
     if insecure:
         text = f"{link.endpoint} serves other machines without encryption or authentication"
@@ -112,9 +124,12 @@ def _serve(
         f"psq-server ready endpoint={link.endpoint} metrics={health.url}/metrics "
         f"kernel={kernels.level()} pid={os.getpid()}"
     )
+    ending: Ending | None = None
     try:
         ending = loop.run()
     finally:
+        if above is not None:
+            above.leave(*_farewell(ending))
         health.close()
         if config.timeline_filename:
             _write_timeline(Path(config.timeline_filename), loop, log)
@@ -144,7 +159,49 @@ def _settings(config: ServerConfig) -> Settings:
         give_up_after_s=config.give_up_after_s,
         memory_bytes=_memory_bytes(),
         disk_bytes=free_bytes(Path(config.save)) if config.save else None,
+        saves=bool(config.save),
+        branches=parse_branches(config.children) if config.children is not None else None,
+        is_root=config.parent is None,
     )
+
+
+def _check_place(config: ServerConfig) -> None:
+    """What an aggregator needs, and what it cannot do."""
+    if config.parent is None:
+        return
+    if config.children is None:
+        msg = (
+            "parent: an aggregator needs to know whose pushes it adds up: list the ranks of its "
+            "workers, as in --children 0,1,2"
+        )
+        raise ConfigError(msg)
+    if config.save is not None:
+        msg = "save: an aggregator has no weights: give --save to the server without --parent"
+        raise ConfigError(msg)
+
+
+def _above(config: ServerConfig, state: ServerState, log: LineLog) -> Aggregator:
+    """The server above, spoken to as the lowest rank of the leaves below."""
+    branches = state.settings.branches
+    assert config.parent is not None  # noqa: S101 - the caller looked
+    assert branches is not None  # noqa: S101 - the configuration was checked
+    patience = Patience(give_up_after_s=config.give_up_after_s)
+    rng = random.Random()  # noqa: S311 - jitter and names, no secrets
+    uplink = Uplink(config.parent, branches.first, patience=patience, rng=rng, clock=time.monotonic)
+
+    def note(text: str) -> None:
+        log.write("warning", "above", {"text": text})
+
+    return Aggregator(uplink, state.settings, clock=time.monotonic, note=note)
+
+
+def _farewell(ending: Ending | None) -> tuple[Literal["done", "error", "interrupted"], str]:
+    """What an aggregator that ends says above."""
+    if ending is None:
+        return "error", "the aggregator failed"
+    if ending.reason == "done":
+        return "done", ""
+    return "interrupted" if ending.reason == "stopped" else "error", ending.text
 
 
 def _memory_bytes() -> int | None:
@@ -175,10 +232,17 @@ class _Watcher:
         return Page(self.metrics.exposition(), CONTENT_TYPE)
 
     def health_page(self) -> Page:
+        return health_page(self._health())
+
+    def status_page(self) -> Page:
+        totals = self._loop.totals()
+        return status_page(self._health(), totals.workers, totals.pushes, totals.rejected)
+
+    def _health(self) -> Health:
         seen_s, now = self._loop.watched
         stuck = time.monotonic() - seen_s > self._stuck_s
         status = "stuck" if stuck else now.status
-        return health_page(Health(status, now.version, now.round, now.text, now.waiting_s))
+        return Health(status, now.version, now.round, now.text, now.waiting_s)
 
     @property
     def _loop(self) -> Loop:
@@ -204,6 +268,7 @@ def _summary(loop: Loop, state: ServerState, ending: Ending, total_s: float) -> 
         "max_staleness": counts.max_staleness,
         "skipped": counts.skipped,
         "pushes": dict(counts.pushes),
+        "rejected": by_rank(counts.rejected),
         "joins": counts.joins,
         "resets": counts.resets,
         "fenced": counts.fenced,

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol, assert_never
 
 from psq.clock import parse_consistency
 from psq.errors import StateError
-from psq.link import DRAIN_LIMIT, Sent, ServerLink
+from psq.link import DRAIN_LIMIT, Sent, ServerLink, WorkerLink
 from psq.metrics import Totals
 from psq.plan import Plan
 from psq.timeline import MIN_WAIT_S, NOWHERE, Phase, Timeline
@@ -37,6 +37,7 @@ from psq_server.state import (
     Event,
     FrameReceived,
     Initialize,
+    Judge,
     Log,
     PeerBehind,
     PeerGone,
@@ -53,7 +54,7 @@ from psq_server.state import (
 )
 from psq_server.weights import Weights
 
-__all__ = ["FAREWELL_S", "FLUSH_S", "TICK_S", "Ending", "Loop", "Observer"]
+__all__ = ["FAREWELL_S", "FLUSH_S", "TICK_S", "Above", "Ending", "Loop", "Observer"]
 
 MAX_WAITING_VERSIONS: Final = 8
 """Versions that may wait for one slow reader, where workers may be as far apart."""
@@ -63,6 +64,30 @@ FLUSH_S: Final = 0.001
 FAREWELL_S: Final = 1.2
 """How long an ending server waits for workers to hang up: one that computes reads once a second."""
 FAREWELL_TRY_S: Final = 0.1
+
+
+class Above(Protocol):
+    """The server above, in a tree: it has the weights, and says what becomes of them.
+
+    `psq_server.tree.Aggregator` is one.
+    """
+
+    @property
+    def plan(self) -> Plan | None:
+        """What is trained; None before the first worker has said it."""
+
+    @property
+    def link(self) -> WorkerLink:
+        """Wakes the loop."""
+
+    def take(self, action: Action) -> bool:
+        """Begin what an action asks for; False if it is the loop's to do."""
+
+    def turn(self) -> Iterator[Event | Broadcast]:
+        """What has come of it, and is to be done about it, one thing after another."""
+
+    def patience_s(self) -> float:
+        """How long nothing has to be done, unless something comes."""
 
 
 class Observer(Protocol):
@@ -132,6 +157,7 @@ class Loop:
         insecure: shown in the metrics.
         clock: monotonic seconds.
         timeline: records what happens when, on the same clock.
+        above: the server above, in a tree.
 
     Attributes:
         timeline: that one.
@@ -149,8 +175,10 @@ class Loop:
         insecure: bool = False,
         clock: Callable[[], float] = time.monotonic,
         timeline: Timeline | None = None,
+        above: Above | None = None,
     ) -> None:
         self._link = link
+        self._above = above
         self._state = state
         self._log = log
         self._signals = signals
@@ -179,6 +207,8 @@ class Loop:
     @property
     def plan(self) -> Plan | None:
         """What is trained, as this server sees it; None before the first worker has said it."""
+        if self._above is not None:
+            return self._above.plan
         return None if self._weights is None else self._weights.plan
 
     @property
@@ -196,6 +226,7 @@ class Loop:
             version=snapshot.version,
             pushes=dict(counts.pushes),
             skipped=counts.skipped,
+            rejected=dict(counts.rejected),
             workers=snapshot.workers,
             waiting_s=snapshot.waiting_s,
             insecure=self._insecure,
@@ -214,6 +245,8 @@ class Loop:
                 raised, the workers are told that the server ends.
         """
         self._link.watch(self._signals.fd)
+        if self._above is not None:
+            self._link.watch(self._above.link)
         try:
             while self._ending is None:
                 self._turn()
@@ -257,6 +290,13 @@ class Loop:
         elsewhere_s = self._phases.elsewhere_s
         for peer, frame in self._link.drain(DRAIN_LIMIT):
             self._happen(FrameReceived(peer, frame))
+        if self._above is not None:
+            for news in self._above.turn():
+                if isinstance(news, Broadcast):
+                    self._transmit(news)
+                    self._follow()
+                else:
+                    self._happen(news)
         if self._outbox.waiting:
             self._timed("send", self._outbox.flush)
         self._report_gone()
@@ -277,7 +317,8 @@ class Loop:
     def _patience_s(self, now_s: float) -> float:
         if self._outbox.waiting:
             return FLUSH_S
-        return max(0.0, self._tick_due_s() - now_s)
+        patience_s = max(0.0, self._tick_due_s() - now_s)
+        return patience_s if self._above is None else min(patience_s, self._above.patience_s())
 
     def _tick_due_s(self) -> float:
         wake_s, tick_s = self._state.wake_s, self._tick_s + TICK_S
@@ -286,13 +327,18 @@ class Loop:
     def _happen(self, event: Event) -> None:
         """Handle an event, and every event that its actions bring about."""
         self._events.append(event)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Handle what has happened."""
         while self._events:
             event, now_s = self._events.popleft(), self._clock()
             actions = self._state.handle(event, now_s)
             if self.timeline is not None and isinstance(event, FrameReceived):
                 self._record_push(self.timeline, event.frame, now_s, self._clock())
             for action in actions:
-                self._do(action)
+                if self._above is None or not self._above.take(action):
+                    self._do(action)
 
     @staticmethod
     def _record_push(timeline: Timeline, frame: Buffer, start_s: float, end_s: float) -> None:
@@ -309,8 +355,8 @@ class Loop:
         match action:
             case Send() | Echo() | Broadcast() | SendFull():
                 self._timed("send", lambda: self._transmit(action))
-            case Reduce():
-                self._reduce(action)
+            case Reduce() | Judge():
+                self._work(action)
             case Committed():
                 self._close_round(action)
             case Initialize():
@@ -357,6 +403,12 @@ class Loop:
     def _is_busy(self, frame: Buffer) -> bool:
         return self._link.is_lent(frame) or self._outbox.holds(frame)
 
+    def _work(self, action: Reduce | Judge) -> None:
+        if isinstance(action, Reduce):
+            self._reduce(action)
+        else:
+            self._judge(action)
+
     def _reduce(self, action: Reduce) -> None:
         before_s = self._clock()
         frame = self._hold().reduce(action)
@@ -368,6 +420,15 @@ class Loop:
                 Phase.REDUCE, before_s, end_s, shard, action.round, NOWHERE, len(frame)
             )
         self._events.append(ShardReduced(action.round, action.shard, frame, reduce_s))
+
+    def _judge(self, action: Judge) -> None:
+        before_s = self._clock()
+        self._events.append(self._hold().judge(action))
+        judge_s = self._clock() - before_s
+        self._phases.add("reduce", judge_s)
+        if self.timeline is not None:
+            end_s = before_s + judge_s
+            self.timeline.add(Phase.REDUCE, before_s, end_s, NOWHERE, action.round, NOWHERE, 0)
 
     def _share(self, action: Broadcast) -> None:
         before_s = self._clock()

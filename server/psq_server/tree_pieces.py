@@ -61,7 +61,7 @@ class SegmentPayload:
         return np.concatenate([self._bytes[run] for run in self._runs(at)])
 
     def _is_all(self, at: slice) -> bool:
-        return at.stop - at.start == self._numel
+        return bool(at.stop - at.start == self._numel)
 
     def _runs(self, at: slice) -> tuple[slice, slice]:
         form = self._codec.format

@@ -182,10 +182,11 @@ def on_tick(world: World) -> None:
         silent = standing(member, world.now_s, world.settings.lease_s) == "silent"
         if silent and not member.noted_silent:
             member.noted_silent = True
-            silent_s = round(world.now_s - member.seen_s, 1)
-            world.log("silent", "warning", rank=member.rank, silent_s=silent_s)
-        if silent and _is_aggregator(world, member.rank):
-            _end_without(world, member, f"was last seen {world.now_s - member.seen_s:.1f} s ago")
+            away_s = round(world.now_s - member.seen_s, 1)
+            world.log("silent", "warning", rank=member.rank, silent_s=away_s)
+        silent_s = world.now_s - member.seen_s
+        if silent and silent_s > world.settings.lease_s and _is_aggregator(world, member.rank):
+            _end_without(world, member, f"was last seen {silent_s:.1f} s ago")
             return
     wait = current_wait(world)
     if wait is None:

@@ -9,6 +9,7 @@ from psq_proto.messages import Bye
 from psq_server.state import (
     Broadcast,
     EndedAbove,
+    PeerGone,
     SendFull,
     ShardReduced,
     Stop,
@@ -120,6 +121,18 @@ def test_a_silent_aggregator_ends_the_job_by_name_and_a_silent_leaf_does_not(clu
     made.tick(4.0)
     assert made.stop_action.exit_code == 75
     assert "rank 2, the aggregator of ranks 2-3, was last seen 8.0 s ago" in made.stop_action.text
+
+
+def test_an_aggregator_whose_connection_broke_may_come_back_within_a_lease(cluster, plan_of):
+    made = tree(cluster, plan_of, lease_s=5.0)
+    first, third = started(made, 0, 2)
+    made.handle(PeerGone(third.name))
+    made.tick(4.0)
+    first.beat()
+    assert not made.of(Stop)
+    made.connect(2).join(lineage=12)
+    made.tick(4.0)
+    assert not made.of(Stop)
 
 
 def test_an_aggregator_that_leaves_with_an_error_ends_the_job(cluster, plan_of):
