@@ -2,7 +2,8 @@
 
 `cluster` makes a `Cluster`. Its workers speak through real `WorkerSession`s, so every frame is one
 that could have been on a wire, and the invariants are checked after every event. Reductions are
-answered with stand-in frames at once, unless `hold_reductions` is set.
+answered with stand-in frames at once, unless `hold_reductions` is set; so are judgements, by
+`judgement`, unless `hold_judgements` is.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from psq_proto.session import WorkerSession
 from psq_server.state import (
     Broadcast,
     FrameReceived,
+    Judge,
+    Judged,
     Log,
     Reduce,
     Send,
@@ -154,6 +157,9 @@ class Cluster:
         self.done = []
         self.peers = {}
         self.hold_reductions = False
+        self.hold_judgements = False
+        self.judgement = ({}, {})  # weights, and reasons to refuse, by rank
+        self.unjudged = []
         self.held = []
 
     @property
@@ -200,6 +206,10 @@ class Cluster:
     def reduce(self, action):
         return self.handle(ShardReduced(action.round, action.shard, b"w", 0.25))
 
+    def judge(self, action):
+        weights, refused = self.judgement
+        return self.handle(Judged(action.round, weights, refused))
+
     def logged(self, event):
         return [a.fields for a in self.done if isinstance(a, Log) and a.event == event]
 
@@ -223,11 +233,19 @@ class Cluster:
                 for name in action.peers:
                     told = [("full", version, shard) for shard, version in action.versions.items()]
                     self.peers[name].weights.extend(told)
-            case Reduce():
-                if self.hold_reductions:
-                    self.held.append(action)
-                else:
-                    self.reduce(action)
+            case Judge() | Reduce():
+                self._work(action)
+
+    def _work(self, action):
+        held, is_held, answer = (
+            (self.unjudged, self.hold_judgements, self.judge)
+            if isinstance(action, Judge)
+            else (self.held, self.hold_reductions, self.reduce)
+        )
+        if is_held:
+            held.append(action)
+        else:
+            answer(action)
 
 
 @pytest.fixture(scope="session")

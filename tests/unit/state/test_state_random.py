@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,18 +17,20 @@ from hypothesis.stateful import (
 
 from psq import layout
 from psq.presets import preset
+from psq.recipe import Aggregate
 from psq_proto.errors import UsageError
 from psq_proto.messages import NO_SHARD, NO_VERSION, Verdict
-from psq_server.state import PeerBehind, PeerGone, Reduce, Stop
+from psq_server.state import Judge, PeerBehind, PeerGone, Reduce, Stop
 
 SPECS = [("big", (layout.SPLIT_NUMEL,)), ("small", (10,))]
 RECIPE = preset("server-adam").with_codecs(uplink="sign")
+JUDGED = dataclasses.replace(RECIPE, aggregate=Aggregate("clip"))
 RANKS = st.integers(0, 2)
 EXAMPLES = 60
 STEPS = 50
 
 
-def machine_of(cluster, plan_of, reached, recipe):  # noqa: C901 - one class of many small rules
+def machine_of(cluster, plan_of, reached, recipe, consistency="bsp"):  # noqa: C901 - one class of many small rules
     """A class, because hypothesis wants one; `reached` takes the version each run got to."""
 
     class Conversation(RuleBasedStateMachine):
@@ -34,8 +38,9 @@ def machine_of(cluster, plan_of, reached, recipe):  # noqa: C901 - one class of 
 
         @initialize()
         def begin(self):
-            self.job = cluster(plan_of(3, specs=SPECS, recipe=recipe), give_up_after_s=1e6)
-            self.job.hold_reductions = True
+            plan = plan_of(3, specs=SPECS, recipe=recipe, consistency=consistency)
+            self.job = cluster(plan, give_up_after_s=1e6)
+            self.job.hold_reductions = self.job.hold_judgements = True
             self.workers = dict(enumerate(self.job.started()))
 
         def act(self, rank, name, *args, **fields):
@@ -78,10 +83,35 @@ def machine_of(cluster, plan_of, reached, recipe):  # noqa: C901 - one class of 
         def the_reducer_works(self, all_of_them):
             self.reduce(10**6 if all_of_them else 1)
 
+        @precondition(lambda self: self.job.unjudged)
+        @rule(refused=st.sets(RANKS), weighed=st.sets(RANKS))
+        def the_round_is_judged(self, refused, weighed):
+            self.judge(refused, weighed)
+
+        def judge(self, refused=(), weighed=()):
+            while self.job.unjudged and self.job.stop_action is None:
+                reasons = {rank: f"krum: {rank} is far" for rank in refused}
+                self.job.judgement = (dict.fromkeys(weighed, 0.5), reasons)
+                judge = self.job.unjudged.pop(0)
+                assert judge.round == self.job.version
+                assert judge.said.keys() == set(self.job.plan.due_shards(judge.round))
+                self.job.judge(judge)
+                self.check_judged(judge, refused, weighed)
+            self.check_verdicts()
+
+        def check_judged(self, judge, refused, weighed):
+            for action in self.job.of(Reduce):
+                if action.round == judge.round:
+                    ranks = {one.rank for one in action.said}
+                    assert not ranks & set(refused), "nothing of a refused rank is reduced"
+                    assert ranks <= {one.rank for one in judge.said[action.shard]}
+                    assert all(one.weight == 0.5 for one in action.said if one.rank in weighed)
+
         @rule(ranks=st.permutations([0, 1, 2]))
         def a_round_passes_without_trouble(self, ranks):
             for rank in ranks:
                 self.act(rank, "push_all")
+            self.judge()
             self.reduce(10**6)
 
         def reduce(self, at_most):
@@ -150,6 +180,11 @@ def machine_of(cluster, plan_of, reached, recipe):  # noqa: C901 - one class of 
                 moved = {shard for r, shard in reduced if r == round_}
                 assert moved == set(self.job.plan.due_shards(round_)), round_
             assert len(self.job.of(Stop)) <= 1
+            judged = [action.round for action in self.job.of(Judge)]
+            assert len(judged) == len(set(judged)), "a round was judged twice"
+            assert bool(judged) <= recipe.whole
+            if recipe.whole:
+                assert {round_ for round_, _ in reduced} <= set(judged)
             reached.append(self.job.version)
 
     return Conversation
@@ -160,11 +195,10 @@ def _small_shards(monkeypatch):
     monkeypatch.setattr(layout, "MAX_SHARD_NUMEL", layout.SPLIT_NUMEL)
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_no_conversation_breaks_an_invariant(cluster, plan_of, every):
-    reached, recipe = [], RECIPE.with_rhythm(every=every)
+def _converse(cluster, plan_of, recipe, consistency="bsp"):
+    reached = []
     run_state_machine_as_test(
-        machine_of(cluster, plan_of, reached, recipe),
+        machine_of(cluster, plan_of, reached, recipe, consistency),
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
@@ -174,3 +208,13 @@ def test_no_conversation_breaks_an_invariant(cluster, plan_of, every):
         ),
     )
     assert max(reached) >= 2, "the conversations were too wild to get anywhere"
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_no_conversation_breaks_an_invariant(cluster, plan_of, every):
+    _converse(cluster, plan_of, RECIPE.with_rhythm(every=every))
+
+
+@pytest.mark.parametrize("consistency", ["bsp", "bsp,quorum=2", "ssp:2,quorum=2", "asp"])
+def test_no_conversation_about_judged_rounds_breaks_an_invariant(cluster, plan_of, consistency):
+    _converse(cluster, plan_of, JUDGED, consistency)
