@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 from psq.config.setting import COMMA, check_fields, setting, switch
 from psq.errors import ConfigError
 from psq.recipe import MAX_EVERY, MAX_LOCAL_STEPS
+from psq.schedules import parse_schedule
 
 __all__ = [
     "DEFAULT_ENDPOINT",
@@ -36,6 +37,7 @@ DEFAULT_PORT: Final = 5555
 DEFAULT_RECIPE: Final = "server-adam"
 DEFAULT_LR: Final = 1e-3  # where neither a person nor a task says one
 DEFAULT_ENDPOINT: Final = f"tcp://127.0.0.1:{DEFAULT_PORT}"
+RATE_SCHEDULES: Final = ("constant", "linear")  # beside factors, see psq.schedules
 MAX_PORT: Final = 65_535
 MAX_WORLD_SIZE: Final = 4096
 MAX_LOCAL_WORKERS: Final = 256
@@ -216,8 +218,11 @@ class WorkerConfig:
     eval_every: int | None = setting(
         None, "steps between two evaluations by rank 0 (default: the task's)", low=1, high=MAX_STEPS
     )
-    schedule: Literal["constant", "linear"] | None = setting(
-        None, "how the learning rate goes on: as it is, or down to 0 (default: the task's)"
+    schedule: str | None = setting(
+        None,
+        "how the learning rate goes on: constant, linear (down to 0), or a factor for each step: "
+        "power:1:0.5 for 1 / t^0.5, NAME:NUMBER for a schedule of your own (default: the task's)",
+        metavar="constant|linear|FACTOR",
     )
     seed: int = setting(0, "seed of initial weights, data order and codecs", low=0, high=MAX_SEED)
     data: str | None = setting(None, "folder with the task's full data set", metavar="FOLDER")
@@ -258,6 +263,8 @@ class WorkerConfig:
             )
             raise ConfigError(msg)
         _check_codec(self)
+        if self.schedule is not None:
+            _check_schedule(self.schedule)
 
     @property
     def endpoints(self) -> tuple[str, ...]:
@@ -375,6 +382,21 @@ TABLES: Final[dict[str, type[Any]]] = {
 
 def _endpoints(connect: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in connect.split(COMMA))
+
+
+def _check_schedule(text: str) -> None:
+    """One of the two words, or a factor that can be computed here."""
+    if text in RATE_SCHEDULES:
+        return
+    try:
+        factor = parse_schedule(text)
+    except ConfigError as error:
+        msg = f"schedule: {error}"
+        raise ConfigError(msg) from None
+    if factor is None:
+        words = " or ".join(RATE_SCHEDULES)
+        msg = f"schedule: expected {words}, or a factor such as power:1:0.5, got {text!r:.200}"
+        raise ConfigError(msg)
 
 
 def _check_codec(told: WorkerConfig) -> None:
