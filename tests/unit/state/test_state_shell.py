@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
+import numpy as np
 import pytest
 
 from psq import layout
+from psq.codec import get_codec
 from psq.link import Sent
+from psq.presets import preset
+from psq.recipe import Aggregate
 from psq_proto.frames import HEADER_BYTES, decode_frame
 from psq_proto.messages import Bye, Flags, MessageType, Verdict
 from psq_server.line_log import LineLog
@@ -73,7 +78,7 @@ class Shell:
 
     def __init__(self, plan, worker):
         self.now_s = 100.0
-        self.plan, self.peers, self.replicas = plan, {}, {}
+        self.plan, self.peers, self.replicas, self.headers = plan, {}, {}, []
         self.line, self.quiet, self.log = Line(self), Quiet(), io.StringIO()
         self.state = ServerState(Settings(RUN_ID), self.now_s)
         self.loop = Loop(
@@ -125,6 +130,7 @@ class Shell:
         header = decode_frame(frame).header
         if header.type is MessageType.WEIGHTS:
             self.replicas[name].append((header.version, header.shard, header.part, header.flags))
+            self.headers.append(header)
         self.peers[name].deliver(frame)
 
 
@@ -134,7 +140,8 @@ def shell(monkeypatch, worker_kind, plan_of):
     specs = [(f"w{i}", (64,)) for i in range(3)]
 
     def make(**settings):
-        return Shell(plan_of(2, specs=specs, **settings), worker_kind)
+        world_size = settings.pop("world_size", 2)
+        return Shell(plan_of(world_size, specs=specs, **settings), worker_kind)
 
     return make
 
@@ -251,3 +258,73 @@ def test_an_echo_is_not_queued_for_who_does_not_read(shell):
     assert job.loop.dropped_frames == 100
     assert len(job.peers[worker.name].heard) == 1
     assert HEADER_BYTES == 100
+
+
+# ---- recipes by rules
+
+
+def test_a_mean_goes_out_with_the_rate_to_apply_it_with(shell):
+    job = shell(recipe=preset("sign-majority"))
+    for worker in job.started():
+        worker.push_all(rate=0.25)
+    news = [header for header in job.headers if header.version == 1]
+    assert {(header.flags, header.rate) for header in news} == {(Flags.MEAN, 0.25)}
+    assert {header.codec for header in news} == {get_codec("sign").wire_id}
+    assert len(news) == 2 * 3
+
+
+def test_a_mean_of_nothing_has_no_body(shell):
+    job = shell(recipe=preset("sign-majority"))
+    for worker in job.started():
+        worker.skip()
+    news = [header for header in job.headers if header.version == 1]
+    assert {header.flags for header in news} == {Flags.MEAN | Flags.SKIP}
+    assert {(header.codec, header.rate, header.body_len) for header in news} == {(0, 0.0, 0)}
+
+
+def test_a_newcomer_gets_the_rules_vectors_as_further_planes(shell):
+    recipe = preset("sign-majority").with_options("apply.momentum=0.9")
+    job = shell(recipe=recipe)
+    for worker in job.started():
+        worker.push_all()
+    job.headers.clear()
+    newer = job.connect(1)
+    newer.join(lineage=99)
+    newer.pull()
+    came = [(h.version, h.shard, h.part, h.flags) for h in job.headers]
+    assert came == [(1, shard, plane, Flags.FULL) for shard in range(3) for plane in (0, 1)]
+
+
+def test_buffers_of_different_codecs_are_used_again_as_well(shell):
+    soon = ("uplink.choice.steps=3", "downlink.choice.steps=3")
+    job = shell(recipe=preset("onebit-adam").with_options(*soon))
+    workers = job.started()
+    made = []
+    for number in range(ROUNDS):
+        codec = get_codec("fp32" if number < 3 else "sign").wire_id
+        for worker in workers:
+            for shard in range(3):
+                body = bytes(256) if number < 3 else worker.payload(shard)
+                worker.push(shard, codec=codec, body=body)
+        made.append(job.weights.buffers)
+    assert job.version == ROUNDS
+    assert made[6] == made[-1] <= 3 * 6
+
+
+def test_a_round_is_judged_by_the_recipes_rule_and_who_is_refused_is_counted(shell):
+    recipe = dataclasses.replace(preset("fp32-sgd"), aggregate=Aggregate("krum", (("f", 0),)))
+    job = shell(recipe=recipe, world_size=4)
+    workers = job.started()
+    for worker in workers:
+        for shard in range(3):
+            scale = 100.0 if worker.rank == 2 else 0.01 * worker.rank
+            worker.push(shard, body=np.full(64, scale, np.float32).tobytes())
+    outcomes = [v.outcome for worker in workers for v in worker.take(Verdict)]
+    assert sorted(outcomes) == ["applied", "rejected", "rejected", "rejected"]
+    assert outcomes[2] == "rejected"
+    totals = job.loop.totals()
+    assert sum(totals.rejected.values()) == 3
+    assert totals.rejected[2, "krum"] == 1
+    assert "krum" in job.log.getvalue()
+    moved = job.weights.reducer.state_arrays()["x"]
+    assert np.abs(moved).max() < 0.01
