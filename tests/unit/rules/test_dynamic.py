@@ -12,7 +12,10 @@ from psq.codec import ShardCodec, get_codec
 from psq.codec.registry import all_codecs
 from psq.codec_text import WIDTHS, widths_of
 from psq.errors import ConfigError
+from psq.feedback import Compressor
 from psq.layout import cut
+from psq.plan import Plan
+from psq.presets import preset
 from psq.rules.bit_budget import bits_of, solve
 from psq.rules.dynamic import HORIZON, Dynamic
 from psq.rules.norms import ShardNorm
@@ -272,3 +275,87 @@ def test_a_codec_of_one_width_is_refused():
         widths_of("sign", 2, 8)
     with pytest.raises(ConfigError, match="none of them from 5 to 8"):
         widths_of("lloyd-max:bits=2", 5, 8)
+
+
+# ---- in a worker ---------------------------------------------------------------------------------
+
+PLAIN = (preset("dq-sgd"), {})
+FED_BACK = (preset("server-adam").with_codecs(uplink="uniform:bits=4"), {})
+ADAM = (preset("qadam"), {"bits": 3.5, "steps": 40})  # log: 2, 3 or 4 bits
+
+
+def worker(recipe, choice):
+    """A worker's compressor of several shards, and its plan."""
+    texts = [f"uplink.choice.{name}={value}" for name, value in choice.items()]
+    recipe = recipe.with_options("uplink.choice=dq", *texts)
+    plan = Plan.of([("a", (1200, 900)), ("b", (77,))], recipe, 2)
+    assert len(plan.layout.shards) > 1
+    return Compressor(plan, 0, seed=5), plan
+
+
+def gradients_of(plan, step):
+    """As if a step in five were ten times as steep, and the last shard always."""
+    rng = np.random.default_rng(step)
+    sizes = [
+        (10.0 if step % 5 == 0 else 1.0) * (8.0 if s.index else 1.0) for s in plan.layout.shards
+    ]
+    return [
+        [(size * rng.standard_normal(part.numel)).astype(np.float32) for part in shard.segments]
+        for shard, size in zip(plan.layout.shards, sizes, strict=True)
+    ]
+
+
+def pushed(compressor, plan, steps):
+    """Payload and bits of each shard in each step."""
+    found = []
+    for step in steps:
+        for shard, gradients in enumerate(gradients_of(plan, step)):
+            payload = np.zeros(compressor.nbytes(shard), np.uint8)
+            codec = compressor.codec(shard, compressor.compress(shard, gradients, 0.1, payload))
+            found.append((shard, codec, payload[: codec.nbytes].copy()))
+    return found
+
+
+@pytest.mark.parametrize("asked", [PLAIN, FED_BACK])
+def test_a_worker_says_more_bits_where_norms_are_larger(asked):
+    compressor, plan = worker(*asked)
+    bits = np.array([codec.codec.bits for _, codec, _ in pushed(compressor, plan, range(1, 31))])
+    of_first = bits[:: len(plan.layout.shards)]
+    assert of_first[14::5].mean() > np.delete(of_first, np.s_[4::5])[12:].mean()
+
+
+def test_a_worker_with_adam_keeps_to_its_budget():
+    compressor, plan = worker(*ADAM)
+    said = [(c.codec.bits, c.shard.numel) for _, c, _ in pushed(compressor, plan, range(1, 41))]
+    assert {bits for bits, _ in said} == {3, 4}
+    spent = sum(bits * numel for bits, numel in said)
+    assert 0.99 * 3.5 * 40 * plan.layout.numel <= spent <= 3.5 * 40 * plan.layout.numel
+
+
+def test_with_error_feedback_all_is_said_in_the_end_whatever_the_bits():
+    compressor, plan = worker(*FED_BACK)
+    said = np.zeros(plan.layout.numel)
+    wanted = np.zeros(plan.layout.numel)
+    for step in range(1, 13):
+        for shard, codec, payload in pushed(compressor, plan, [step]):
+            cut_ = plan.layout.shards[shard]
+            out = np.empty(cut_.numel, np.float32)
+            codec.decode(payload, out)
+            said[cut_.offset :][: cut_.numel] += out
+        wanted += np.concatenate([part for each in gradients_of(plan, step) for part in each])
+    left = compressor.state_arrays()["residual"]
+    np.testing.assert_allclose(said + left, wanted, atol=1e-3)
+
+
+def test_a_resumed_worker_makes_the_same_payloads():
+    whole, plan = worker(*ADAM)
+    expected = pushed(whole, plan, range(1, 21))
+    first, second = worker(*ADAM)[0], worker(*ADAM)[0]
+    pushed(first, plan, range(1, 11))
+    for name, array in second.state_arrays().items():
+        array[...] = first.state_arrays()[name]
+    second.resume(10)
+    resumed = pushed(second, plan, range(11, 21))
+    for ours, theirs in zip(resumed, expected[-len(resumed) :], strict=True):
+        assert ours[1].codec.spec == theirs[1].codec.spec
+        assert ours[2].tobytes() == theirs[2].tobytes()
