@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from psq import kernels
 from psq.codec import ShardCodec, get_codec
 from psq.errors import RemotePayloadError, UsageError
-from psq.kernels import AdamCoefficients, Buffer, Floats, ServerStep
+from psq.kernels import Buffer, Floats, ServerStep
 from psq.layout import PART_NUMEL, Layout, Shard, part_count
 from psq.plan import Plan
 from psq.rules import Judgement, Said, is_linear, make_aggregate, make_apply, make_choice
@@ -106,10 +106,19 @@ class Reducer:
         self._shards = {shard.index: shard for shard in local.shards}
         self._uplinks = {s.index: _codecs(plan.uplink_codecs(s.index), s) for s in local.shards}
         self._downlinks = {s.index: _codecs(plan.downlink_codecs(s.index), s) for s in local.shards}
-        self._choice = make_choice(recipe.downlink, local)
+        self._choice = None
+        if recipe.downlink.choice.kind != "fixed":
+            self._choice = make_choice(recipe.downlink, local)
         self._aggregate = make_aggregate(recipe, layout=local, world_size=plan.world_size)
         self._apply = make_apply(recipe, layout=local, world_size=plan.world_size)
-        self._is_plain_mean = recipe.aggregate.kind == "mean" and recipe.downlink.kind != "mean"
+        self._is_mean = recipe.downlink.kind == "mean"
+        self._adams = self._apply if isinstance(self._apply, AdamStep) else None
+        self._is_kernels = (
+            recipe.aggregate.kind == "mean"
+            and not self._is_mean
+            and isinstance(self._apply, Add | AdamStep)
+        )
+        """Whether the kernel can do a round of pushes that count alike in one codec."""
         self._rounds = dict.fromkeys(self._shards, 0)
         self._moves = dict.fromkeys(self._shards, 0)
         self._missing = {(s.index, p) for s in local.shards for p in range(part_count(s.numel))}
@@ -246,16 +255,17 @@ class Reducer:
             self._rounds[shard] += 1
             return self._repeat(shard, downlink, out)
         rate = self._rate(shard, lr)
-        with np.errstate(over="ignore", invalid="ignore"):  # as in the kernels; workers will tell
-            adam = self._begin(shard, rate)
-            self._rounds[shard] += 1
-            self._moves[shard] += 1
-            if self._is_fused(said):
-                step = self._server_step(shard, said, adam, downlink, out)
-                kernels.active().server_step(step)
-            else:
-                waits = self._is_linear and rate == 0.0  # what is said now is worth nothing
-                residual = None if waits else self._residual_of(shard)
+        # Where everyone runs the rule its rounds are counted by version, for all must agree;
+        # otherwise those that move something are.
+        counts = self._rounds if self._is_mean else self._moves
+        self._apply.advance(shard, counts[shard] + 1, rate)
+        self._rounds[shard] += 1
+        self._moves[shard] += 1
+        if self._is_fused(said):
+            kernels.active().server_step(self._server_step(shard, said, downlink, out))
+        else:
+            residual = self._residual_for(shard, rate)
+            with np.errstate(over="ignore", invalid="ignore"):  # as in the kernels
                 self._compose(shard, said, downlink, residual, out)
         return self._answer(downlink, out, lr)
 
@@ -311,10 +321,6 @@ class Reducer:
 
     # ---- how a shard moves
 
-    @property
-    def _is_mean(self) -> bool:
-        return self._recipe.downlink.kind == "mean"
-
     def _rate(self, shard: int, lr: float | None) -> float:
         """The rate of a shard in this round.
 
@@ -326,39 +332,34 @@ class Reducer:
             raise UsageError(msg)
         return (lr or 0.0) * self._plan.rate_of(shard)
 
-    def _begin(self, shard: int, rate: float) -> AdamCoefficients | None:
-        """Begin the apply's next round of a shard; the numbers of the kernel's Adam, if it is one.
+    def _residual_for(self, shard: int, rate: float) -> Floats | None:
+        """The residual that a round of this rate meets, if it takes part.
 
-        Where everyone runs the rule its rounds are counted by version, for all must agree;
-        otherwise those that move something are.
+        Where rates are outside the message, what waits keeps what it is worth when they change; at
+        a rate of 0 it goes on waiting, for what is said then is worth nothing.
         """
-        counts = self._rounds if self._is_mean else self._moves
-        self._apply.advance(shard, counts[shard] + 1, rate)
-        self._rescale_for(shard, rate)
-        return self._apply.coefficients(shard) if isinstance(self._apply, AdamStep) else None
-
-    def _rescale_for(self, shard: int, rate: float) -> None:
-        """Keep what a residual of means is worth when the rate that will meet it changes."""
-        before, residual = self._rates.get(shard, 0.0), self._residual_of(shard)
-        if rate > 0.0:
-            self._rates[shard] = rate
-        if self._is_linear and residual is not None and 0.0 < before != rate > 0.0:
+        residual = self._residual_of(shard)
+        if residual is None or not self._is_linear:
+            return residual
+        if rate == 0.0:
+            return None
+        before = self._rates.get(shard, rate)
+        self._rates[shard] = rate
+        if before != rate:
             np.multiply(residual, np.float32(before / rate), out=residual)
+        return residual
 
     def _is_fused(self, said: Sequence[Pushed]) -> bool:
         """Whether the kernel can do this round."""
-        return (
-            bool(said)
-            and self._is_plain_mean
-            and isinstance(self._apply, Add | AdamStep)
-            and all(one.weight == 1 and one.codec == said[0].codec for one in said)
-        )
+        if not (self._is_kernels and said):
+            return False
+        first = said[0].codec
+        return all([one.codec == first and one.weight == 1 for one in said])  # noqa: C419 - faster
 
     def _server_step(
         self,
         shard: int,
         said: Sequence[Pushed],
-        adam: AdamCoefficients | None,
         downlink: ShardCodec,
         out: Bytes,
     ) -> ServerStep:
@@ -373,7 +374,7 @@ class Reducer:
             answer=out,
             delta=self._recipe.downlink.kind == "delta",
             starts=downlink.starts(self._stream(shard)),
-            adam=adam,
+            adam=None if self._adams is None else self._adams.coefficients(shard),
             **vectors,
         )
 
@@ -501,10 +502,15 @@ class Reducer:
         return self._downlink_at(shard, max(1, self._rounds[shard]))
 
     def _downlink_at(self, shard: int, t: int) -> ShardCodec:
+        if self._choice is None:
+            return self._downlinks[shard][0]
         return self._downlinks[shard][self._choice.choose(shard, t, _no_norm)]
 
     def _codec_of(self, shard: int, wire_id: int) -> ShardCodec:
         """A shard's uplink codec by its wire id."""
+        usual = self._uplinks[shard][0]
+        if usual.codec.wire_id == wire_id:
+            return usual
         return next(c for c in self._uplinks[shard] if c.codec.wire_id == wire_id)
 
     def _x_of(self, shard: int) -> Floats:
