@@ -16,6 +16,7 @@ from psq.config.schema import (
     DemoConfig,
     LaunchConfig,
     ServerConfig,
+    SimulateConfig,
     WorkerConfig,
     is_loopback,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "LaunchConfig",
     "Resolved",
     "ServerConfig",
+    "SimulateConfig",
     "Setting",
     "WorkerConfig",
     "is_loopback",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from psq.config.setting import COMMA, check_fields, setting, switch
+from psq.config.simulation import SimulateConfig
 from psq.errors import ConfigError
 from psq.recipe import MAX_EVERY, MAX_LOCAL_STEPS
 from psq.schedules import parse_schedule
@@ -29,6 +30,7 @@ __all__ = [
     "DemoConfig",
     "LaunchConfig",
     "ServerConfig",
+    "SimulateConfig",
     "WorkerConfig",
     "is_loopback",
 ]
@@ -377,6 +379,7 @@ TABLES: Final[dict[str, type[Any]]] = {
     "launch": LaunchConfig,
     "demo": DemoConfig,
     "advise": AdviseConfig,
+    "simulate": SimulateConfig,
 }
 
 

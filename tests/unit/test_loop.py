@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 
@@ -65,6 +66,9 @@ class FakeWorker:
 
     def __init__(self, rank=0, world_size=1, skip=()):
         self.rank, self.world_size, self.skip, self.calls = rank, world_size, skip, []
+
+    def replica(self):
+        return nullcontext()
 
     def step(self, loss=None, samples=0):
         self.calls.append((loss, samples))

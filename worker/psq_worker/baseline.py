@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 import torch
@@ -92,6 +93,10 @@ class PlainAdam:
         self._dense_bytes: Final = FP32_BYTES * sum(parameter.numel() for parameter in trained)
         self._done = job.start_step
         self._since = time.perf_counter()
+
+    def replica(self) -> AbstractContextManager[None]:
+        """The model has the weights always."""
+        return nullcontext()
 
     def step(self, loss: float | None = None, samples: int = 0) -> StepReport:  # noqa: ARG002 - a worker's signature
         """Adam's step with this step's learning rate; the gradients are cleared."""

@@ -24,6 +24,7 @@ from psq.config import (
     Given,
     LaunchConfig,
     ServerConfig,
+    SimulateConfig,
     WorkerConfig,
     settings_of,
     stray_variables,
@@ -42,6 +43,11 @@ ABOUT_MESSAGES: Final = (
     *("connect", "recipe", "with", "uplink", "downlink"),
     *("consistency", "overlap", "residual", "codec", "give_up_after"),
     "timeline_filename",
+)
+# What a simulated worker has instead of a setting: virtual machines, and one process.
+NOT_SIMULATED: Final = (
+    *("connect", "rank", "world_size", "overlap", "codec", "give_up_after"),
+    *("progress", "progress_every", "timeline_filename"),
 )
 TASK_ONLY: Final = ("task", "steps", "batch_size", "schedule", "eval_every", "data")
 NOT_FOR_LAUNCH: Final = (
@@ -160,6 +166,22 @@ def demo(given: Given) -> None:
         plain_words=flag_words(given, WorkerConfig, without=ABOUT_MESSAGES),
         as_json=config.json,
     )
+
+
+@psq.command(epilog=EPILOG, short_help="Train with virtual workers on a modelled network.")
+@options(SimulateConfig, WorkerConfig, skip=NOT_SIMULATED)
+def simulate(given: Given) -> None:
+    """Train a task with hundreds of virtual workers in this process, in virtual time.
+
+    Workers, servers, recipes, codecs and messages are the real ones; machines and network are as
+    the settings say. With two workers under bsp the losses are those of psq launch -n 2, bit for
+    bit.
+    """
+    need("torch", "rich")
+    from psq_worker.simulate.command import run_simulate  # noqa: PLC0415 - imports torch
+
+    wanted = given.resolve(SimulateConfig).config
+    run_simulate(given.resolve(WorkerConfig, rank=0, world_size=wanted.workers).config, wanted)
 
 
 @psq.command(epilog=EPILOG, short_help="Train a task by plain torch Adam alone.")

@@ -8,6 +8,8 @@ those are the worker's. Evaluations happen between rounds, when all replicas are
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Protocol
 
@@ -39,6 +41,10 @@ class Stepper(Protocol):
         """Hands the gradients over, brings the new weights, clears the gradients."""
         ...
 
+    def replica(self) -> AbstractContextManager[None]:
+        """A block in which the model has the job's weights, which it may have left."""
+        ...
+
 
 def train(
     task: Task, model: nn.Module, worker: Stepper, job: Job, on_record: OnRecord | None = None
@@ -68,7 +74,7 @@ def train(
         seed=job.seed,
         start_step=job.start_step,
     )
-    trace = _Trace(task, model, job, evaluates=worker.rank == 0, on_record=on_record)
+    trace = _Trace(task, model, job, worker=worker, on_record=on_record)
     for batch in islice(batches, job.steps - job.start_step):
         loss = task.loss(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -86,13 +92,13 @@ class _Trace:
         model: nn.Module,
         job: Job,
         *,
-        evaluates: bool,
+        worker: Stepper,
         on_record: OnRecord | None,
     ) -> None:
         self._task = task
         self._model = model
         self._job = job
-        self._evaluates = evaluates
+        self._worker = worker
         self._on_record = on_record
         self._records: list[Record] = []
         self._phases_s = dict.fromkeys(PHASES, 0.0)
@@ -132,7 +138,7 @@ class _Trace:
         record = Record(
             step=self._done,
             loss=self.losses.take(),
-            scores=self._task.evaluate(self._model) if self._evaluates else {},
+            scores=self._scores() if self._worker.rank == 0 else {},
             sent_bytes=self._sent_bytes,
             received_bytes=self._received_bytes,
             seconds=self._seconds,
@@ -141,3 +147,7 @@ class _Trace:
         if self._on_record is not None:
             self._on_record(record)
         self._since = time.perf_counter()
+
+    def _scores(self) -> Mapping[str, float]:
+        with self._worker.replica():
+            return self._task.evaluate(self._model)

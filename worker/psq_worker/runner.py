@@ -196,6 +196,7 @@ class _Watched:
         self._reporter = reporter
         self.rank: Final = stepper.rank
         self.world_size: Final = stepper.world_size
+        self.replica: Final = stepper.replica
 
     def step(self, loss: float | None = None, samples: int = 0) -> psq.torch.StepReport:
         """The stepper's step."""

@@ -1,0 +1,444 @@
+"""`simulate`: makes the machines of a job and lets virtual time pass until all work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from psq.config import WorkerConfig
+from psq.errors import GaveUpError
+from psq.parts import load_rule
+from psq.plan import Plan
+from psq.presets import preset
+from psq.recipe import Recipe
+from psq.rules import make_apply
+from psq.torch.averaging import Averaging
+from psq.torch.decoder import RETURN
+from psq_worker.job import Job, job_for
+from psq_worker.simulate.attacks import Liars, spoil
+from psq_worker.simulate.clock import Events
+from psq_worker.simulate.config import SimConfig
+from psq_worker.simulate.data import Dirichlet, Samples, TaskSamples, takes_part
+from psq_worker.simulate.faults import speeds_of
+from psq_worker.simulate.gradients import Gradients, OneByOne, Vectorised, Zeros
+from psq_worker.simulate.link import VirtualExchange
+from psq_worker.simulate.network import Port, ServerPort, Traffic, WorkerPort, WorkerPorts
+from psq_worker.simulate.server import VirtualServer
+from psq_worker.simulate.table import Replicas, Table
+from psq_worker.simulate.trace import Point, Score, Trace, Usage
+from psq_worker.simulate.worker import VirtualWorker
+from psq_worker.tasks import Batch, Task, check_model, get_task
+
+__all__ = ["SimResult", "dense_step_s", "simulate"]
+
+Floats = NDArray[np.float32]
+DENSE_STEPS: Final = 3
+"""So many steps of dense fp32 tell what one takes: they are all alike, but for chance."""
+MAX_DENSE_STEPS: Final = 50
+"""So many where chance has a say."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimResult:
+    """What a simulated job came to.
+
+    Attributes:
+        task, metric, recipe: names; the recipe as a value.
+        workers, numel: counts.
+        job: how long, at which rate.
+        points, scores: see `trace`.
+        weights: the last of rank 0, f32[numel] by tensor name, shaped.
+        usage: virtual seconds, and bytes of one worker: the mean over all.
+        wall_s: what computing all of that took.
+        bits_up, bits_down: of payload per parameter, worker and step.
+        rounds: that server 0 has made.
+        rejected, skipped: contributions of which the servers took less than all; steps with
+            gradients that were not finite.
+        resent_frames, lost_frames: of all links.
+        resets: residuals that had to start from zero.
+    """
+
+    task: str
+    metric: str
+    recipe: Recipe
+    workers: int
+    numel: int
+    job: Job
+    points: tuple[Point, ...]
+    scores: tuple[Score, ...]
+    weights: Mapping[str, Floats]
+    usage: Usage
+    wall_s: float
+    bits_up: float
+    bits_down: float
+    rounds: int
+    rejected: int
+    skipped: int
+    resent_frames: int
+    lost_frames: int
+    resets: int
+
+    @property
+    def score(self) -> float | None:
+        """The last score that counts."""
+        return self.scores[-1].scores.get(self.metric) if self.scores else None
+
+
+def simulate(
+    config: SimConfig,
+    *,
+    on_point: Callable[[Point], None] | None = None,
+    on_score: Callable[[Score], None] | None = None,
+) -> SimResult:
+    """Run a job in this process, in virtual time.
+
+    Args:
+        config: the job.
+        on_point: called with each step of all workers as it is done.
+        on_score: called with each evaluation of rank 0.
+
+    Raises:
+        ConfigError: what is asked for cannot be.
+        GaveUpError: workers wait for somebody who never comes, in virtual time.
+    """
+    task = get_task(config.task) if isinstance(config.task, str) else config.task
+    simulation = _Simulation(config, task)
+    return simulation.run(on_point, on_score)
+
+
+def dense_step_s(config: SimConfig) -> float:
+    """Virtual seconds of a step of the same job in dense fp32 both ways: nothing is learnt."""
+    random_ = config.faults.pause_chance or config.network.loss
+    steps = min(config.steps or MAX_DENSE_STEPS, MAX_DENSE_STEPS if random_ else DENSE_STEPS)
+    faults = dataclasses.replace(config.faults, crashes=())
+    dense = dataclasses.replace(
+        config, recipe="fp32", steps=steps, faults=faults, attack=None, residual="f32"
+    )
+    task = get_task(dense.task) if isinstance(dense.task, str) else dense.task
+    return _Simulation(dense, task, learns=False).run(None, None).usage.virtual_s / steps
+
+
+class _Simulation:
+    """Everything in one job; it is what `VirtualWorker` calls its host."""
+
+    def __init__(self, config: SimConfig, task: Task, *, learns: bool = True) -> None:
+        self.config, self.task = config, task
+        self.events = Events()
+        self.recipe = preset(config.recipe) if isinstance(config.recipe, str) else config.recipe
+        self.job = _job_of(config, task, self.recipe)
+        self.model = task.model(self.job.seed)
+        check_model(task, self.model)
+        specs = [(n, tuple(p.shape)) for n, p in self.model.named_parameters() if p.requires_grad]
+        self.plan = Plan.of(
+            specs,
+            self.recipe,
+            config.workers,
+            servers=config.servers,
+            consistency=config.consistency,
+        )
+        self.samples = _samples(config, task, self.job)
+        self.gradients = _gradients(config, task, self.model, self.plan, learns=learns)
+        self.liars = Liars(self.gradients, self._busy, config.workers, self.job.seed)
+        self._learns = learns
+        self.traffic = Traffic()
+        self.speeds = speeds_of(config.faults, config.workers, self.job.seed)
+        self.replicas = Replicas(_initial(self.plan, self.model), shared=_is_shared(self.plan))
+        self.apart = is_apart(self.recipe)
+        self.began_s = 0.0
+        self.waiting: list[VirtualWorker] | None = []
+        self.before: dict[int, tuple[int, int]] = {}
+        self.workers: list[VirtualWorker] = []
+        self.active: set[int] = set(range(config.workers))
+        self.resent_frames = self.resets = 0
+
+    # ---- running
+
+    def run(
+        self,
+        on_point: Callable[[Point], None] | None,
+        on_score: Callable[[Score], None] | None,
+    ) -> SimResult:
+        started_s = time.perf_counter()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.config.threads)
+        try:
+            self._open_servers()
+            self.trace = Trace(self.config.workers, on_point, on_score)
+            self._open_workers()
+            self._pass_time()
+        finally:
+            torch.set_num_threads(threads)
+        return self._result(time.perf_counter() - started_s)
+
+    def _open_servers(self) -> None:
+        config, seed = self.config, self.job.seed
+        self.server_ports = [
+            ServerPort(
+                number,
+                config.network,
+                self.events,
+                self.traffic,
+                random.Random(f"losses {seed} {number}"),  # noqa: S311 - a simulation
+            )
+            for number in range(config.servers)
+        ]
+        self.servers = [
+            VirtualServer(
+                port,
+                self.events,
+                reduce_s=config.reduce_s,
+                give_up_after_s=config.give_up_after_s,
+            )
+            for port in self.server_ports
+        ]
+
+    def _open_workers(self) -> None:
+        faults = self.config.faults
+        pause = _Pause(faults.pause_chance, faults.pause_s)
+        for rank in range(self.config.workers):
+            worker = VirtualWorker(
+                rank,
+                self,
+                self.job,
+                compute_s=self.config.compute_s * self.speeds.compute[rank],
+                pause=pause,
+                crash=faults.crash_of(rank),
+            )
+            self.workers.append(worker)
+        for server in self.servers:
+            server.wake()
+
+    def _begin(self) -> None:
+        """All workers have weights, and nothing else is on its way."""
+        waiting, self.waiting = self.waiting or [], None
+        self.began_s = self.events.now_s
+        for worker in sorted(waiting, key=lambda one: one.rank):
+            rank = worker.rank
+            self.before[rank] = (self.traffic.up_bytes[rank], self.traffic.down_bytes[rank])
+            worker.begin()
+
+    def _pass_time(self) -> None:
+        while any(worker.state not in {"gone", "crashed"} for worker in self.workers):
+            if not self.events.turn():
+                msg = "the simulated job stands still and nobody will ever wake it"
+                raise GaveUpError(msg)
+            if not self.active and all(port.closed for port in self.server_ports):
+                break
+
+    # ---- what a worker asks of its host
+
+    def open(self, worker: VirtualWorker) -> tuple[Table, VirtualExchange]:
+        """A new process of a rank: its memory, its ports, its connections."""
+        rank, config = worker.rank, self.config
+        self._note_counters(worker)
+        self.gradients.forget(rank)
+        rate_bit_s = config.network.bandwidth_bit_s / self.speeds.link[rank]
+        up, down = Port(rate_bit_s), Port(rate_bit_s)
+        ports = WorkerPorts(
+            [WorkerPort(rank, port, up, down, worker.wake) for port in self.server_ports]
+        )
+        table = Table(self.plan.layout, self.replicas, apart=self.apart)
+        told = WorkerConfig(
+            rank=rank,
+            world_size=config.workers,
+            seed=self.job.seed,
+            residual=config.residual,
+            give_up_after_s=config.give_up_after_s,
+        )
+        exchange = VirtualExchange(
+            table,
+            self.plan,
+            told,
+            ports=ports,
+            events=self.events,
+            traffic=self.traffic,
+            seed=f"worker {self.job.seed} {rank} {worker.processes}",
+            spoil=spoil if self._lies(rank, "nan") else None,
+            averaging=self._averaging(table),
+        )
+        return table, exchange
+
+    def compute(self, worker: VirtualWorker) -> float:
+        """Its gradients, honest or not."""
+        attack = self.config.attack
+        if attack is None or not attack.lies(worker.rank, self.config.workers):
+            return self.gradients.compute(worker, self._busy())
+        return self.liars.compute(worker, attack)
+
+    def ready(self, worker: VirtualWorker) -> None:
+        """A worker has its first weights: all begin together, when the last one has them."""
+        if self.waiting is None:
+            worker.begin()
+            return
+        self.waiting.append(worker)
+        if len(self.waiting) == self.config.workers:
+            idle_s = max(port.out.free_s for port in self.server_ports)
+            self.events.at(idle_s + self.config.network.latency_s, self._begin)
+
+    def batches(self, rank: int, start_step: int) -> Iterator[Batch]:
+        """This rank's samples from a step on."""
+        return self.samples.batches(rank, start_step)
+
+    def takes_part(self, rank: int, round_: int) -> bool:
+        """Whether a rank says something in a round."""
+        config = self.config
+        drawn = takes_part(
+            rank, round_, share=config.participation, workers=config.workers, seed=self.job.seed
+        )
+        return drawn and not self._lies(rank, "silent")
+
+    def stepped(self, worker: VirtualWorker, loss: float | None, staleness: int) -> None:
+        """A worker has done a step."""
+        usage = self._usage(worker.rank)
+        self.trace.step(worker.rank, worker.steps_done, loss, staleness, usage)
+        if worker.rank == 0 and self._learns and self.job.is_evaluated(worker.steps_done):
+            scores = self.task.evaluate(self.gradients.replica(worker))
+            self.trace.score(Score(worker.steps_done, dict(scores), usage))
+
+    def left(self, worker: VirtualWorker) -> None:
+        """A worker will not do any more."""
+        self.active.discard(worker.rank)
+        self.trace.leave(worker.rank)
+
+    # ---- odds and ends
+
+    def _busy(self) -> list[VirtualWorker]:
+        """Those that compute now, who is done first coming first."""
+        busy = [w for w in self.workers if w.state == "computing" and not w.sits_out]
+        return sorted(busy, key=lambda worker: (worker.done_s, worker.rank))
+
+    def _lies(self, rank: int, kind: str) -> bool:
+        attack = self.config.attack
+        return attack is not None and attack.kind == kind and attack.lies(rank, self.config.workers)
+
+    def _averaging(self, table: Table) -> Averaging | None:
+        """Where workers step by themselves: torch's Adam on this worker's own weights."""
+        if self.recipe.apply.kind != RETURN or table.whole is None:
+            return None
+        flat = torch.from_numpy(table.whole)
+        tensors = self.plan.layout.tensors
+        own = [nn.Parameter(flat[t.offset : t.offset + t.numel].view(t.shape)) for t in tensors]
+        adam = torch.optim.Adam(own, lr=self.job.lr)
+        return Averaging(adam, [tensor.name for tensor in tensors], own)
+
+    def _usage(self, rank: int) -> Usage:
+        """Since all began: seconds, and this rank's bytes up and down."""
+        up, down = self.before.get(rank, (0, 0))
+        traffic = self.traffic
+        return Usage(
+            max(0.0, self.events.now_s - self.began_s),
+            traffic.up_bytes[rank] - up,
+            traffic.down_bytes[rank] - down,
+        )
+
+    def _note_counters(self, worker: VirtualWorker) -> None:
+        """A process ends: what it counted is kept."""
+        exchange = getattr(worker, "exchange", None)
+        if exchange is not None:
+            self.resent_frames += exchange.client.resent_frames
+            self.resets += exchange.client.resets
+
+    def _result(self, wall_s: float) -> SimResult:
+        for worker in self.workers:
+            self._note_counters(worker)
+        last = self.trace.points[-1] if self.trace.points else None
+        steps = max(1, sum(worker.steps_done for worker in self.workers))
+        values = self.plan.layout.numel * steps
+        return SimResult(
+            task=self.task.name,
+            metric=self.task.metric,
+            recipe=self.recipe,
+            workers=self.config.workers,
+            numel=self.plan.layout.numel,
+            job=self.job,
+            points=tuple(self.trace.points),
+            scores=tuple(self.trace.scores),
+            weights=self.workers[0].table.named(),
+            usage=last.usage if last else Usage(0.0, 0, 0),
+            wall_s=wall_s,
+            bits_up=8 * self.traffic.pushed_bytes / values,
+            bits_down=8 * self.traffic.answered_bytes / values,
+            rounds=self.servers[0].state.counts.rounds,
+            rejected=sum(worker.rejected for worker in self.workers),
+            skipped=sum(worker.skipped for worker in self.workers),
+            resent_frames=self.resent_frames,
+            lost_frames=self.traffic.lost_frames,
+            resets=self.resets,
+        )
+
+
+def is_apart(recipe: Recipe) -> bool:
+    """Whether workers compute at other weights than the replica's between two rounds."""
+    looks_ahead = bool(load_rule(recipe.direction.part).looks_ahead)
+    return looks_ahead or recipe.direction.local_steps > 1
+
+
+def _is_shared(plan: Plan) -> bool:
+    """Whether workers of one version have nothing but the same weights, so that one copy does."""
+    recipe = plan.recipe
+    if recipe.downlink.kind != "mean":
+        return True
+    if recipe.apply.kind == RETURN:
+        return False
+    rule = make_apply(recipe, layout=plan.layout, world_size=plan.world_size)
+    return not rule.state_arrays()
+
+
+class _Pause:
+    """Draws what a step takes longer."""
+
+    def __init__(self, chance: float, mean_s: float) -> None:
+        self._chance, self._mean_s = chance, mean_s
+
+    def __call__(self, rng: random.Random) -> float:
+        if not self._chance or not self._mean_s or rng.random() >= self._chance:
+            return 0.0
+        return rng.expovariate(1.0 / self._mean_s)
+
+
+def _job_of(config: SimConfig, task: Task, recipe: Recipe) -> Job:
+    job = job_for(
+        task,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        schedule=config.schedule,
+        seed=config.seed,
+        eval_every=config.eval_every,
+    )
+    return job.in_rounds(recipe.direction.local_steps)
+
+
+def _samples(config: SimConfig, task: Task, job: Job) -> Samples:
+    if config.non_iid is None:
+        return TaskSamples(task, job, config.workers)
+    return Dirichlet(task, job, config.workers, config.non_iid)
+
+
+def _gradients(
+    config: SimConfig, task: Task, model: nn.Module, plan: Plan, *, learns: bool
+) -> Gradients:
+    if not learns:
+        return Zeros(plan.layout)
+    if config.is_vectorised(plan.layout.numel):
+        return Vectorised(task, model, plan.layout, config.chunk)
+    return OneByOne(task, model, plan.layout)
+
+
+def _initial(plan: Plan, model: nn.Module) -> list[Floats]:
+    """What every worker starts from, f32[shard.numel] of each shard."""
+    found = dict(model.named_parameters())
+    tensors = [found[t.name].detach().reshape(-1).numpy() for t in plan.layout.tensors]
+    return [
+        np.concatenate([tensors[s.tensor][s.start : s.start + s.numel] for s in shard.segments])
+        for shard in plan.layout.shards
+    ]
