@@ -190,11 +190,11 @@ class Plan:
 
     def uplink_codecs(self, shard: int) -> tuple[str, ...]:
         """Specs of the codecs that a push of a shard may be written in, the usual one first."""
-        return _uplink_codecs(self.recipe, self.group_of(shard))
+        return self._codecs[0][self.layout.shards[shard].group]
 
     def downlink_codecs(self, shard: int) -> tuple[str, ...]:
         """Specs of the codecs that an answer may be written in, the usual one first."""
-        return _downlink_codecs(self.recipe, self.group_of(shard))
+        return self._codecs[1][self.layout.shards[shard].group]
 
     def rate_of(self, shard: int) -> float:
         """What the step's learning rate is multiplied by for a shard."""
@@ -230,6 +230,12 @@ class Plan:
         """Those of them that workers push."""
         due = self.due_shards(round)
         return due if self._all_pushed else tuple(shard for shard in due if self.pushes(shard))
+
+    @cached_property
+    def _codecs(self) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
+        """Of each group: specs up, and specs down."""
+        ups = tuple(_uplink_codecs(self.recipe, group) for group in self.groups)
+        return ups, tuple(_downlink_codecs(self.recipe, group) for group in self.groups)
 
     @cached_property
     def _all_pushed(self) -> bool:

@@ -349,6 +349,8 @@ def _changed_part(recipe: Recipe, place: str, changes: Changes) -> Any:
         if adam.variance_correction and not new.local:
             adam = dataclasses.replace(adam, variance_correction=False)
         settings["adam"] = adam if new.adam else None
+        if isinstance(old, Direction) and not new.local:
+            settings["local_steps"] = 1
     return dataclasses.replace(old, **settings)
 
 

@@ -290,12 +290,23 @@ def places(plain, path=()):
             yield from places(value, (*path, key))
 
 
-PLACES = list(places(msgpack.unpackb(plan().body)))
+WITH_PARTS = preset("diloco").with_options(
+    "aggregate=kardam", "aggregate.dampening=none", "direction=gradient", "apply.rate=0"
+)
+BODIES = (
+    plan().body,
+    plan(recipe="onebit-adam").body,
+    plan(recipe="dq-sgd").body,
+    plan(groups=(DEFAULT_GROUP, Group("slow", 0.5, "bf16")), members=(0, 1, 0)).body,
+    Plan.of(TENSORS, WITH_PARTS, 4).body,
+)
+PLACES = [(body, path) for body in BODIES for path in places(msgpack.unpackb(body))]
 
 
 @given(st.sampled_from(PLACES), MUTATIONS)
-def test_a_plan_with_anything_in_any_place_is_a_plan_or_refused(path, value):
-    plain = msgpack.unpackb(plan().body)
+def test_a_plan_with_anything_in_any_place_is_a_plan_or_refused(place, value):
+    whole, path = place
+    plain = msgpack.unpackb(whole)
     *way, last = path
     inner = plain
     for key in way:
@@ -308,6 +319,8 @@ def test_a_plan_with_anything_in_any_place_is_a_plan_or_refused(path, value):
         return
     assert made.body == body
     assert made.owned == made.layout.shards
+    for shard in made.owned:
+        assert made.uplink_codecs(shard.index)
 
 
 @given(st.binary(min_size=1, max_size=8), st.data())

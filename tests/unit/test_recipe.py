@@ -406,6 +406,8 @@ def test_a_choice_that_both_ways_share_is_set_by_either():
 def test_a_part_of_another_kind_begins_with_its_defaults():
     made = preset("dist-ef-sgdm").with_options("direction=lion")
     assert made.direction == Direction("lion")
+    moved = preset("diloco").with_options("direction=gradient", "apply.rate=0")
+    assert moved.direction == Direction()  # that takes no local steps
     assert preset("ef-sgd").with_options("apply=adam").adam == AdamConfig()
     back = preset("ef-sgd").with_options("downlink=weights", "apply=sgd")
     assert back.downlink == Downlink("weights", "sign", error_feedback=False)
