@@ -294,6 +294,13 @@ class LaunchConfig:
         low=1,
         high=MAX_LOCAL_SERVERS,
     )
+    tree: int | None = setting(
+        None,
+        "put aggregators between workers and servers, so that each hears so many at most",
+        metavar="FANOUT",
+        low=2,
+        high=MAX_LOCAL_WORKERS,
+    )
     json: bool = switch("print the summary as JSON on stdout")
     debug: bool = switch("show a traceback with an error")
 

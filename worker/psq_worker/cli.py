@@ -131,17 +131,19 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     commands = Commands(
         config.workers,
         servers,
+        fanout=config.tree or 0,
         save=told_server.save,
         timeline=told.timeline_filename or told_server.timeline_filename,
         metrics_port=first_metrics_port(told_server, servers),
         server_words=flag_words(given, ServerConfig, only=FOR_SERVER),
+        aggregator_words=aggregator_words(told_server),
         worker_words=(*flag_words(given, WorkerConfig, without=("timeline_filename",)), *words),
     )
     run_launch(commands, script or told.task, as_json=config.json)
 
 
 @psq.command(epilog=EPILOG, short_help="Train through psq and by plain Adam, compare.")
-@options(LaunchConfig, DemoConfig, WorkerConfig, skip=SAID_BY_LAUNCHER)
+@options(LaunchConfig, DemoConfig, WorkerConfig, skip=(*SAID_BY_LAUNCHER, "tree"))
 def demo(given: Given) -> None:
     """Show what psq does: train a task through it and by plain Adam, compare, draw a picture."""
     need("torch", "rich")
@@ -368,6 +370,12 @@ def need(*modules: str) -> None:
                 "(psq-server, psq doctor and psq config show do without)"
             )
             raise ConfigError(msg)
+
+
+def aggregator_words(told: ServerConfig) -> tuple[str, ...]:
+    """What aggregators are told of the servers' settings: the rest is the root's alone."""
+    waits = ("--lease", str(told.lease_s), "--give-up-after", str(told.give_up_after_s))
+    return (*waits, "--metrics-host", told.metrics_host)
 
 
 def first_metrics_port(told: ServerConfig, servers: int) -> int:

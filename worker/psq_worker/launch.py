@@ -5,6 +5,9 @@
          ├── psq-worker --connect A,B --rank 0          say how they get on (events on stdout)
          └── psq-worker --connect A,B --rank 1
 
+With a tree there are aggregators between them (`psq_worker.aggregators`), and workers connect to
+those. They are servers like the others here, and end with them.
+
 The job ends when every worker has ended with code 0 and the servers after them. Whatever else
 happens ends all of them: see `psq_worker.children`, and `psq_worker.watch` for what is made of
 their words. Nothing here imports torch or zmq.
@@ -20,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from psq.config.setting import ENV_PREFIX
 from psq.errors import StateError
+from psq_worker.aggregators import Aggregator, Tree, plan_tree
 from psq_worker.board import Board
 from psq_worker.children import Children
 from psq_worker.display import View, make_view
@@ -42,6 +47,7 @@ __all__ = [
     "threads_words",
 ]
 
+KERNEL_ENV: Final = "PSQ_KERNEL"
 THREADS_ENV: Final = "OMP_NUM_THREADS"
 LOCAL: Final = "tcp://127.0.0.1:0"
 
@@ -53,6 +59,7 @@ class Commands:
     Attributes:
         workers: how many.
         servers: how many.
+        fanout: how many a server hears at most, where there are aggregators in between; 0: none.
         save: the file that the weights go to, if anywhere; several servers leave their parts beside
             it, which become one file at the end.
         timeline: the file that the timeline goes to, if anywhere; each process leaves its part
@@ -60,16 +67,19 @@ class Commands:
         metrics_port: of server 0; the next numbers are the other servers'. 0 lets each take a free
             one.
         server_words: flags for each psq-server, beside its address and the number of workers.
+        aggregator_words: flags for each aggregator, likewise.
         worker_words: flags for psq-worker, beside address, rank and number of workers; a user's
             script and its arguments come last.
     """
 
     workers: int
     servers: int = 1
+    fanout: int = 0
     save: str | None = None
     timeline: str | None = None
     metrics_port: int = 0
     server_words: tuple[str, ...] = ()
+    aggregator_words: tuple[str, ...] = ()
     worker_words: tuple[str, ...] = ()
 
 
@@ -103,17 +113,46 @@ def launch(commands: Commands, view: View, env: Mapping[str, str]) -> Board:
     board = Board(commands.workers, servers=commands.servers)
     ranks = [f"rank {rank}" for rank in range(commands.workers)]
     servers = server_names(commands.servers)
+    tree = plan_tree(commands.workers, commands.fanout) if commands.fanout else None
     watch = Watch(board, view, ranks, servers)
     with _tracing(commands, view), _merging(commands, view), Children(watch.on_line) as children:
         for number, name in enumerate(servers):
-            command = _server_command(commands, number)
+            command = _server_command(commands, number, tree)
             children.start(name, command, _without_pin(env), outlives=True)
-        endpoints = watch.wait_ready(children)
+        roots = watch.wait_ready(children)
+        talks_to = dict.fromkeys(range(commands.workers), roots)
+        if tree is not None:
+            talks_to = _start_tree(commands, tree, watch, children, _only_kernel(env))
         for rank, name in enumerate(ranks):
-            children.start(name, _worker_command(commands, endpoints, rank), env)
+            children.start(name, _worker_command(commands, talks_to[rank], rank), env)
         watch.wait_trained(children)
         watch.wait_end(children)
     return board
+
+
+def _start_tree(
+    commands: Commands, tree: Tree, watch: Watch, children: Children, env: Mapping[str, str]
+) -> dict[int, list[str]]:
+    """Start the aggregators of every server, from the top down; whom each rank is to talk to."""
+    talks_to: dict[int, list[str]] = {rank: [] for rank in range(commands.workers)}
+    for root in server_names(commands.servers):
+        names = {"": root}
+        watch.hears(root, tree.children)
+        for aggregator in tree.aggregators:
+            name = names[aggregator.leaves] = f"aggregator {aggregator.leaves}" + (
+                f" of {root}" if commands.servers > 1 else ""
+            )
+            watch.hears(name, aggregator.children)
+            parent = watch.endpoint(names[aggregator.parent])
+            children.start(
+                name, _aggregator_command(commands, aggregator, parent), env, outlives=True
+            )
+            watch.wait_ready(children)
+            for rank in aggregator.ranks:
+                talks_to[rank].append(watch.endpoint(name))
+        for rank in tree.ranks:
+            talks_to[rank].append(watch.endpoint(root))
+    return talks_to
 
 
 @contextmanager
@@ -196,7 +235,11 @@ def cast_words(commands: Commands, env: Mapping[str, str]) -> str:
     """Who takes part, and how many CPU threads each worker has, in words."""
     servers, workers = commands.servers, commands.workers
     each = threads_words(env) + (" each" if workers > 1 else "")
-    return f"{_count(servers, 'server')}, {_count(workers, 'worker')}, {each}"
+    between = ""
+    if commands.fanout:
+        count = servers * len(plan_tree(workers, commands.fanout).aggregators)
+        between = f", {_count(count, 'aggregator')}"
+    return f"{_count(servers, 'server')}{between}, {_count(workers, 'worker')}, {each}"
 
 
 def threads_words(env: Mapping[str, str]) -> str:
@@ -220,8 +263,15 @@ def server_count(asked: int | str, workers: int) -> int:
     return int(asked)
 
 
-def _server_command(commands: Commands, number: int) -> list[str]:
+def _aggregator_command(commands: Commands, aggregator: Aggregator, parent: str) -> list[str]:
     own = ["--bind", LOCAL, "--world-size", str(commands.workers), "--no-json"]
+    own += ["--parent", parent, "--children", aggregator.children]
+    return [sys.executable, "-m", "psq_server", *commands.aggregator_words, *own]
+
+
+def _server_command(commands: Commands, number: int, tree: Tree | None = None) -> list[str]:
+    own = ["--bind", LOCAL, "--world-size", str(commands.workers), "--no-json"]
+    own += ["--children", tree.children] if tree is not None else []
     own += _timeline_words(commands)
     if commands.metrics_port:
         own += ["--metrics-port", str(commands.metrics_port + number)]
@@ -237,6 +287,15 @@ def _worker_command(commands: Commands, endpoints: Sequence[str], rank: int) -> 
 
 def _timeline_words(commands: Commands) -> list[str]:
     return [] if commands.timeline is None else ["--timeline-filename", commands.timeline]
+
+
+def _only_kernel(env: Mapping[str, str]) -> dict[str, str]:
+    """An aggregator is told all that it needs: what others are told by PSQ_* may not suit it."""
+    return {
+        name: value
+        for name, value in env.items()
+        if not name.startswith(ENV_PREFIX) or name == KERNEL_ENV
+    }
 
 
 def _without_pin(env: Mapping[str, str]) -> dict[str, str]:

@@ -46,11 +46,13 @@ class _Server:
         endpoint: where it listens; empty until it has said so.
         waits: whom it last said it waits for.
         left: the ranks that left it with their work done.
+        hears: how many ranks talk to it; None: all.
     """
 
     endpoint: str = ""
     waits: str = ""
     left: set[str] = field(default_factory=set)
+    hears: int | None = None
 
 
 class Watch:
@@ -70,6 +72,14 @@ class Watch:
         self._view = view
         self._ranks = list(ranks)
         self._servers = {name: _Server() for name in servers}
+
+    def hears(self, name: str, children: str) -> None:
+        """Only these ranks, as psq-server takes them, talk to a server; add it if it is new."""
+        self._servers.setdefault(name, _Server()).hears = children.count(",") + 1
+
+    def endpoint(self, name: str) -> str:
+        """Where a server listens that is ready."""
+        return self._servers[name].endpoint
 
     def on_line(self, name: str, text: str) -> None:
         """A child printed a line."""
@@ -159,7 +169,8 @@ class Watch:
 
     def _check_ends(self, name: str, waited_s: float) -> None:
         server = self._servers[name]
-        patience_s = SAVE_S if len(server.left) == len(self._ranks) else SERVER_END_S
+        expected = len(self._ranks) if server.hears is None else server.hears
+        patience_s = SAVE_S if len(server.left) == expected else SERVER_END_S
         if waited_s <= patience_s:
             return
         msg = f"{name} did not end within {patience_s:.0f} s of the workers"
