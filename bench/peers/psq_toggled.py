@@ -25,7 +25,7 @@ class Toggled(PsqWorker):
         recorder = self.recorder if PATTERN[self.count % len(PATTERN)] else None
         self.count += 1
         worker._timeline = worker._exchange._timeline = recorder  # noqa: SLF001 - as above
-        worker._client._timeline = recorder  # noqa: SLF001 - as above
+        worker._client._timeline = worker._steps._timeline = recorder  # noqa: SLF001 - as above
         super().step()
 
 

@@ -97,7 +97,7 @@ class Client:
             )
             raise ConfigError(msg)
         rng = rng or random.Random()  # noqa: S311 - jitter and names, no secrets
-        self._links = WorkerLinks(addresses)
+        self._links = self._open_links(addresses)
         try:
             self._channels = self._open_channels(hooks, rng)
         except BaseException:
@@ -109,6 +109,10 @@ class Client:
         self._lock = threading.Lock()
         beat_s = self._patience.heartbeat_s
         self._pulse = Pulse(self._beat, beat_s if self._in_step else min(LOOK_S, beat_s))
+
+    def _open_links(self, addresses: Sequence[str]) -> WorkerLinks:
+        """The links to these servers, in order; a simulated worker has others."""
+        return WorkerLinks(addresses)
 
     def _open_channels(self, hooks: Hooks, rng: random.Random) -> list[Channel]:
         channels: list[Channel] = []
@@ -181,11 +185,15 @@ class Client:
         self._pulse.start()
         return self.version
 
-    def begin(self, rate: float) -> int:
+    def begin(self, rate: float, weight: int = 1) -> int:
         """Open the next step, with the learning rate this worker asks for.
 
         Under bsp a server that is ahead of the others, because it has this worker's contribution
         already from a process before, sits the step out: see `takes_part`.
+
+        Args:
+            rate: the learning rate.
+            weight: how much this worker's word counts in a mean.
 
         Returns:
             The step's number: the lowest version of the weights.
@@ -194,21 +202,33 @@ class Client:
             step = self._step = self.version
             for machine in self._machines:
                 if machine.replica.version == step or not self._in_step:
-                    machine.begin(rate)
+                    machine.begin(rate, weight)
         return step
 
     def takes_part(self, shard: int) -> bool:
         """Whether this step says something of a shard: one that does not is not to be pushed."""
         current = self._owners[shard].machine.round
-        return current is not None and self.plan.due(shard, current.number)
+        if current is None or not self.plan.pushes(shard):
+            return False
+        return self.plan.due(shard, current.number)
+
+    def base(self, shard: int) -> int:
+        """The version that what this step says of a shard is computed from."""
+        current = self._owners[shard].machine.round
+        return self._step if current is None else current.number
 
     def rests(self, shard: int) -> bool:
         """Whether a shard is not due in this step: what it has to say waits in the residual."""
         current = self._owners[shard].machine.round
-        return current is not None and not self.plan.due(shard, current.number)
+        if current is None or not self.plan.pushes(shard):
+            return False
+        return not self.plan.due(shard, current.number)
 
     def payload(self, shard: int) -> NDArray[np.uint8]:
-        """Where to encode a shard: u8[nbytes], the very bytes that `push` will send."""
+        """Where to encode a shard: u8[nbytes], the very bytes that `push` will send.
+
+        Of several codecs the longest has room; `push` is told which one it is.
+        """
         with self._lock:
             return self._owners[shard].machine.frames.payload(shard)
 
@@ -216,14 +236,16 @@ class Client:
         """What was pushed last, for `Hooks.restore`."""
         return self._owners[shard].machine.frames.said(shard)
 
-    def push(self, shard: int) -> None:
+    def push(self, shard: int, codec: int = 0) -> None:
         """Send a shard that was encoded into `payload`; never blocks. Cost: one CRC pass.
+
+        `codec` says which of the plan's codecs for the shard (`Plan.uplink_codecs`) it is in.
 
         What has come meanwhile is put aside now and then, and looked at in `poll` or `finish`.
         """
         with self._lock:
             channel = self._owners[shard]
-            channel.machine.push(shard)
+            channel.machine.push(shard, codec)
             channel.flush()
             self._unseen_pushes += 1
             if self._unseen_pushes >= PUSHES_PER_LOOK:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from psq.codec import get_codec
+from psq.layout import Shard
 from psq.plan import Plan
 from psq_proto.frames import HEADER_BYTES
 
-__all__ = ["PushFrames"]
+__all__ = ["Frame", "PushFrames"]
+
+Frame: TypeAlias = bytearray | memoryview
 
 
 class PushFrames:
     """A frame per shard that a server owns, allocated once: room for the header, then the payload.
+
+    Where a shard may be said in several codecs there is room for the longest of them, and a shorter
+    payload travels as the beginning of its frame.
 
     libzmq reads a large frame straight from its buffer, some time after it was sent. As a rule it
     is done long before the buffer is needed again, because the round ended in between; where it is
@@ -27,36 +34,73 @@ class PushFrames:
         is_lent: whether somebody still reads a buffer.
     """
 
-    def __init__(self, plan: Plan, is_lent: Callable[[bytearray], bool]) -> None:
-        codec = get_codec(plan.recipe.uplink.codec)
-        sizes = {
-            shard.index: sum(codec.nbytes(segment.numel) for segment in shard.segments)
-            for shard in plan.owned
-        }
+    def __init__(self, plan: Plan, is_lent: Callable[[Frame], bool]) -> None:
         self._is_lent = is_lent
-        self._frames = {shard: bytearray(HEADER_BYTES + size) for shard, size in sizes.items()}
-        self._payloads = {shard: _payload_of(frame) for shard, frame in self._frames.items()}
+        self._buffers: dict[int, _Buffer] = {}
+        for shard in plan.owned:
+            codecs = [get_codec(spec) for spec in plan.uplink_codecs(shard.index)]
+            sizes = [_payload_bytes(shard, codec.nbytes) for codec in codecs]
+            self._buffers[shard.index] = _Buffer(sizes, [codec.wire_id for codec in codecs])
 
     def payload(self, shard: int) -> NDArray[np.uint8]:
-        """Where to encode a shard: u8[nbytes], free to be written."""
-        if self._is_lent(self._frames[shard]):
-            self._replace(shard, bytearray(len(self._frames[shard])))
-        return self._payloads[shard]
+        """Where to encode a shard: u8[nbytes of its longest codec], free to be written."""
+        buffer = self._buffers[shard]
+        if self._any_lent(buffer):
+            buffer.renew(bytearray(len(buffer.whole)))
+        return buffer.payload
+
+    def use(self, shard: int, codec: int) -> None:
+        """Note which of the plan's codecs for a shard its payload is written in."""
+        self._buffers[shard].codec = codec
+
+    def wire_id(self, shard: int) -> int:
+        """The codec of a shard's payload, as it is named on the wire."""
+        buffer = self._buffers[shard]
+        return buffer.wire_ids[buffer.codec]
 
     def said(self, shard: int) -> NDArray[np.uint8]:
-        """What a shard's payload is now: u8[nbytes], to be read."""
-        return self._payloads[shard]
+        """What a shard's payload is now: u8[nbytes of its codec], to be read."""
+        buffer = self._buffers[shard]
+        return buffer.payload[: buffer.sizes[buffer.codec]]
 
-    def to_seal(self, shard: int) -> bytearray:
+    def to_seal(self, shard: int) -> Frame:
         """The frame with its payload, in a buffer whose header may be written."""
-        if self._is_lent(self._frames[shard]):
-            self._replace(shard, bytearray(self._frames[shard]))
-        return self._frames[shard]
+        buffer = self._buffers[shard]
+        if self._any_lent(buffer):
+            buffer.renew(bytearray(buffer.whole))
+        return buffer.frame()
 
-    def _replace(self, shard: int, frame: bytearray) -> None:
-        self._frames[shard] = frame
-        self._payloads[shard] = _payload_of(frame)
+    def _any_lent(self, buffer: _Buffer) -> bool:
+        return self._is_lent(buffer.whole) or any(map(self._is_lent, buffer.cuts.values()))
 
 
-def _payload_of(frame: bytearray) -> NDArray[np.uint8]:
-    return np.frombuffer(frame, np.uint8, offset=HEADER_BYTES)
+class _Buffer:
+    """One shard's: the whole frame, and its beginnings that shorter payloads travel in.
+
+    These are kept, because a link knows by the object what it has lent.
+    """
+
+    __slots__ = ("codec", "cuts", "payload", "sizes", "whole", "wire_ids")
+
+    def __init__(self, sizes: Sequence[int], wire_ids: Sequence[int]) -> None:
+        self.sizes = sizes
+        self.wire_ids = wire_ids
+        self.codec = 0
+        self.renew(bytearray(HEADER_BYTES + max(sizes)))
+
+    def renew(self, whole: bytearray) -> None:
+        self.whole = whole
+        self.payload: NDArray[np.uint8] = np.frombuffer(whole, np.uint8, offset=HEADER_BYTES)
+        self.cuts: dict[int, memoryview] = {}
+
+    def frame(self) -> Frame:
+        length = HEADER_BYTES + self.sizes[self.codec]
+        if length == len(self.whole):
+            return self.whole
+        if length not in self.cuts:
+            self.cuts[length] = memoryview(self.whole)[:length]
+        return self.cuts[length]
+
+
+def _payload_bytes(shard: Shard, nbytes: Callable[[int], int]) -> int:
+    return sum(nbytes(segment.numel) for segment in shard.segments)

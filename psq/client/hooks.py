@@ -13,6 +13,10 @@ from psq_proto.frames import Header
 __all__ = ["Hooks"]
 
 
+def _ignore(header: Header, body: memoryview) -> None:
+    """The replica has these weights."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hooks:
     """Called inside `Client.join`, `Client.poll` and `Client.finish` only.
@@ -22,9 +26,13 @@ class Hooks:
         weights: put a WEIGHTS frame's body into the replica.
         restore: the server did not take this shard: fold what was said back into the residual.
         reset: the residuals of these shards have a history that is not their server's: forget them.
+        whole: whole weights came that the replica has: they are for somebody else, if anybody.
+        planes: how many vectors full weights are: the weights, and the state that replicas share.
     """
 
     initial: Callable[[int], NDArray[np.float32]]
     weights: Callable[[Header, memoryview], None]
     restore: Callable[[int], None]
     reset: Callable[[Sequence[int]], None]
+    planes: int = 1
+    whole: Callable[[Header, memoryview], None] = _ignore

@@ -35,14 +35,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import psq
-from psq.client.frames import PushFrames
+from psq.client.frames import Frame, PushFrames
 from psq.client.hooks import Hooks
 from psq.client.offset import OffsetEstimate
 from psq.client.replica import ReplicaVersions
 from psq.client.round import Round
 from psq.client.waits import Backoff, name_ranks
 from psq.clock import may_apply, parse_consistency
-from psq.codec import get_codec
 from psq.errors import (
     ConfigError,
     GaveUpError,
@@ -116,13 +115,13 @@ class Machine:
         *,
         heartbeat_s: float,
         rng: random.Random,
-        is_lent: Callable[[bytearray], bool],
+        is_lent: Callable[[Frame], bool],
     ) -> None:
         if not 0 <= rank < plan.world_size:
             msg = f"rank: expected 0..{plan.world_size - 1}, got {rank}"
             raise ConfigError(msg)
         self.session = WorkerSession(rank=rank, plan_body=plan.body)
-        self.replica = ReplicaVersions(plan)
+        self.replica = ReplicaVersions(plan, hooks.planes)
         self.frames = PushFrames(plan, is_lent)
         self.round: Round | None = None
         self.left = False
@@ -136,20 +135,19 @@ class Machine:
         self._heartbeat_s = heartbeat_s
         self._rng = rng
         self._rule = parse_consistency(plan.consistency)
-        self._codec_id = get_codec(plan.recipe.uplink.codec).wire_id
         self._lineage = rng.getrandbits(64)
         self._nonce = rng.getrandbits(64)
         self._backoff = Backoff(rng)
         self._resolved = NONE
         self._shards = tuple(shard.index for shard in plan.owned)
-        self._outbox: deque[bytearray] = deque()
+        self._outbox: deque[Frame] = deque()
         self._initial: Iterator[bytearray] | None = None
         self._initial_sent: deque[bytearray] = deque()
         self._initial_at_s = 0.0
         self._is_lent = is_lent
         self._hello_at_s = self._beat_at_s = 0.0
         self._beats = self._answers = 0  # heartbeats sent, and those answered, since WELCOME
-        self._pull = False
+        self._pull = self._pull_whole = False
         self._gap_version = NONE
         self._progress = False
         self._status: Status | None = None
@@ -199,7 +197,7 @@ class Machine:
 
     # ---- the worker's own doing
 
-    def begin(self, rate: float) -> Round:
+    def begin(self, rate: float, weight: int = 1) -> Round:
         """Open the next round."""
         if self.round is not None or self.replica.version == NONE:
             msg = "a round begins after join, and after the round before has ended"
@@ -207,13 +205,21 @@ class Machine:
         self._drop_pushes()  # copies of a round that is over: their buffers are needed now
         self._progress = False
         version = self.replica.version
-        self.round = Round(version, rate, self._plan.due_shards(version), fence=self._beats)
+        due = [shard for shard in self._plan.due_shards(version) if self._plan.pushes(shard)]
+        self.round = Round(version, rate, due, weight, fence=self._beats)
         return self.round
 
-    def push(self, shard: int) -> None:
-        """Say a shard: what its payload buffer holds now."""
+    def push(self, shard: int, codec: int = 0, weight: int | None = None) -> None:
+        """Say a shard: what its payload buffer holds now.
+
+        Args:
+            shard: its index.
+            codec: which of the plan's codecs for it that is written in.
+            weight: how much it counts, where that is not the round's.
+        """
         current = self._open()
-        current.push(shard)
+        current.push(shard, weight)
+        self.frames.use(shard, codec)
         if not current.outcome:  # else the contribution is rejected already, this shard with it
             self._queue_push(shard, current)
 
@@ -243,6 +249,10 @@ class Machine:
         self.round = None
         return current
 
+    def pull_whole(self) -> None:
+        """Ask for the whole weights although the replica has them: see `Hooks.whole`."""
+        self._pull = self._pull_whole = True
+
     def leave(self, leave: Leave) -> None:
         """Say goodbye as soon as possible; `left` tells when the server has taken note."""
         self._leave = leave
@@ -257,7 +267,7 @@ class Machine:
 
     # ---- frames out
 
-    def next_frame(self, now_s: float) -> bytearray | None:
+    def next_frame(self, now_s: float) -> Frame | None:
         """The frame to send now, the same one until it is `sent`; None when nothing is due."""
         if not self._outbox:
             self._queue_due(now_s)
@@ -308,7 +318,8 @@ class Machine:
             self._pull = False
             self._progress = True  # the answer is under way, until a STATUS shows that it is not
             have = self.replica.version
-            version = NO_VERSION if have == NONE else have
+            version = NO_VERSION if have == NONE or self._pull_whole else have
+            self._pull_whole = False
             self._outbox.append(self.session.send(MessageType.PULL, version=version))
 
     def _queue_initial(self, now_s: float) -> None:
@@ -339,16 +350,17 @@ class Machine:
         current.fence = self._beats
         if self.session.state is not State.JOINED:
             return
-        frame = self.frames.to_seal(shard)
+        frame, weight = self.frames.to_seal(shard), current.weight_of(shard)
         self.session.seal(
             frame,
             MessageType.PUSH,
-            codec=self._codec_id,
+            codec=self.frames.wire_id(shard),
             seq=current.number,
             round=current.number,
             version=current.number,
             rate=current.rate,
             shard=shard,
+            part=weight if weight != 1 else 0,
         )
         self._outbox.append(frame)
 
@@ -562,6 +574,7 @@ class Machine:
             self._gap_version = max(self._gap_version, header.version)
         elif Flags.FULL in header.flags:
             self._progress = True  # an answer to PULL, on its way to the shards that lack something
+            self._hooks.whole(header, body)
 
 
 def _name_shards(shards: list[int]) -> str:

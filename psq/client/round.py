@@ -49,6 +49,8 @@ class Round:
         number: its name, and its `seq`: the version it was computed from.
         rate: the learning rate this worker asks for.
         shards: what the server owns and its round moves: something is to be said of each.
+        weight: how much it counts in a mean, beside the other workers'.
+        weights: of the shards that have another.
         pushed, skipped: the shards of which something was said so far.
         skipped_whole: nothing was pushed, and one message says so of all shards.
         outcome: the verdict; empty until it is known.
@@ -62,6 +64,8 @@ class Round:
     number: int
     rate: float
     shards: Sequence[int]
+    weight: int = 1
+    weights: dict[int, int] = field(default_factory=dict)
     pushed: set[int] = field(default_factory=set)
     skipped: set[int] = field(default_factory=set)
     skipped_whole: bool = False
@@ -76,10 +80,16 @@ class Round:
         """The next contribution is computed from a later version than this one."""
         self.target = self.number + 1
 
-    def push(self, shard: int) -> None:
-        """Note that a shard's payload is said."""
+    def push(self, shard: int, weight: int | None = None) -> None:
+        """Note that a shard's payload is said, with a weight of its own if one is given."""
         self._check_unsaid(shard)
         self.pushed.add(shard)
+        if weight is not None:
+            self.weights[shard] = weight
+
+    def weight_of(self, shard: int) -> int:
+        """How much a shard counts."""
+        return self.weights.get(shard, self.weight)
 
     def skip(self, shard: int | None) -> list[int]:
         """Note that nothing is said of a shard, or of all that are left; returns which."""

@@ -9,7 +9,18 @@
 observer(worker, report, loss, samples).
 """
 
-from psq.torch.report import LOCAL, StepReport
+from psq.torch.groups import Group
+from psq.torch.optimizer import Optimizer
+from psq.torch.report import LOCAL, SAT_OUT, StepReport
 from psq.torch.worker import Worker, close_workers, observers
 
-__all__ = ["LOCAL", "StepReport", "Worker", "close_workers", "observers"]
+__all__ = [
+    "LOCAL",
+    "SAT_OUT",
+    "Group",
+    "Optimizer",
+    "StepReport",
+    "Worker",
+    "close_workers",
+    "observers",
+]

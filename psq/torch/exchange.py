@@ -1,6 +1,7 @@
 """What one worker says and hears in a step, in numbers: gradients -> payloads, payloads -> weights.
 
-    begin -> say each shard once (from hooks or from `step`) -> finish
+    begin -> say each shard once (from hooks or from `step`) -> finish -> publish
+    begin -> say_nothing -> finish -> publish                          a round that is sat out
 
 A shard is said by compressing it into its frame and pushing that. One whose gradient holds NaN or
 Inf is left out, alone, and the server is told so at the end: moments stay as they were, so does the
@@ -8,7 +9,8 @@ residual of what was not finite, and what was finite in the shard waits in the r
 step (without error feedback it is lost). How that is noticed:
 - gradient recipes: by the payload, where such a block has a scale that is not finite (or the value
   itself). Checking the payload costs a hundredth of what reading the gradients a second time would.
-- Adam on the worker: by reading the shard's gradients first, since its moments must not take NaN.
+- directions with state, such as Adam on the worker: by reading the shard's gradients first, since
+  their moments must not take NaN.
 
 Shards that are said from `step` have their gradients zeroed in the same pass, where these are read
 in torch's own memory. What is not finite stays until `zero_gradients`, so that it can be named.
@@ -22,7 +24,11 @@ would move the place that the distance is measured from.
 A shard that is not due in a round (`Plan.due`) says nothing in it and its weights stay as they are:
 what it would have said waits in the residual.
 
-Weights are written in `poll` and `finish`, which only `step` calls.
+A direction that looks ahead (optimistic mirror descent) takes its gradients at other weights than
+the replica's: `publish` puts these into the model, and the replica is kept apart, as it is for
+local steps.
+
+Weights are written in `poll` and `finish`, which only `step` calls, and in `publish`.
 """
 
 from __future__ import annotations
@@ -30,20 +36,22 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from psq.client import Client, Hooks, Patience, RoundResult
-from psq.codec import ShardCodec, get_codec
 from psq.config import WorkerConfig
+from psq.errors import UsageError
 from psq.feedback import Compressor
-from psq.kernels import Buffer
+from psq.kernels import Buffer, Floats
 from psq.plan import Plan
 from psq.timeline import NOWHERE, Phase, Timeline
+from psq.torch.asked import Asked
+from psq.torch.averaging import Averaging
+from psq.torch.decoder import Decoder
 from psq.torch.parameters import ParameterTable
 from psq_proto.frames import Header
-from psq_proto.messages import Flags
 
 __all__ = ["Exchange"]
 
@@ -56,12 +64,16 @@ class Exchange:
     Attributes:
         client: the conversation.
         compressor: moments and residual.
+        decoder: what weights come through.
         open: whether a step has begun that has not finished.
-        rate: the learning rate of that step.
+        asked: the learning rate and the weight of that step.
+        is_silent: it says nothing.
         step: its number.
         left_out: its shards that were not finite, and what was wrong with each.
         encode_s: spent in `say` in that step.
         decode_s: spent in decoding in that step.
+        payload_bytes: of what was said in that step.
+        said_numel: how many values that says.
     """
 
     def __init__(
@@ -70,48 +82,72 @@ class Exchange:
         plan: Plan,
         config: WorkerConfig,
         timeline: Timeline | None = None,
+        averaging: Averaging | None = None,
     ) -> None:
         self._table = table
+        self._averaging = averaging
         self._timeline = timeline
         self._say_at_s = 0.0
         self._shards = plan.layout.shards
+        take_mean = None if averaging is None else averaging.take
+        self.decoder = Decoder(plan, table, take_mean)
         self.compressor = Compressor(
-            plan, config.rank, seed=config.seed, residual_dtype=config.residual
+            plan,
+            config.rank,
+            seed=config.seed,
+            residual_dtype=config.residual,
         )
-        downlink = get_codec(plan.recipe.downlink.codec)
-        self._downlinks = [ShardCodec(downlink, shard) for shard in plan.layout.shards]
-        self._dense = get_codec("fp32")
-        self._reads_first = plan.recipe.direction.adam is not None
+        self._plan = plan
+        self._shared = tuple(self.decoder.shared)
+        ahead = max(shard.numel for shard in self._shards) if self.compressor.looks_ahead else 0
+        self._ahead = np.empty(ahead, np.float32)
         self._is_local = plan.recipe.direction.local_steps > 1
         self._said = [False] * len(self._shards)
-        self.open = False
-        self.rate = 0.0
+        self.open = self.is_silent = False
+        self.asked = Asked(0.0)
         self.step = 0
         self.left_out: dict[int, str] = {}
         self.encode_s = self.decode_s = 0.0
-        self.client = Client(
+        self.payload_bytes = self.said_numel = 0
+        hooks = Hooks(
+            table.flat_weights, self.decode, self.restore, self.reset, self.decoder.planes
+        )
+        self.client = self._make_client(plan, config, hooks)
+
+    def _make_client(self, plan: Plan, config: WorkerConfig, hooks: Hooks) -> Client:
+        """The conversation that this worker's words go through; a simulated worker has another."""
+        return Client(
             config.endpoints,
             plan,
             config.rank,
-            Hooks(table.flat_weights, self.decode, self.restore, self.reset),
+            hooks,
             patience=Patience(give_up_after_s=config.give_up_after_s),
             rng=random.Random(),  # noqa: S311 - jitter and names; must differ between processes
-            timeline=timeline,
+            timeline=self._timeline,
         )
 
-    def begin(self, rate: float) -> None:
-        """Open a step with this learning rate."""
-        self.step = self.client.begin(rate)
-        self.rate = rate
+    def begin(self, asked: Asked) -> None:
+        """Open a step, unless a hook of backward has done so.
+
+        Raises:
+            UsageError: it was opened with another learning rate or weight.
+        """
+        if self.open:
+            self._check_same(asked)
+            return
+        self.step = self.client.begin(asked.rate, asked.weight)
+        self.asked = asked
         self.open = True
+        self.is_silent = False
         self.left_out.clear()
         self._said[:] = [False] * len(self._said)
         self.encode_s = self.decode_s = 0.0
+        self.payload_bytes = self.said_numel = 0
 
-    def step_locally(self, rate: float) -> None:
+    def step_locally(self, asked: Asked) -> None:
         """Take a step on this worker's own weights, unless a gradient is not finite."""
         started_s = time.monotonic()
-        self.rate = rate
+        self.asked = asked
         self.left_out.clear()
         self.decode_s = 0.0
         for shard in range(len(self._shards)):
@@ -120,7 +156,7 @@ class Exchange:
         if not self.left_out:
             for shard in range(len(self._shards)):
                 gradients, own = self._table.gradients(shard), self._table.local(shard)
-                self.compressor.descend(shard, gradients, rate, own)
+                self.compressor.descend(shard, gradients, self._rate_of(shard), own)
             self._table.publish_local()
         self.encode_s = time.monotonic() - started_s
 
@@ -144,6 +180,8 @@ class Exchange:
 
     def say_rest(self) -> None:
         """Say what was not said yet, first shards first, taking in weights that come meanwhile."""
+        if self.compressor.needs_all:
+            self._prepare()
         for shard, said in enumerate(self._said):
             if not said:
                 self.say(shard, clear=True)
@@ -152,30 +190,64 @@ class Exchange:
         if self.left_out:
             self.client.skip()  # nothing for every shard that was not pushed
 
+    def say_nothing(self) -> None:
+        """Sit the round out: moments and residual stay as they are."""
+        self.is_silent = True
+        self.client.skip()
+
     def finish(self) -> RoundResult:
         """Wait for the verdict and the weights after this step."""
         result = self.client.finish()
         self.open = False
         return result
 
+    def publish(self) -> None:
+        """Make the model compute with what has come.
+
+        With a direction that looks ahead that is not the replica, which is kept apart.
+        """
+        if self._averaging is not None:
+            self._averaging.land()
+            return
+        self._table.publish()
+        if self.compressor.looks_ahead:
+            self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """Move the model from the replica's weights to where the next gradients are to be taken."""
+        for cut in self._shards:
+            ahead = self._ahead[: cut.numel]
+            self.compressor.look_ahead(cut.index, ahead)
+            segments = zip(cut.segments, self._table.local(cut.index), strict=True)
+            for segment, own in segments:
+                np.subtract(own, ahead[segment.offset :][: segment.numel], out=own)
+        self._table.publish_local()
+
     def _pushed(self, shard: int, *, clear: bool) -> bool:
         """Push the shard, if all of it is finite."""
         if self._is_local:
             return self._pushed_drift(shard)
         gradients = self._table.gradients(shard)
-        if self._reads_first and not self.compressor.finite(gradients):
+        if self.compressor.reads_first and not self.compressor.finite(gradients):
             return False
         payload = self.client.payload(shard)
-        weights = self._table.weights(shard)
         clear = clear and self._table.may_clear(shard)
-        compress = self.compressor.compress
-        compress(shard, gradients, self.rate, payload, weights=weights, clear=clear)
+        codec = self.compressor.compress(
+            shard,
+            gradients,
+            self._rate_of(shard),
+            payload,
+            weights=self._table.weights(shard),
+            clear=clear,
+            t=self._round_of(shard),
+            shared=self._shared_of(shard),
+        )
         if not self.compressor.payload_finite(shard, payload):
             self.restore(shard)
             return False
         if clear:
             self._table.note_cleared(shard)
-        self._push(shard, payload.nbytes)
+        self._push(shard, codec)
         return True
 
     def _keep(self, shard: int) -> None:
@@ -185,42 +257,88 @@ class Exchange:
             return
         gradients = self._table.gradients(shard)
         is_finite = self._is_finite(shard)
-        if is_finite or not self._reads_first:
-            weights = self._table.weights(shard)
-            self.compressor.absorb(shard, gradients, self.rate, weights)
+        if is_finite or not self.compressor.reads_first:
+            self.compressor.absorb(
+                shard,
+                gradients,
+                self._rate_of(shard),
+                self._table.weights(shard),
+                t=self._round_of(shard),
+                shared=self._shared_of(shard),
+            )
 
     def _pushed_drift(self, shard: int) -> bool:
         """Push how far local steps have moved the shard, if that is finite."""
         payload = self.client.payload(shard)
-        self._write_drift(shard, payload)
+        codec = self._write_drift(shard, payload)
         if not self.compressor.payload_finite(shard, payload):
             self.restore(shard)
             return False
-        self._push(shard, payload.nbytes)
+        self._push(shard, codec)
         return True
 
-    def _push(self, shard: int, payload_bytes: int) -> None:
+    def _push(self, shard: int, codec: int) -> None:
         timeline = self._timeline
+        payload_bytes = self.compressor.codec(shard, codec).nbytes
+        self.payload_bytes += payload_bytes
+        self.said_numel += self._shards[shard].numel
         if timeline is None:
-            self.client.push(shard)
+            self.client.push(shard, codec)
             return
         step, encoded_s = self.step, time.monotonic()
-        self.client.push(shard)
+        self.client.push(shard, codec)
         end_s = time.monotonic()
         timeline.add(Phase.ENCODE, self._say_at_s, encoded_s, shard, step, NOWHERE, payload_bytes)
         timeline.add(Phase.PUSH, encoded_s, end_s, shard, step, NOWHERE, payload_bytes)
 
-    def _write_drift(self, shard: int, payload: Buffer | None) -> None:
-        """Compress it, or let it wait where there is no payload to write."""
+    def _write_drift(self, shard: int, payload: Buffer | None) -> int:
+        """Compress it, or let it wait where there is no payload to write; returns the codec."""
         gradients = self._table.gradients(shard) if self._is_finite(shard) else None
-        self.compressor.compress_drift(
+        return self.compressor.compress_drift(
             shard,
             gradients,
-            self.rate,
+            self._rate_of(shard),
             payload,
             weights=self._table.local(shard),
             start=self._table.weights(shard),
+            t=self._round_of(shard),
         )
+
+    def _prepare(self) -> None:
+        """Show the direction all gradients, zeros for those that will be left out."""
+        shown: list[Sequence[Floats]] = []
+        for shard in range(len(self._shards)):
+            gradients = self._table.gradients(shard)
+            is_finite = self.compressor.finite(gradients)
+            shown.append(gradients if is_finite else [np.zeros_like(each) for each in gradients])
+        self.compressor.prepare(shown, self.asked.rate, t=self._round_of(0))
+
+    def _rate_of(self, shard: int) -> float:
+        """What is asked for a shard, before its group's factor, which the compressor knows."""
+        return self.asked.rate_of(self._shards[shard].group)
+
+    def _round_of(self, shard: int) -> int:
+        """The round of a shard that is said now, from 1, as the rules count."""
+        return self._plan.turns(shard, self.client.base(shard) + 1)
+
+    def _shared_of(self, shard: int) -> Mapping[str, Floats] | None:
+        """The shard's views of the state that all replicas have alike."""
+        rule = self.decoder.rule
+        return None if rule is None else {name: rule.of(name, shard) for name in self._shared}
+
+    def _check_same(self, asked: Asked) -> None:
+        """After a step's first gradient was sent nothing about it may change."""
+        if asked == self.asked:
+            return
+        what, before, now = "lr", self.asked.rate, asked.rate
+        if asked.weight != self.asked.weight:
+            what, before, now = "weight", self.asked.weight, asked.weight
+        msg = (
+            f"{what} changed from {before!r} to {now!r} after this step's first gradient was "
+            f"sent with the old one (overlap=True sends gradients while backward runs): set {what} "
+            "before backward"
+        )
+        raise UsageError(msg)
 
     def _is_finite(self, shard: int) -> bool:
         """Whether all gradients of a shard are; if not it is noted."""
@@ -241,17 +359,9 @@ class Exchange:
         """Weights came: into the parameters with them (see `ReplicaVersions` for what comes)."""
         started_s = time.monotonic()
         shard = header.shard
-        codec, out = self._downlinks[shard], self._table.weights(shard)
-        if Flags.DELTA in header.flags:
-            codec.check(body)
-            codec.decode_add_segments(body, out)
-        elif header.codec == self._dense.wire_id:
-            self._dense.check(body, body.nbytes // 4)
-            values = np.frombuffer(body, "<f4").astype(np.float32, copy=False)
-            self._table.write_part(shard, header.part, values)
-        else:
-            codec.check(body)
-            codec.decode_segments(body, out)
+        factor = self.decoder.decode(header, body)
+        if factor is not None:
+            self.compressor.rescale(shard, factor)
         end_s = time.monotonic()
         self.decode_s += end_s - started_s
         if self._timeline is not None:

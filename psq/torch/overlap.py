@@ -21,14 +21,32 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from psq.errors import UsageError
+from psq.errors import ConfigError, UsageError
 from psq.layout import Layout
+from psq.parts import load_rule
+from psq.recipe import Recipe
 from psq.torch.parameters import ParameterTable
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Overlap"]
+__all__ = ["Overlap", "check_overlap"]
+
+
+def check_overlap(recipe: Recipe, *, overlap: bool) -> None:
+    """Whether a recipe's gradients can be sent one after another.
+
+    Raises:
+        ConfigError: its direction looks at all of them before the first is said.
+    """
+    part = recipe.direction.part
+    if overlap and load_rule(part).needs_all:
+        msg = (
+            f"recipe {recipe.name!r}: direction {part.kind} looks at all gradients of a step "
+            "before it says the first, so nothing can be sent while backward runs: use "
+            "overlap=False"
+        )
+        raise ConfigError(msg)
 
 
 class Overlap:

@@ -26,7 +26,7 @@ then fails loudly in backward instead of giving a wrong gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -39,6 +39,8 @@ from torch.autograd.graph import increment_version
 from psq import kernels
 from psq.errors import ConfigError, UsageError
 from psq.layout import PART_NUMEL, Layout
+from psq.torch.groups import Grouping
+from psq.torch.vectors import check_vectors
 
 __all__ = ["ParameterTable"]
 
@@ -70,6 +72,7 @@ class _Slot:
         fleeting: its gradient tensor is another one each step, so no view of it is kept.
         handed_over: the version of `tensor` when `arrive` looked at it, or _NOT_HANDED_OVER.
         cleared: how many of the gradient's values are 0 already, in this step.
+        is_given: in this step `gradient` shows a vector that the user gave in its place.
     """
 
     name: str
@@ -89,6 +92,7 @@ class _Slot:
     fleeting: bool = False
     handed_over: int = _NOT_HANDED_OVER
     cleared: int = 0
+    is_given: bool = False
 
     @property
     def is_zero(self) -> bool:
@@ -97,10 +101,13 @@ class _Slot:
 
 
 class ParameterTable:
-    """The trainable parameters of a model, each once, however often the model uses it.
+    """The parameters of a model that a job is about, each once, however often the model uses it.
+
+    These are the trainable ones that are not local, and those that are only received.
 
     Args:
         model: whose.
+        grouping: which of its parameters are local, and which are only received.
         apart: whether the model's weights may depart from the replica between two rounds.
 
     Raises:
@@ -108,8 +115,13 @@ class ParameterTable:
             at all; the message names it and says what to do.
     """
 
-    def __init__(self, model: nn.Module, *, apart: bool = False) -> None:
-        self._slots = [_make_slot(model, name, p, apart=apart) for name, p in _trainable(model)]
+    def __init__(
+        self, model: nn.Module, grouping: Grouping | None = None, *, apart: bool = False
+    ) -> None:
+        self.grouping = grouping or Grouping()
+        self._apart = apart
+        members = _members(model, self.grouping)
+        self._slots = [_make_slot(model, name, p, apart=apart) for name, p in members]
         if not self._slots:
             msg = (
                 "the model has no parameters that require grad: nothing to train; "
@@ -129,6 +141,11 @@ class ParameterTable:
     def specs(self) -> list[tuple[str, tuple[int, ...]]]:
         """(name, shape) of each parameter, for the plan."""
         return [(slot.name, tuple(slot.parameter.shape)) for slot in self._slots]
+
+    @property
+    def pushed_specs(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The same of those that are not only received."""
+        return [spec for spec in self.specs if self.grouping.is_pushed(spec[0])]
 
     def bind(self, layout: Layout) -> None:
         """Cut the parameters as the plan says."""
@@ -166,6 +183,22 @@ class ParameterTable:
         for slot, numel in self._of_shard[shard]:
             slot.cleared += numel
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether the model's weights may depart from the replica."""
+        return self._apart
+
+    def local_copy(self) -> list[list[Floats]]:
+        """A copy of the `local` weights of every shard, for `restore_local`."""
+        return [[segment.copy() for segment in segments] for segments in self._local]
+
+    def restore_local(self, copies: list[list[Floats]]) -> None:
+        """Let the model compute with weights of its own again."""
+        for segments, kept in zip(self._local, copies, strict=True):
+            for segment, values in zip(segments, kept, strict=True):
+                segment[:] = values
+        self.publish_local()
+
     def flat_weights(self, shard: int) -> Floats:
         """A copy of a shard's weights, f32[shard.numel]."""
         return np.concatenate(self._weights[shard])
@@ -186,23 +219,32 @@ class ParameterTable:
         """The parameters themselves, in the order of `specs`."""
         return [slot.parameter for slot in self._slots]
 
-    def refresh(self) -> int:
+    def refresh(self, vectors: Mapping[str, Tensor] | None = None) -> int:
         """Look at the model again: its gradients, and whether its parameters are still there.
+
+        Args:
+            vectors: to be taken in the place of gradients, one for each parameter that is pushed.
 
         Returns:
             How many parameters have a gradient; the others count as zero.
 
         Raises:
             UsageError: a parameter was replaced or moved, a gradient is sparse, or one is not any
-                more what it was when `arrive` looked at it.
+                more what it was when `arrive` looked at it; or the vectors are not what they are
+                to be.
 
         Cost: under a microsecond for a parameter whose gradient is where it was.
         """
         present = 0
+        if vectors is not None:
+            check_vectors(vectors, self.pushed_specs)
         for slot in self._slots:
             _check_in_place(slot)
             slot.cleared = 0
-            if slot.handed_over == _NOT_HANDED_OVER:
+            if vectors is not None:
+                self._take(slot, vectors.get(slot.name))
+                present += slot.is_given
+            elif slot.handed_over == _NOT_HANDED_OVER:
                 self._look(slot)
             else:
                 _check_unchanged(slot)
@@ -279,7 +321,7 @@ class ParameterTable:
         numel = 0
         for slot in self._slots:
             slot.handed_over = _NOT_HANDED_OVER
-            grad = slot.tensor
+            grad = slot.parameter.grad if slot.is_given else slot.tensor
             if grad is not None:
                 grad = grad.detach_() if grad.requires_grad else grad
                 if slot.is_zero:
@@ -288,7 +330,8 @@ class ParameterTable:
                     batch.append(grad)
                     numel += slot.weights.size
             slot.cleared = 0
-            if slot.fleeting:
+            if slot.fleeting or slot.is_given:
+                slot.is_given = False
                 self._show(slot, _NO_GRADIENT, None)
             if meanwhile is not None and numel >= ZEROED_NUMEL:
                 torch._foreach_zero_(batch)
@@ -317,6 +360,18 @@ class ParameterTable:
             self._show(slot, _STAGED, slot.gradient_stage)
         slot.tensor = grad
 
+    def _take(self, slot: _Slot, vector: Tensor | None) -> None:
+        """Show a vector as if it were the gradient; it is only read, and let go after the step."""
+        slot.is_given = vector is not None
+        self._show(slot, _NO_GRADIENT, None)
+        if vector is None:
+            return
+        if _has_view(vector):
+            self._show(slot, vector.data_ptr(), vector)
+        else:
+            _copy_to_stage(slot, vector.detach(), blocking=True)
+            self._show(slot, _STAGED, slot.gradient_stage)
+
     def _show(self, slot: _Slot, source: int, tensor: Tensor | None) -> None:
         """Make the slot's segments views of `tensor`, unless they are already."""
         slot.tensor = None
@@ -337,12 +392,15 @@ class ParameterTable:
         return self._zeros[:numel]
 
 
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _members(model: nn.Module, grouping: Grouping) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that a job is about: those that only come in need not be trainable here."""
     for name, parameter in model.named_parameters():
+        if name in grouping.local:
+            continue
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             msg = f"parameter {name!r} is not initialized yet: run one forward pass first"
             raise ConfigError(msg)
-        if parameter.requires_grad:
+        if parameter.requires_grad or not grouping.is_pushed(name):
             _check_trainable(name, parameter)
             yield name, parameter
 
@@ -410,10 +468,10 @@ def _copied_stage(parameter: nn.Parameter) -> Tensor:
 
 
 @torch.no_grad()
-def _copy_to_stage(slot: _Slot, grad: Tensor) -> None:
+def _copy_to_stage(slot: _Slot, grad: Tensor, *, blocking: bool = False) -> None:
     if slot.gradient_stage is None:
         slot.gradient_stage = _new_stage(grad)
-    slot.gradient_stage.copy_(grad, non_blocking=grad.is_cuda)
+    slot.gradient_stage.copy_(grad, non_blocking=grad.is_cuda and not blocking)
 
 
 def _increment_versions(parameters: list[nn.Parameter]) -> None:

@@ -5,9 +5,11 @@
     overlap:  the same, but shards are pushed while backward still runs; step pushes what is left
     local:    a recipe with local steps moves this worker's own weights in most steps, and only
               every so many steps does what is above
+    sit_out:  takes the new weights without having said anything
 
 What holds:
-- Every replica has the same bytes after each round: all decode the same payloads.
+- Every replica has the same bytes after each round: all decode the same payloads, and where
+  replicas take the step themselves, all apply the same rule to them.
 - Weights change inside `step` only, never between a forward and its backward pass.
 - A shard whose gradient has NaN or Inf is not sent: this worker sits the round out for that shard,
   and training goes on with what the others say (`psq.torch.exchange` says what stays as it was).
@@ -22,34 +24,37 @@ import logging
 import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from psq import kernels
-from psq.adam_text import with_adam_text
-from psq.advice.candidates import Specs
-from psq.client import RoundResult
-from psq.config import DEFAULT_LR, WorkerConfig, worker_config
-from psq.errors import ConfigError, StateError, UsageError
+from psq.config import DEFAULT_LR
+from psq.errors import StateError, UsageError
+from psq.parts import load_rule
 from psq.plan import Plan
-from psq.presets import preset
 from psq.recipe import AdamConfig, Recipe
-from psq.timeline import NOWHERE, Phase, Process, Timeline, check_writable, write_part
+from psq.timeline import Process, Timeline, check_writable, write_part
+from psq.torch.asked import Asked, check_weight
+from psq.torch.averaging import Averaging, check_averaging
 from psq.torch.exchange import Exchange
-from psq.torch.overlap import Overlap
+from psq.torch.groups import Group, group_up
+from psq.torch.optimizer import Optimizer
+from psq.torch.overlap import Overlap, check_overlap
 from psq.torch.parameters import ParameterTable
-from psq.torch.report import LOCAL, StepReport
+from psq.torch.rates import LearningRate, RateGroup, Rates
+from psq.torch.report import StepReport
+from psq.torch.settings import config_of, recipe_of, settle_codecs
+from psq.torch.steps import Steps
 
 __all__ = ["LearningRate", "Observer", "Worker", "close_workers", "observers"]
 
-LearningRate: TypeAlias = float | Callable[[int], float]
 Reason: TypeAlias = Literal["done", "error", "interrupted"]
 Observer: TypeAlias = Callable[["Worker", StepReport, float | None, int], None]
 
@@ -90,15 +95,37 @@ class Worker:
     are equal after every H-th step only: save and evaluate then. Steps after the last round are
     dropped by `close`, which leaves the job's weights in the model.
 
+    Groups of parameters may have a rate and codecs of their own, may be only received, or local:
+    never pushed nor received, stepped by an optimizer of the user's own. Frozen parameters
+    (`requires_grad=False`) are left out by themselves.
+
+        groups=[Group("head.*", lr_factor=0.1), Group(model.memory.parameters(), local=True)]
+
+    A round need not be everybody's: `sit_out` instead of `step` takes the others' word. What the
+    workers say may weigh differently (`weight`), and need not be `.grad` (`step(vectors=...)`).
+
+    With a recipe that looks ahead (dqgan) the model holds, between two steps, the weights that the
+    next gradients are to be taken at; `with ps.replica():` has the job's own in it, to evaluate and
+    save. So it does between local steps.
+
+    With recipe="average" the workers' mean gradient comes back and `optimizer`, a torch optimizer
+    of the user's, steps with it on every worker alike. All workers start with the job, with the
+    same optimizer; nobody can come late, since the server has no weights to give.
+
     A schedule counts by the job's steps, which is what `steps` says: a function given as `lr`, or
     `ps.lr = schedule(ps.steps)` before each step. All ranks must ask for the same rate, a
-    restarted one included, and a script's own counter would start at 0 again.
+    restarted one included, and a script's own counter would start at 0 again. Torch's schedulers
+    take `ps.optimizer`.
 
     Args:
         model: its parameters that require grad are trained, each once, in float32; they may live
             on a GPU. It must be complete: parameters replaced later are noticed and refused.
         lr: learning rate, or a function of the step number (from 0, over the whole job, so that a
             worker that joins late asks for the rate the others ask for).
+        groups: parameters that are treated in a way of their own; the same for every worker, but
+            for local ones.
+        weight: how much this worker counts in the mean, beside the others; may be set later.
+        optimizer: what steps with recipe="average".
         recipe: the algorithm, by name or as a value.
         adam: settings for a recipe given by name, as a value or as a text, see `psq.adam_text`.
         connect: the server's address; of several servers all, as a list or with commas between
@@ -125,6 +152,9 @@ class Worker:
         model: nn.Module,
         *,
         lr: LearningRate | None = None,
+        groups: Sequence[Group] = (),
+        weight: int = 1,
+        optimizer: torch.optim.Optimizer | None = None,
         recipe: Recipe | str | None = None,
         adam: AdamConfig | str | None = None,
         connect: str | Sequence[str] | None = None,
@@ -137,47 +167,53 @@ class Worker:
         codec: str | None = None,
         give_up_after_s: float | None = None,
     ) -> None:
-        said = {
-            "lr": None if callable(lr) else lr,
-            "recipe": recipe if isinstance(recipe, str) else None,
-            "adam": adam if isinstance(adam, str) else None,
-            "connect": connect if isinstance(connect, str | None) else list(connect),
-            "rank": rank,
-            "world_size": world_size,
-            "seed": seed,
-            "consistency": consistency,
-            "overlap": overlap,
-            "residual": residual,
-            "codec": codec,
-            "give_up_after_s": give_up_after_s,
-        }
-        settled = ["lr"] if callable(lr) else []
-        if isinstance(recipe, Recipe):
-            settled += ["recipe", "uplink", "downlink", "local_steps", "every", "adam", "codec"]
-        if isinstance(adam, AdamConfig):
-            settled += ["adam"]
-        config = worker_config(said, settled=settled)
+        config = config_of(
+            lr=lr,
+            recipe=recipe,
+            adam=adam,
+            connect=connect,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            consistency=consistency,
+            overlap=overlap,
+            residual=residual,
+            codec=codec,
+            give_up_after_s=give_up_after_s,
+        )
         kernels.active()  # a PSQ_KERNEL that cannot run here is refused now, not in the first step
-        self.skipped = 0
-        self._empty_steps = 0
-        self._samples = 0
-        self._lr: LearningRate = lr if callable(lr) else (config.lr or DEFAULT_LR)
-        made = _recipe(config, recipe, adam)
-        self._table = ParameterTable(model, apart=made.direction.local_steps > 1)
-        self.choice = ""
-        if config.codec == "auto":
-            made, self.choice = _settle(config, self._table.specs, made, recipe)
+        made = recipe_of(config, recipe, adam)
+        check_overlap(made, overlap=config.overlap)
+        grouping = group_up(model, groups)
+        self._table = ParameterTable(model, grouping, apart=_is_apart(made))
+        made, self.choice = settle_codecs(config, self._table.specs, made, recipe)
         self.plan = Plan.of(
             self._table.specs,
             made,
             config.world_size,
             servers=len(config.endpoints),
             consistency=config.consistency,
+            groups=grouping.groups,
+            members=[grouping.number(name) for name, _ in self._table.specs],
         )
+        check_averaging(self.plan, optimizer, gives_rate=lr is not None)
         self._table.bind(self.plan.layout)
-        self._local_steps = self.plan.recipe.direction.local_steps
-        self._local_step = 0  # how many the worker has taken since the last round
+        self._averaging: Averaging | None = None
+        if optimizer is not None:
+            names = [name for name, _ in self._table.specs]
+            self._averaging = Averaging(optimizer, names, self._table.parameters)
+        self._rates = Rates(
+            lr if callable(lr) else (config.lr or DEFAULT_LR),
+            _rate_groups(self.plan, self._table),
+            len(self.plan.groups),
+            is_inside=made.direction.meaning == "update",
+        )
+        self._weight = check_weight(weight)
+        self._report = StepReport(0, 0, applied=False)
+        self._empty_steps = 0
+        self._samples = 0
         self._accumulating = False
+        self._showing = False
         self._failed = ""
         self._process = os.getpid()
         self._timeline_path = Path(config.timeline_filename or "")
@@ -185,9 +221,10 @@ class Worker:
         if config.timeline_filename is not None:
             check_writable(self._timeline_path)
             self._timeline = Timeline()
-        self._exchange = Exchange(self._table, self.plan, config, self._timeline)
+        self._exchange = Exchange(self._table, self.plan, config, self._timeline, self._averaging)
         self._client = self._exchange.client
         self._compressor = self._exchange.compressor
+        self._steps = Steps(self._table, self._exchange, self.plan, self._timeline)
         self._overlap: Overlap | None = None
         _open.append(self)
         self._join()
@@ -199,8 +236,7 @@ class Worker:
                 say=self._say_early,
                 fail=self._fail,
             )
-        self._returned_s = time.monotonic()
-        self._counted = (self._client.sent_bytes, self._client.received_bytes)
+        self._steps.begin_counting()
 
     def __enter__(self) -> Self:
         return self
@@ -231,20 +267,45 @@ class Worker:
     @property
     def steps(self) -> int:
         """How many steps of every worker the job has behind it: `version`, but for local steps."""
-        return self.version * self._local_steps + self._local_step
+        return self._steps.count
+
+    @property
+    def skipped(self) -> int:
+        """How many steps left something out because it was not finite."""
+        return self._steps.skipped
 
     @property
     def lr(self) -> float:
         """The learning rate of the next step. May be set, to a number or a function of the step."""
-        value = float(self._lr(self.steps) if callable(self._lr) else self._lr)
-        if not (math.isfinite(value) and value >= 0.0):
-            msg = f"lr must be a finite number >= 0, got {value!r} for step {self.steps}"
-            raise UsageError(msg)
-        return value
+        return self._asked().rate
 
     @lr.setter
     def lr(self, value: LearningRate) -> None:
-        self._lr = value
+        if self._averaging is not None:
+            msg = "lr: set it in the optimizer that you gave, which takes the steps"
+            raise UsageError(msg)
+        self._rates.set(value)
+
+    @property
+    def weight(self) -> int:
+        """How much this worker counts in the mean of the next step. May be set."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: int) -> None:
+        self._weight = check_weight(value)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """This worker as a torch optimizer, for torch's schedulers; from now on it has the rates.
+
+        Raises:
+            UsageError: lr is a function of the step, or the user's own optimizer takes the steps.
+        """
+        if self._averaging is not None:
+            msg = "recipe 'average' steps with the optimizer that you gave: schedule that one"
+            raise UsageError(msg)
+        return self._rates.make_optimizer(self._step)
 
     @property
     def sent_bytes(self) -> int:
@@ -270,18 +331,45 @@ class Worker:
         finally:
             self._accumulating = before
 
-    def step(self, loss: float | Tensor | None = None, samples: int = 0) -> StepReport:
+    @contextmanager
+    def replica(self) -> Iterator[None]:
+        """Within the block the model has the job's weights, as all workers have them.
+
+        That matters between local steps and with recipes that look ahead; elsewhere the model has
+        them always. At its end the model is as before; no step may be taken within.
+        """
+        if not self._table.is_apart or self._showing:
+            yield
+            return
+        own = self._table.local_copy()
+        self._table.publish()
+        self._showing = True
+        try:
+            yield
+        finally:
+            self._showing = False
+            self._table.restore_local(own)
+
+    def step(
+        self,
+        loss: float | Tensor | None = None,
+        samples: int = 0,
+        vectors: Mapping[str, Tensor] | None = None,
+    ) -> StepReport:
         """Push the gradients, wait for everybody, take the new weights, zero the gradients.
 
         Args:
             loss: of this step, for `observers`; a tensor is read only if there are any.
             samples: how many were in the batch, for `observers`; those of accumulated batches are
                 added up.
+            vectors: what to push in the place of gradients: for each parameter that is pushed, by
+                name, a finite float32 tensor in its shape. It is treated as the gradient would be.
 
         Raises:
-            UsageError: the worker is closed, a parameter was replaced or moved, or a gradient is
-                sparse; nothing was sent. With overlap also: a gradient or the learning rate was
-                changed after the first was sent; the worker cannot go on then.
+            UsageError: the worker is closed, a parameter was replaced or moved, a gradient is
+                sparse, or the vectors are not as they should be; nothing was sent. With overlap
+                also: a gradient or the learning rate was changed after the first was sent; the
+                worker cannot go on then.
             FencedError: another process has taken this rank over.
             GaveUpError: the round took longer than `give_up_after_s`, or the server ended the job.
             RemoteError: the server says that something is wrong; it says what.
@@ -289,26 +377,35 @@ class Worker:
         Cost: what `Compressor.compress` takes (a read of the gradients more with Adam on the
         worker), one pass to zero the gradients, the round's wait, one pass to decode.
         """
+        optimizer = self._rates.optimizer
+        if optimizer is None:
+            self._step(loss, samples, vectors)
+        else:  # through torch's own method, which a scheduler watches
+            optimizer.step(loss=loss, samples=samples, vectors=vectors)
+        return self._report
+
+    def sit_out(self) -> StepReport:
+        """Take no part in a round: say nothing, wait for the others, take the new weights.
+
+        Moments and residual stay as they are; gradients that are there are zeroed, since they are
+        of weights that are gone. With local steps it is the whole round that is sat out.
+
+        Raises:
+            UsageError: the worker is closed, or has said or stepped something in this round.
+            as `step`.
+        """
         self._check_usable()
-        self._samples += samples
-        if self._accumulating:
-            return StepReport(self.version, self.version, applied=False, reason="accumulating")
+        self._check_silent()
+        self._table.refresh()
         try:
-            present = self._table.refresh()
-        except UsageError as error:
-            if self._exchange.open:  # what was sent cannot be taken back
-                self._fail(error)
-            raise
-        if not present:
-            self._say_empty()
-        try:
-            report = self._round() if self._pushes else self._step_locally()
+            self._report = self._steps.sit_out(self._asked())
         except BaseException as error:
             self._fail(error)
             raise
-        samples, self._samples = self._samples, 0
-        self._observe(report, loss, samples)
-        return report
+        self._end_round()
+        self._samples = 0
+        self._observe(self._report, None, 0)
+        return self._report
 
     def close(self, reason: Reason = "done", text: str = "") -> None:
         """Leave the job. Safe to call twice; happens by itself when the process ends.
@@ -321,131 +418,94 @@ class Worker:
             reason, text = "error", self._failed
         if self._overlap is not None:
             self._overlap.close()
-        if self._local_step:
-            self._drop_local_steps()
+        self._steps.drop_local_steps()
+        if self._table.is_apart:
+            self._table.publish()
         try:
             self._client.leave(reason, text)
         finally:
             self._write_timeline(reason)
 
-    # ---- one round
+    # ---- one step
 
-    def _round(self) -> StepReport:
-        started_s, exchange, client = time.monotonic(), self._exchange, self._client
-        self._begin()
-        self._record(Phase.COMPUTE, exchange.step, self._returned_s, started_s)
-        early_s = exchange.encode_s
-        watch = _Watch(exchange, started_s)
-        exchange.say_rest()
-        encode_s, fault = watch.lap_s(), self._fault()
-        zero_at_s = watch.now_s
-        self._table.zero_gradients(client.poll)
-        zeroing_s, stood_s = watch.lap_s(), client.waited_s
-        self._record(Phase.ZERO, exchange.step, zero_at_s, watch.now_s)
-        result = exchange.finish()
-        waited_s, stood_s = watch.lap_s(), client.waited_s - stood_s
-        self._table.publish()
-        self._local_step = 0
+    def _step(
+        self,
+        loss: float | Tensor | None = None,
+        samples: int = 0,
+        vectors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._check_usable()
+        if vectors is not None:
+            self._check_may_give()
+        self._samples += samples
+        if self._accumulating:
+            version = self.version
+            self._report = StepReport(version, version, applied=False, reason="accumulating")
+            return
+        try:
+            present, asked = self._table.refresh(vectors), self._asked()
+        except UsageError as error:
+            if self._exchange.open:  # what was sent cannot be taken back
+                self._fail(error)
+            raise
+        if not present:
+            self._say_empty()
+        try:
+            take = self._steps.round if self._steps.pushes else self._steps.step_locally
+            self._report = take(asked)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        if take == self._steps.round:
+            self._end_round()
+        samples, self._samples = self._samples, 0
+        self._observe(self._report, loss, samples)
+
+    def _end_round(self) -> None:
         if self._overlap is not None:
             self._overlap.reset()
-        publish_s = watch.lap_s()
-        server_s = min(result.server_s, waited_s)
-        before_s, self._returned_s = self._returned_s, watch.now_s
-        sent, received = client.sent_bytes, client.received_bytes
-        before, self._counted = self._counted, (sent, received)
-        return StepReport(
-            step=exchange.step,
-            version=result.version,
-            applied=result.applied and not fault and not result.rejected,
-            reason=fault or _refusal(result),
-            lr=exchange.rate,
-            compute_s=started_s - before_s - early_s + zeroing_s,
-            encode_s=early_s + encode_s,
-            wire_s=waited_s - server_s,
-            server_s=server_s,
-            decode_s=exchange.decode_s + publish_s,
-            exposed_s=stood_s,
-            left_out=tuple(sorted(exchange.left_out)),
-            rejected=result.rejected,
-            staleness=result.staleness,
-            sent_bytes=sent - before[0],
-            received_bytes=received - before[1],
-        )
 
-    @property
-    def _pushes(self) -> bool:
-        """Whether the next step is one that pushes."""
-        return self._local_step == self._local_steps - 1
+    def _asked(self) -> Asked:
+        if self._averaging is not None:
+            return Asked(self._averaging.rate, self._weight)
+        rate, ratios = self._rates.at(self.steps)
+        return Asked(rate, self._weight, ratios)
 
-    def _step_locally(self) -> StepReport:
-        """A step of this worker alone."""
-        exchange, client, started_s = self._exchange, self._client, time.monotonic()
-        exchange.step_locally(self.lr)
-        fault = self._fault()
-        self._local_step += 1
-        self._table.zero_gradients()
-        before_s, self._returned_s = self._returned_s, time.monotonic()
-        self._record(Phase.COMPUTE, self.version, before_s, started_s)
-        self._record(Phase.LOCAL, self.version, started_s, self._returned_s)
-        sent, received = client.sent_bytes, client.received_bytes
-        before, self._counted = self._counted, (sent, received)
-        return StepReport(
-            step=self.version,
-            version=self.version,
-            applied=False,
-            reason=fault or LOCAL,
-            lr=exchange.rate,
-            compute_s=self._returned_s - before_s - exchange.encode_s,
-            encode_s=exchange.encode_s,
-            left_out=tuple(sorted(exchange.left_out)),
-            sent_bytes=sent - before[0],
-            received_bytes=received - before[1],
-        )
+    def _check_silent(self) -> None:
+        """Whether this worker can still sit the round out."""
+        said = ""
+        if self._exchange.open:
+            said = "backward has sent gradients of this round already (overlap=True)"
+        elif self._steps.local_step:
+            said = f"{self._steps.local_step} local steps of this round are not said yet"
+        elif self._accumulating:
+            said = "gradients are being accumulated (no_sync)"
+        if said:
+            msg = f"a round cannot be sat out any more: {said}; decide before its first step"
+            raise UsageError(msg)
 
-    def _drop_local_steps(self) -> None:
-        words = "%d local steps of rank %d came after the last round: nobody will hear of them"
-        _log.info(words, self._local_step, self.rank)
-        self._local_step = 0
-        self._table.publish()
-
-    def _begin(self) -> None:
-        """Open the step, if no hook has done so."""
-        lr, exchange = self.lr, self._exchange
-        if not exchange.open:
-            exchange.begin(lr)
-        elif lr != exchange.rate:
+    def _check_may_give(self) -> None:
+        """Whether vectors may be pushed in the place of gradients."""
+        if self._overlap is not None:
             msg = (
-                f"lr changed from {exchange.rate!r} to {lr!r} after this step's first gradient was "
-                "sent with the old one (overlap=True sends gradients while backward runs): set lr "
-                "before backward"
+                "vectors: with overlap=True gradients are sent while backward runs, before there "
+                "are vectors: use overlap=False"
             )
+            raise UsageError(msg)
+        if self._accumulating:
+            msg = "vectors: nothing accumulates them under no_sync: add them up and push the sum"
             raise UsageError(msg)
 
     def _say_early(self, shards: Sequence[int]) -> None:
         """Backward has finished with these shards."""
-        self._begin()
+        self._exchange.begin(self._asked())
         for shard in shards:
             self._exchange.say(shard)
 
     def _is_armed(self) -> bool:
         """Whether a backward pass that runs now is one whose gradients are pushed."""
-        still = self._accumulating or self._failed or not self._pushes
+        still = self._accumulating or self._failed or not self._steps.pushes
         return not still and self.in_this_process
-
-    def _fault(self) -> str:
-        """What was wrong with this step's gradients; empty when nothing was."""
-        left_out = self._exchange.left_out
-        if not left_out:
-            return ""
-        self.skipped += 1
-        fault = left_out[min(left_out)]
-        shards = f"{len(left_out)} of {len(self.plan.layout.shards)} shards"
-        if self._local_steps == 1:
-            words = "step %d: %s; rank %d sits this round out for %s"
-        else:
-            words = "step %d: %s; rank %d does not take this step, for %s"
-        _log.warning(words, self.steps, fault, self.rank, shards)
-        return fault
 
     def _fail(self, error: BaseException) -> None:
         """The worker cannot go on: its word is half said, or the conversation is over."""
@@ -456,10 +516,6 @@ class Worker:
         self._empty_steps += 1
         if math.log10(self._empty_steps).is_integer():
             _log.warning("step %d: no parameter has a gradient; was backward called?", self.version)
-
-    def _record(self, phase: Phase, step: int, start_s: float, end_s: float) -> None:
-        if self._timeline is not None:
-            self._timeline.add(phase, start_s, end_s, NOWHERE, step)
 
     def _observe(self, report: StepReport, loss: float | Tensor | None, samples: int) -> None:
         if not observers:
@@ -473,7 +529,7 @@ class Worker:
     def _join(self) -> None:
         try:
             self._client.join()
-            self._table.publish()
+            self._exchange.publish()
         except BaseException as error:
             self._fail(error)
             self.close()
@@ -506,25 +562,14 @@ class Worker:
         if self not in _open:
             msg = "this worker is closed: make a new one to go on"
             raise UsageError(msg)
+        if self._showing:
+            msg = "a step within replica(): the model has the job's weights there, not its own"
+            raise UsageError(msg)
 
     @property
     def in_this_process(self) -> bool:
         """Whether this process made it; a forked child has a copy that it must leave alone."""
         return self._process == os.getpid()
-
-
-class _Watch:
-    """Seconds from one lap to the next, without those spent in decoding."""
-
-    def __init__(self, exchange: Exchange, now_s: float) -> None:
-        self._exchange = exchange
-        self._decoded_s = exchange.decode_s
-        self.now_s = now_s
-
-    def lap_s(self) -> float:
-        before_s, self.now_s = self.now_s, time.monotonic()
-        decoded_s, self._decoded_s = self._decoded_s, self._exchange.decode_s
-        return max(0.0, self.now_s - before_s - (self._decoded_s - decoded_s))
 
 
 def close_workers(reason: Reason, text: str = "") -> None:
@@ -534,40 +579,22 @@ def close_workers(reason: Reason, text: str = "") -> None:
             worker.close(reason, text)
 
 
-def _recipe(
-    config: WorkerConfig, recipe: Recipe | str | None, adam: AdamConfig | str | None
-) -> Recipe:
-    if isinstance(recipe, Recipe):
-        if adam is not None:
-            msg = "adam: a recipe given as a value has its own settings; use recipe.with_adam"
-            raise ConfigError(msg)
-        return recipe
-    if isinstance(adam, AdamConfig):
-        made = preset(config.recipe, adam)
-    else:
-        made = with_adam_text(preset(config.recipe), config.adam)
-    made = made.with_codecs(uplink=config.uplink, downlink=config.downlink)
-    return made.with_rhythm(local_steps=config.local_steps, every=config.every)
+def _is_apart(recipe: Recipe) -> bool:
+    """Whether the model's weights depart from the job's between two rounds."""
+    looks_ahead = bool(load_rule(recipe.direction.part).looks_ahead)
+    return looks_ahead or recipe.direction.local_steps > 1
 
 
-def _settle(
-    config: WorkerConfig, specs: Specs, made: Recipe, recipe: Recipe | str | None
-) -> tuple[Recipe, str]:
-    """The recipe that `codec="auto"` makes of the one that was asked for, and why."""
-    if isinstance(recipe, Recipe):
-        msg = "codec: auto chooses the recipe's codecs, so it cannot be given as a value: leave one"
-        raise ConfigError(msg)
-    from psq.torch.auto import settle  # noqa: PLC0415 - only such jobs need to measure
-
-    choice = settle(config, specs, made)
-    return choice.recipe, choice.words
-
-
-def _refusal(result: RoundResult) -> str:
-    """Why the server did not count all that was said; empty when it did."""
-    if result.reason or not result.rejected:
-        return result.reason
-    return f"the server refused shards {', '.join(map(str, result.rejected))}"
+def _rate_groups(plan: Plan, table: ParameterTable) -> list[RateGroup]:
+    """The plan's groups that have parameters here and are pushed."""
+    members: dict[int, list[nn.Parameter]] = {}
+    for (name, _), parameter in zip(table.specs, table.parameters, strict=True):
+        members.setdefault(table.grouping.number(name), []).append(parameter)
+    return [
+        RateGroup(group.name, index, group.lr, members[index])
+        for index, group in enumerate(plan.groups)
+        if index in members and group.pushed
+    ]
 
 
 def _reason_of(error: BaseException | None) -> tuple[Reason, str]:

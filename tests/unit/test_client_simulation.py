@@ -95,8 +95,8 @@ class Server:
                 self.plan, self.reducer = plan, Reducer(plan)
             case state.Initialize(shard, part, values):
                 self.reducer.init(shard, part, values)
-            case state.Reduce(round_, shard, payloads, rate):
-                body = self.reducer.reduce(shard, payloads, rate)
+            case state.Reduce(round_, shard, said, rate):
+                body = self.reducer.reduce(shard, [one.payload for one in said], rate)
                 recipe = self.plan.recipe.downlink
                 flags = Flags.DELTA if recipe.kind == "delta" else Flags.FULL
                 codec = get_codec(recipe.codec).wire_id

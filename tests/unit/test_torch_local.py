@@ -107,8 +107,8 @@ def test_what_is_pushed_and_the_residual_are_what_local_steps_have_moved(
     moved = np.zeros_like(said)
     push = worker._client.push
 
-    def note(shard: int) -> None:
-        push(shard)
+    def note(shard: int, number: int = 0) -> None:
+        push(shard, number)
         part = said[shards[shard].offset :][: shards[shard].numel]
         ShardCodec(codec, shards[shard]).decode_add(worker._client.said(shard), part)
 
@@ -118,7 +118,7 @@ def test_what_is_pushed_and_the_residual_are_what_local_steps_have_moved(
         loss_of(model, step).backward()
         start, own = replica(worker), parameters(model)
         worker.step()
-        if worker._local_step:
+        if worker._steps.local_step:
             assert replica(worker).tobytes() == start.tobytes()
             continue
         # The last direction is in the payload only; Adam's state gives it once more.
@@ -158,7 +158,9 @@ def test_overlap_changes_no_byte_and_pushes_in_backward_of_the_last_step_only(
         worker = join(model, recipe=recipe(), overlap=overlap, connect=serve().endpoint)
         pushed: list[int] = []
         push = worker._client.push
-        monkeypatch.setattr(worker._client, "push", lambda k, p=push, o=pushed: (o.append(k), p(k)))
+        monkeypatch.setattr(
+            worker._client, "push", lambda k, c=0, p=push, o=pushed: (o.append(k), p(k, c))
+        )
         for step in range(2 * H):
             before = len(pushed)
             loss_of(model, step).backward()

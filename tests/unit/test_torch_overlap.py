@@ -58,9 +58,9 @@ def pushed(monkeypatch):
         order: list[int] = []
         push = worker._client.push
 
-        def note(shard: int) -> None:
+        def note(shard: int, codec: int = 0) -> None:
             order.append(shard)
-            push(shard)
+            push(shard, codec)
 
         monkeypatch.setattr(worker._client, "push", note)
         return order
@@ -401,7 +401,7 @@ def test_an_error_of_the_link_ends_backward_and_the_worker(join, monkeypatch):
     model = make_model()
     worker = join(model, overlap=True)
 
-    def broken(_: int) -> None:
+    def broken(*_: int) -> None:
         raise ConnectionError
 
     with monkeypatch.context() as cable:
@@ -424,13 +424,13 @@ def test_times_in_backward_are_encoding_not_computing(join, monkeypatch):
     worker = join(model, overlap=True)
     compress = worker._compressor.compress
 
-    def slow(*args, **options) -> None:
+    def slow(*args, **options) -> int:
         clock["s"] += 100.0
-        compress(*args, **options)
+        return compress(*args, **options)
 
     monkeypatch.setattr("time.monotonic", now)
     monkeypatch.setattr(worker._compressor, "compress", slow)
-    worker._returned_s = began_s = now()
+    worker._steps.returned_s = began_s = now()
     loss_of(model, 0).backward()
     report = worker.step()
     shards = len(worker.plan.layout.shards)
@@ -438,7 +438,7 @@ def test_times_in_backward_are_encoding_not_computing(join, monkeypatch):
     assert report.compute_s < 100.0
     phases = ("compute_s", "encode_s", "wire_s", "server_s", "decode_s")
     total_s = sum(getattr(report, name) for name in phases)
-    assert total_s == pytest.approx(worker._returned_s - began_s, abs=1e-6)
+    assert total_s == pytest.approx(worker._steps.returned_s - began_s, abs=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -53,12 +53,12 @@ def heard(monkeypatch):
         said, order = np.zeros(worker.plan.layout.numel, np.float32), []
         codec, push = get_codec(worker.plan.recipe.uplink.codec), worker._client.push
 
-        def note(shard: int) -> None:
+        def note(shard: int, number: int = 0) -> None:
             cut = worker.plan.layout.shards[shard]
             payload = worker._client.said(shard)
             ShardCodec(codec, cut).decode_add(payload, said[cut.offset :][: cut.numel])
             order.append((worker._exchange.step, shard))
-            push(shard)
+            push(shard, number)
 
         monkeypatch.setattr(worker._client, "push", note)
         return said, order

@@ -367,7 +367,7 @@ def test_weights_that_are_not_finite_are_refused_and_touch_no_parameter(
     model = make_model()
     worker = join(model, recipe=preset("server-adam").with_codecs(downlink=downlink))
     before = parameters(model)
-    size = before.nbytes if codec == "fp32" else worker._exchange._downlinks[0].nbytes
+    size = before.nbytes if codec == "fp32" else worker._exchange.decoder.payload_bytes(0)
     header = Header(MessageType.WEIGHTS, flags=flags, codec=get_codec(codec).wire_id)
     with pytest.raises(RemotePayloadError, match="NaN or Inf"):
         worker._exchange.decode(header, memoryview(np.float32(np.nan).tobytes() + bytes(size - 4)))
@@ -542,7 +542,7 @@ def test_a_server_that_is_ahead_sits_a_step_out(join, serve, eventually, overlap
     before = join(model, connect=endpoints)
     loss_of(model, 0).backward()
     before._table.refresh()
-    before._exchange.begin(before.lr)
+    before._exchange.begin(before._asked())
     owners = before.plan.layout.owners
     ahead = [shard for shard, owner in enumerate(owners) if owner == 0]
     for shard in ahead:

@@ -277,10 +277,10 @@ class RealBook:
                     frame = self.weights(shard, self.x[shard], Flags.FULL)
                     for peer in peers:
                         self.world.down(peer, frame)
-            case state.Reduce(round_, shard, payloads, _):
+            case state.Reduce(round_, shard, said, _):
                 delta = np.zeros_like(self.x[shard])
-                for payload in payloads:
-                    count(self.applied, delta, np.frombuffer(bytes(payload), "<f4"))
+                for one in said:
+                    count(self.applied, delta, np.frombuffer(bytes(one.payload), "<f4"))
                 self.x[shard] += delta
                 self.versions[shard] = round_ + 1
                 self.history[shard, round_ + 1] = self.x[shard].tobytes()

@@ -1,0 +1,77 @@
+"""What a `Worker` is told, from arguments, variables and files: its settings and its recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from psq.advice.candidates import Specs
+from psq.config import WorkerConfig, worker_config
+from psq.errors import ConfigError
+from psq.presets import asked_recipe
+from psq.recipe import AdamConfig, Recipe
+
+__all__ = ["config_of", "recipe_of", "settle_codecs"]
+
+
+def config_of(
+    *,
+    lr: float | Callable[[int], float] | None,
+    recipe: Recipe | str | None,
+    adam: AdamConfig | str | None,
+    connect: str | Sequence[str] | None,
+    **said: float | str | None,
+) -> WorkerConfig:
+    """The settings, given a `Worker`'s arguments; what is None there others may say.
+
+    Raises:
+        ConfigError: an argument, a variable or a file says what cannot be.
+    """
+    said |= {
+        "lr": None if callable(lr) else lr,
+        "recipe": recipe if isinstance(recipe, str) else None,
+        "adam": adam if isinstance(adam, str) else None,
+    }
+    settled = ["lr"] if callable(lr) else []
+    if isinstance(recipe, Recipe):
+        settled += ["recipe", "with", "uplink", "downlink", "local_steps", "every", "adam", "codec"]
+    if isinstance(adam, AdamConfig):
+        settled += ["adam"]
+    servers = connect if isinstance(connect, str | None) else list(connect)
+    return worker_config({**said, "connect": servers}, settled=settled)
+
+
+def recipe_of(
+    config: WorkerConfig, recipe: Recipe | str | None, adam: AdamConfig | str | None
+) -> Recipe:
+    """The recipe that is asked for.
+
+    Raises:
+        ConfigError: there is none of that name, or it cannot have these settings.
+    """
+    if isinstance(recipe, Recipe):
+        if adam is not None:
+            msg = "adam: a recipe given as a value has its own settings; use recipe.with_adam"
+            raise ConfigError(msg)
+        return recipe
+    return asked_recipe(config, adam if isinstance(adam, AdamConfig) else None)
+
+
+def settle_codecs(
+    config: WorkerConfig, specs: Specs, made: Recipe, recipe: Recipe | str | None
+) -> tuple[Recipe, str]:
+    """The recipe that `codec="auto"` makes of the one that was asked for, and why.
+
+    Without it the recipe stays as it is, and there is nothing to say.
+
+    Raises:
+        ConfigError: the recipe was given as a value, codecs and all.
+    """
+    if config.codec != "auto":
+        return made, ""
+    if isinstance(recipe, Recipe):
+        msg = "codec: auto chooses the recipe's codecs, so it cannot be given as a value: leave one"
+        raise ConfigError(msg)
+    from psq.torch.auto import settle  # noqa: PLC0415 - only such jobs need to measure
+
+    choice = settle(config, specs, made)
+    return choice.recipe, choice.words
