@@ -145,7 +145,8 @@ def test_only_pushes_that_count_alike_in_one_codec_are_the_kernels(monkeypatch):
     plan = make_plan(preset("server-adam"))
     reducer, _ = started(plan)
     shard, took = plan.layout.shards[0], []
-    monkeypatch.setattr(reducer, "_compose", lambda *_: took.append("rules"))
+    monkeypatch.setattr(reducer, "_change", lambda *_: took.append("rules"))
+    monkeypatch.setattr(reducer, "_move", lambda *_: None)
     monkeypatch.setattr(reducer, "_server_step", lambda *_: took.append("kernel"))
     said = [message(plan, shard, rank, 1) for rank in (0, 1)]
     monkeypatch.setattr("psq_server.reduce.kernels.active", _Nothing)
