@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from psq.advice.candidates import Specs
-from psq.config import WorkerConfig, worker_config
+from psq.config import DEFAULT_LR, WorkerConfig, worker_config
 from psq.errors import ConfigError
 from psq.presets import asked_recipe
 from psq.recipe import AdamConfig, Recipe
+from psq.theory import schedule_warning
 
-__all__ = ["config_of", "recipe_of", "settle_codecs"]
+__all__ = ["config_of", "recipe_of", "settle_codecs", "warn_of_schedule"]
+
+CHECKED_STEPS: Final = 10_000
+"""Of a job whose length nobody says."""
+_log = logging.getLogger("psq.torch")
 
 
 def config_of(
@@ -75,3 +82,16 @@ def settle_codecs(
 
     choice = settle(config, specs, made)
     return choice.recipe, choice.words
+
+
+def warn_of_schedule(config: WorkerConfig, made: Recipe, lr: object) -> None:
+    """Say once in a job, on rank 0, what Adam's schedule lacks if the rate is a constant.
+
+    Of a rate that is a function nobody knows here how long it goes on: `psq.theory.check_schedule`
+    takes it with the number of steps.
+    """
+    if callable(lr) or config.rank:
+        return
+    warning = schedule_warning(made, config.lr or DEFAULT_LR, CHECKED_STEPS)
+    if warning:
+        _log.warning("%s", warning)

@@ -50,7 +50,7 @@ from psq.torch.overlap import Overlap, check_overlap
 from psq.torch.parameters import ParameterTable
 from psq.torch.rates import LearningRate, RateGroup, Rates
 from psq.torch.report import StepReport
-from psq.torch.settings import config_of, recipe_of, settle_codecs
+from psq.torch.settings import config_of, recipe_of, settle_codecs, warn_of_schedule
 from psq.torch.steps import Steps
 
 __all__ = ["LearningRate", "Observer", "Worker", "close_workers", "observers"]
@@ -187,6 +187,7 @@ class Worker:
         grouping = group_up(model, groups)
         self._table = ParameterTable(model, grouping, apart=_is_apart(made))
         made, self.choice = settle_codecs(config, self._table.specs, made, recipe)
+        warn_of_schedule(config, made, lr)
         self.plan = Plan.of(
             self._table.specs,
             made,

@@ -253,6 +253,54 @@ def recipes(name: str | None, changes: tuple[str, ...], *, as_json: bool) -> Non
         print_recipe(name, changes)
 
 
+@psq.command(epilog=EPILOG, short_help="Check Adam's schedule against the known condition.")
+@click.argument("recipe", default=WorkerConfig().recipe)
+@click.option("--adam", metavar="NAME=VALUE,...", help="Adam's settings, as psq launch takes them.")
+@click.option(
+    "--lr",
+    default="0.001",
+    metavar="SCHEDULE",
+    help="A number, or power:VALUE:EXPONENT.",
+    show_default=True,
+)
+@click.option("--steps", default=10_000, help="Of the job.", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def schedule(recipe: str, adam: str | None, lr: str, steps: int, *, as_json: bool) -> None:
+    """Say whether Adam's settings meet the known sufficient condition for convergence.
+
+    RECIPE is psq's default where none is named. Nothing is trained.
+    """
+    from psq_worker.theory_pages import print_schedule  # noqa: PLC0415 - --help needs no numpy
+
+    print_schedule(recipe, adam, lr, steps, as_json=as_json)
+
+
+@psq.command(epilog=EPILOG, short_help="Say what dp-sign's noise hides: epsilon and delta.")
+@click.option("--sigma", type=float, help="Standard deviation of the noise.")
+@click.option("--epsilon", type=float, help="Instead of --sigma: find the noise for this.")
+@click.option("--clip", default=1.0, help="Largest norm of a gradient.", show_default=True)
+@click.option("--steps", type=int, required=True, help="In how many the data may take part.")
+@click.option("--delta", default=1e-5, help="See docs/privacy.md.", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def privacy(  # noqa: PLR0913 - an accountant's terms
+    sigma: float | None,
+    epsilon: float | None,
+    clip: float,
+    steps: int,
+    delta: float,
+    *,
+    as_json: bool,
+) -> None:
+    """Say how little the messages of one worker reveal, with the noise of recipe dp-sign."""
+    from psq.theory import Release  # noqa: PLC0415 - --help needs no numpy
+    from psq_worker.theory_pages import print_privacy  # noqa: PLC0415 - as above
+
+    if (sigma is None) == (epsilon is None):
+        msg = "say either --sigma, to hear the epsilon, or --epsilon, to hear the sigma it takes"
+        raise UsageError(msg)
+    print_privacy(Release(clip, sigma or 0.0, steps), delta, epsilon, as_json=as_json)
+
+
 @psq.command("merge-weights", epilog=EPILOG, short_help="Make one file of servers' parts.")
 @click.argument("parts", nargs=-1, required=True, metavar="PART...")
 @click.option("-o", "--output", required=True, metavar="FILE", help="Where the weights go.")

@@ -29,6 +29,7 @@ from psq import kernels
 from psq.adam_text import parse_adam
 from psq.config import Given, WorkerConfig, use_given
 from psq.recipe import AdamConfig, Recipe
+from psq.theory import privacy_words, recipe_release, schedule_warning
 from psq_worker.baseline import PlainAdam
 from psq_worker.board import Board
 from psq_worker.events import Evaluation, Event, Progress, Started, Summary, format_event
@@ -64,6 +65,7 @@ def run_task(given: Given, config: WorkerConfig) -> None:
         with use_given(Given(rest, given.file)):
             worker = psq.torch.Worker(model, lr=job.lr_at)
         job = dataclasses.replace(job, start_step=min(worker.steps, job.steps))
+        _say_theory(worker, job)
         watch = _Watch(config, emit, task.name, job, _description(task))
         with worker, watch.installed():
             train(task, model, worker, job, watch.on_record(task.metric))
@@ -163,9 +165,11 @@ class _Watch:
         return evaluated
 
     def end(self) -> None:
-        """Say the summary, if there was a step."""
+        """Say the summary, if there was a step, and what noise has hidden."""
         if self._reporter is not None:
             self._emit(self._reporter.summary())
+        if self._worker is not None:
+            _say_privacy(self._worker.plan.recipe, self._worker.steps, "the job is over")
 
     def _on_step(
         self,
@@ -203,6 +207,22 @@ class _Watched:
         report = self._stepper.step(loss, samples)
         self._reporter.step(report, loss, samples)
         return report
+
+
+def _say_theory(worker: psq.torch.Worker, job: Job) -> None:
+    """What is known of this job before it begins."""
+    recipe = worker.plan.recipe
+    warning = schedule_warning(recipe, lambda t: job.lr_at(t - 1), job.steps)
+    if warning and worker.rank == 0:  # all would say the same
+        _log.warning("%s", warning)
+    _say_privacy(recipe, job.steps, "the job begins")
+
+
+def _say_privacy(recipe: Recipe, steps: int, when: str) -> None:
+    """What the noise in this worker's messages hides, if there is any."""
+    release = recipe_release(recipe, steps)
+    if release is not None:
+        _log.info("%s: %s", when, privacy_words(release))
 
 
 def _task_of(config: WorkerConfig) -> Task:
