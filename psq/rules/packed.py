@@ -273,7 +273,7 @@ def _window_distances(shard: Shard, messages: Sequence[Message]) -> NDArray[np.f
         for i in range(len(messages) - 1):
             differences = apart[i + 1 :, : rows.shape[1]]
             np.subtract(rows[i + 1 :], rows[i], out=differences)
-            result[i, i + 1 :] += np.einsum("ij,ij->i", differences, differences)
+            result[i, i + 1 :] += np.vecdot(differences, differences)
     return result + result.T
 
 

@@ -32,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--world-size", type=int, default=2)
     parser.add_argument("--nan-step", type=int, default=-1)
+    parser.add_argument("--lie", type=float, help="what its gradients are multiplied by")
     parser.add_argument("--gate", help="a FIFO: opened for reading before the step --gate-step")
     parser.add_argument("--gate-step", type=int, default=0)
     parser.add_argument("--out")
@@ -79,6 +80,9 @@ def train_worker(given: argparse.Namespace) -> tuple[nn.Module, dict]:
             mine = slice(worker.rank * given.batch, (worker.rank + 1) * given.batch)
             loss = nn.functional.mse_loss(model(x[mine]), y[mine])
             loss.backward()
+            if given.lie is not None:
+                for parameter in model.parameters():
+                    parameter.grad *= given.lie
             if step == given.nan_step:
                 model[2].weight.grad[1, 2] = float("nan")
             reports.append(worker.step(loss=loss, samples=given.batch))
