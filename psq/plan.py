@@ -88,6 +88,7 @@ class Plan:
         if consistency.max_staleness != 0:
             _check_stale(self)
         _check_whole(self)
+        _check_replicas(self)
 
     @classmethod
     def of(  # noqa: PLR0913 - all that the processes of a job agree on
@@ -183,6 +184,21 @@ class Plan:
             for shard, owner in zip(layout.shards, layout.owners, strict=True)
             if owner == self.server
         )
+
+    @property
+    def replicas(self) -> int:
+        """How many ranks, one after another, compute the same on the same data."""
+        aggregate = self.recipe.aggregate
+        return int(dict(aggregate.options)["replicas"]) if aggregate.kind == "coded" else 1
+
+    @property
+    def data_world_size(self) -> int:
+        """How many ranks have data, and seeds, of their own."""
+        return self.world_size // self.replicas
+
+    def data_rank(self, rank: int) -> int:
+        """Whose data, and whose seeds, a rank has: of `data_world_size`."""
+        return rank // self.replicas
 
     def group_of(self, shard: int) -> Group:
         """The group whose tensors a shard of the job holds."""
@@ -362,6 +378,22 @@ def _uplink_codecs(recipe: Recipe, group: Group) -> tuple[str, ...]:
 
 def _downlink_codecs(recipe: Recipe, group: Group) -> tuple[str, ...]:
     return recipe.downlink.choice.codecs(group.downlink or recipe.downlink.codec)
+
+
+def _check_replicas(plan: Plan) -> None:
+    """Groups of equal workers, and one server that knows who has spoken for whom."""
+    if plan.replicas == 1:
+        return
+    fault = ""
+    if plan.world_size % plan.replicas:
+        fault = f"{plan.world_size} workers cannot be put into groups of {plan.replicas}"
+    elif plan.consistency != "bsp":
+        fault = f"it needs bsp, got {plan.consistency}: a round ends when every group has spoken"
+    elif plan.servers > 1:
+        fault = f"it needs one server, got {plan.servers}: each would have its own order of replicas"
+    if fault:
+        msg = f"recipe {plan.recipe.name!r} with aggregate coded:replicas={plan.replicas}: {fault}"
+        raise ConfigError(msg)
 
 
 def _check_codecs(recipe: Recipe, group: Group) -> None:
