@@ -144,11 +144,5 @@ class Payloads:
         self, shard: int, message: Floats, residuals: Residuals | None
     ) -> Callable[[], float]:
         """The norm of what is to be said, as the choice measures it, when it is asked for."""
-
-        def norm() -> float:
-            if residuals is None:
-                return self.choice.measure(shard, message)
-            with np.errstate(all="ignore"):  # the payload will tell
-                return self.choice.measure(shard, message + residuals.values(shard))
-
-        return norm
+        residual = None if residuals is None else residuals.of(shard)
+        return lambda: self.choice.measure(shard, message, residual)

@@ -65,6 +65,7 @@ class _Reference:
     decode = staticmethod(reference.decode)
     payload_finite = staticmethod(reference.payload_finite)
     topk_ascends = staticmethod(reference.topk_ascends)
+    block_norms = staticmethod(reference.block_norms)
     all_finite = staticmethod(reference.all_finite)
     adam_update = staticmethod(adam_update)
     adam_update_corrected = staticmethod(adam_update_corrected)

@@ -38,6 +38,14 @@ class Level:
     def topk_ascends(
         self, family: int, bits: int, parameter: int, block: int, payload: Buffer, numel: int
     ) -> bool: ...
+    def block_norms(
+        self,
+        values: Floats,
+        residual: Residual | None,
+        block: int,
+        largest: bool,
+        out: Floats,
+    ) -> None: ...
     def all_finite(self, values: Floats) -> bool: ...
     def adam_update(
         self,

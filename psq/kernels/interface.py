@@ -135,6 +135,15 @@ class Kernels(Protocol):
         self, family: int, bits: int, parameter: int, block: int, payload: Buffer, numel: int
     ) -> bool: ...
 
+    def block_norms(  # noqa: D102
+        self,
+        values: Floats,
+        residual: Residual | None,
+        block: int,
+        largest: bool,  # noqa: FBT001
+        out: Floats,
+    ) -> None: ...
+
     def all_finite(self, values: Floats) -> bool: ...  # noqa: D102
 
     def adam_update(  # noqa: D102, PLR0913

@@ -59,6 +59,7 @@ __all__ = [
     "Floats",
     "Residual",
     "all_finite",
+    "block_norms",
     "clear_finite",
     "decode",
     "encode",
@@ -178,6 +179,44 @@ def expand(residual: Residual) -> Floats:
     if residual.dtype == np.float32:
         return cast("Floats", residual)
     return (residual.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def block_norms(
+    values: Floats,
+    residual: Residual | None,
+    block: int,
+    largest: bool,  # noqa: FBT001 - the native signature
+    out: Floats,
+) -> None:
+    """How large each block of values, or of values + residual, is: what scales are made from.
+
+    Args:
+        values: f32[n].
+        residual: f32[n] or bf16[n] (uint16), only read; or None.
+        block: as of a format.
+        largest: the largest size of each, not its root mean square.
+        out: f32[blocks], written; NaN for a block that is not finite.
+
+    Raises:
+        TypeError: an argument is no C-contiguous 1-D array of its type, or out is not writable.
+        ValueError: no such block, or a length that does not fit.
+    """
+    form = Format(Family.LOG, 2, 0, block) if largest else Format(Family.SIGN, 1, 2, block)
+    if not form.is_known:
+        msg = f"there are no blocks of {block} values"
+        raise ValueError(msg)
+    values = _floats(values, "values", writable=False)
+    out = _floats(out, "out", writable=True)
+    if residual is not None:
+        residual = _residual(residual, values.size, writable=False)
+    if out.size != form.scale_count(values.size):
+        expected = form.scale_count(values.size)
+        msg = f"out has {out.size} elements, must have {expected}: one for each block of values"
+        raise ValueError(msg)
+    if values.size:
+        with np.errstate(all="ignore"):
+            norm = _norm(values if residual is None else values + expand(residual), form)
+        out[:] = np.where(np.isfinite(norm), norm, NAN.view(np.float32))
 
 
 def all_finite(values: Floats) -> bool:
@@ -360,11 +399,11 @@ def _known(form: Format) -> Format:
     return form
 
 
-def _residual(array: object, numel: int) -> Residual:
+def _residual(array: object, numel: int, *, writable: bool = True) -> Residual:
     if not isinstance(array, np.ndarray) or array.dtype != np.uint16:
-        return _floats(array, "residual", writable=True, numel=numel)
-    if array.ndim != 1 or not array.flags.c_contiguous or not array.flags.writeable:
-        kind = "writable, C-contiguous"
+        return _floats(array, "residual", writable=writable, numel=numel)
+    if array.ndim != 1 or not array.flags.c_contiguous or (writable and not array.flags.writeable):
+        kind = "writable, C-contiguous" if writable else "C-contiguous"
         msg = f"residual must be a {kind} 1-D uint16 array, got {_describe(array)}"
         raise TypeError(msg)
     if array.size != numel:

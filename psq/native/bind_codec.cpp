@@ -8,8 +8,12 @@ namespace {
 constexpr size_t kGroup = 512;
 constexpr const char* kPayloadWhy = "the format's exact size for this many values";
 
+bool is_block(uint32_t block) {
+  return block == 0 || (block >= 256 && block <= 8192 && (block & (block - 1)) == 0);
+}
+
 bool is_known(const PsqFormat& f) {
-  const bool block = f.block == 0 || (f.block >= 256 && f.block <= 8192 && (f.block & (f.block - 1)) == 0);
+  const bool block = is_block(f.block);
   switch (f.family) {
     case PSQ_SIGN:
       return block && f.bits == 1 && (f.parameter == 1 || f.parameter == 2);
@@ -92,6 +96,27 @@ void decode(const Level& level, int32_t family, int32_t bits, int32_t parameter,
   level.kernels->codec.decode(call);
 }
 
+void block_norms(const Level& level, nb::handle values, nb::handle residual, uint32_t block, bool largest,
+                 nb::handle out) {
+  if (!is_block(block)) {
+    PyErr_Format(PyExc_ValueError, "there are no blocks of %u values", block);
+    throw nb::python_error();
+  }
+  const View x(values, "values", View::kF32, View::kRead);
+  const View to(out, "out", View::kF32, View::kWrite);
+  std::optional<View> e;
+  bool half = false;
+  if (!residual.is_none()) {
+    half = View::is_u16(residual);
+    e.emplace(residual, "residual", half ? View::kU16 : View::kF32, View::kRead);
+    e->need(x.numel(), "one for each of values");
+  }
+  to.need(scale_bytes({PSQ_SIGN, 1, 2, block}, x.numel()) / 4, "one for each block of values");
+  const PsqNorms call = {x.f32(), e ? e->u8() : nullptr, half, x.numel(), block, largest, to.f32()};
+  nb::gil_scoped_release released;
+  level.kernels->codec.norms(call);
+}
+
 bool all_finite(const Level& level, nb::handle values) {
   const View x(values, "values", View::kF32, View::kRead);
   nb::gil_scoped_release released;
@@ -136,6 +161,8 @@ void bind_codec(nb::class_<Level>& level) {
             nb::arg("clear") = false);
   level.def("decode", &decode, nb::arg("family"), nb::arg("bits"), nb::arg("parameter"), nb::arg("block"),
             nb::arg("payload"), nb::arg("out"), nb::arg("add"));
+  level.def("block_norms", &block_norms, nb::arg("values"), nb::arg("residual").none(), nb::arg("block"),
+            nb::arg("largest"), nb::arg("out"));
   level.def("all_finite", &all_finite, nb::arg("values"));
   level.def("payload_finite", &payload_finite, nb::arg("family"), nb::arg("bits"), nb::arg("parameter"),
             nb::arg("block"), nb::arg("payload"), nb::arg("numel"));

@@ -41,6 +41,16 @@ struct PsqEncode {
   float residual_scale = 1.0f;  // what the residual is multiplied by first
 };
 
+// How large each block of values, or of values + residual, is: its root mean square, or its largest size.
+struct PsqNorms {
+  const float* values;
+  void* residual;  // f32 or bf16, only read; or null
+  bool half;
+  size_t numel, block;  // block 0: all values
+  bool largest;
+  float* norms;  // one for each block, written
+};
+
 // out f32[numel], written, or added to where `add`.
 struct PsqDecode {
   const uint8_t* scales;
@@ -59,6 +69,7 @@ constexpr size_t PSQ_AHEAD = 2048;
 struct PsqCodecKernels {
   void (*encode)(const PsqEncode&);
   void (*decode)(const PsqDecode&);
+  void (*norms)(const PsqNorms&);
   bool (*all_finite_f32)(const uint8_t* values, size_t numel);
   bool (*all_finite_bf16)(const uint8_t* values, size_t numel);
   bool (*topk_ascends)(const uint8_t* entries, size_t numel, const PsqFormat& format);

@@ -482,6 +482,32 @@ PSQ_OUTLINE void fp32_decode(const PsqDecode& a) {
   }
 }
 
+// ---- norms alone -----------------------------------------------------------------------------------------------
+
+PSQ_INLINE float norm_part_of(bool largest, const float* values, const float* residual, size_t numel) {
+  if (residual == nullptr)
+    return largest ? norm_part<kMaxAbs, kForget>(values, residual, numel)
+                   : norm_part<kRootMeanSquare, kForget>(values, residual, numel);
+  return largest ? norm_part<kMaxAbs, kKeep>(values, residual, numel)
+                 : norm_part<kRootMeanSquare, kKeep>(values, residual, numel);
+}
+
+void block_norms(const PsqNorms& a) {
+  const size_t block = a.block == 0 ? a.numel : a.block;
+  Memory memory(a.residual, a.half);
+  float* out = a.norms;
+  for (size_t from = 0; from < a.numel; from += block, ++out) {
+    const size_t count = at_most(block, a.numel - from);
+    Norm norm = {};
+    for (size_t at = 0; at < count; at += kChunk) {
+      const size_t here = at_most(kChunk, count - at);
+      norm.add(norm_part_of(a.largest, a.values + from + at, memory.open(from + at, here), here));
+    }
+    const float size = norm.of(a.largest ? kMaxAbs : kRootMeanSquare, count);
+    *out = is_finite(size) ? size : float_of(kNaN);
+  }
+}
+
 // ---- the table -------------------------------------------------------------------------------------------------
 
 #define PSQ_EACH_QUANTIZER(X)                                             \
@@ -564,6 +590,7 @@ bool all_finite_bf16(const uint8_t* values, size_t numel) {
   return finite;
 }
 
-const PsqCodecKernels codec_kernels = {codec_encode, codec_decode, all_finite_f32, all_finite_bf16, topk_ascends};
+const PsqCodecKernels codec_kernels = {codec_encode,   codec_decode,    block_norms,
+                                        all_finite_f32, all_finite_bf16, topk_ascends};
 
 }  // namespace

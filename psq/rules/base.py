@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psq.codec import ShardCodec
-from psq.kernels import Buffer, Floats
+from psq.kernels import Buffer, Floats, Residual
+from psq.kernels.reference import expand
 from psq.layout import Layout, Shard
 from psq.recipe import AdamConfig
 
@@ -105,10 +106,13 @@ class ChoiceRule:
             ConfigError: it cannot choose from these.
         """
 
-    def measure(self, shard: int, message: Floats) -> float:
-        """The norm by which it chooses: L2. message: f32[shard.numel]."""
+    def measure(self, shard: int, message: Floats, residual: Residual | None) -> float:
+        """The norm by which it chooses: L2 of message + residual, [shard.numel] each."""
         del shard
-        return float(np.sqrt(np.sum(np.square(message, dtype=np.float64))))
+        said = message.astype(np.float64)
+        if residual is not None:
+            np.add(said, expand(residual), out=said)
+        return float(np.sqrt(np.sum(np.square(said))))
 
     def choose(self, shard: int, t: int, norm: Callable[[], float]) -> int:
         """The number of the codec for a shard in round t.

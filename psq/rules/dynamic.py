@@ -14,8 +14,8 @@ draw ahead what the next HORIZON steps can give back. Turns after the last of N 
 least bits.
 
 A worker's messages alone decide, and nothing but them, so that a worker which resumes with its
-state chooses as it would have. Cost: the norms (`norms`: one read of the message), 31 evaluations
-of the closed form over all shards in a step.
+state chooses as it would have. Cost: the norms (`norms`: one read of message and residual), and 31
+evaluations of the closed form over all shards in a step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from psq.codec import ShardCodec
 from psq.errors import ConfigError
-from psq.kernels import Floats
+from psq.kernels import Floats, Residual
 from psq.layout import Layout
 from psq.rules.base import ChoiceRule, RuleOptions
 from psq.rules.bit_budget import Doubles, bits_of, solve
@@ -68,7 +68,6 @@ class Dynamic(ChoiceRule):
         self._least = np.zeros(count)
         self._widths: list[dict[int, int]] = [{}] * count  # bits -> number of the codec
         self._norms: list[ShardNorm] = []
-        self._payload = np.empty(0, np.uint8)
         self._ledger = np.array([0.0, 0.0, np.nan, -1.0])  # bits, values, log2 k, the turn it is of
         self._turns, self._sums, self._weights = (np.zeros(count) for _ in range(3))
 
@@ -87,11 +86,9 @@ class Dynamic(ChoiceRule):
             )
             raise ConfigError(msg)
         self._norms = [ShardNorm(kind, each[0]) for each in codecs]
-        self._payload = np.empty(max(norm.nbytes for norm in self._norms), np.uint8)
 
-    def measure(self, shard: int, message: Floats) -> float:  # noqa: D102
-        norm = self._norms[shard]
-        return norm.of(message, self._payload[: norm.nbytes])
+    def measure(self, shard: int, message: Floats, residual: Residual | None) -> float:  # noqa: D102
+        return self._norms[shard].of(message, residual)
 
     def choose(self, shard: int, t: int, norm: Callable[[], float]) -> int:  # noqa: D102
         del t  # a worker that was away has not spent what others have

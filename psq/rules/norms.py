@@ -1,15 +1,12 @@
-"""How large a message is, by what the encoders find out anyway: the scales of a throwaway payload.
+"""How large a message is, as choices of bits measure it.
 
-    l2    sqrt(sum c^2)                                   from signs, whose scale is a block's rms
-    max   the root mean square, over the values, of the   from powers of two, whose scale is a
-          largest |c| of each value's block               block's largest |c|
+    l2    sqrt(sum c^2)
+    max   the root mean square, over the values, of the largest |c| of each value's block
 
 c is the message, plus the residual where there is one. `max` is what the loss of a codec with a
 scale for every block is proportional to; `l2` is what DQ-SGD writes for one scale of a whole layer.
-Kernels give the same bits on every level, so what is chosen by a norm is the same on every machine.
-
-Cost: one read of the message at the speed of a codec; with a residual also its sum with it, which
-goes through a buffer of a shard.
+Both come from the kernel that scales are made by, which has the same bits on every level: what is
+chosen by a norm is the same on every machine. Cost: one read of the message and of the residual.
 """
 
 from __future__ import annotations
@@ -17,12 +14,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from psq.codec import ShardCodec, get_codec
-from psq.kernels import BLOCKS, WHOLE, Floats
+from psq import kernels
+from psq.codec import ShardCodec
+from psq.kernels import BLOCKS, WHOLE, Floats, Residual
 
 __all__ = ["ShardNorm"]
-
-_SPECS = {"l2": "sign:norm=l2", "max": "log:k=0"}
 
 
 class ShardNorm:
@@ -34,30 +30,27 @@ class ShardNorm:
     """
 
     def __init__(self, kind: str, codec: ShardCodec) -> None:
-        block = codec.codec.format.block if kind == "max" else max(BLOCKS)
-        spec = f"{_SPECS[kind]},block={block}"
-        self._codec = ShardCodec(get_codec(spec), codec.shard)
-        self._is_mean = kind == "max"
-        self._counts = np.concatenate(
-            [_counts(segment.numel, block) for segment in codec.shard.segments]
-        )
+        self._is_max = kind == "max"
+        self._block = codec.codec.format.block if self._is_max else max(BLOCKS)
+        self._segments = codec.shard.segments
+        self._numel = codec.shard.numel
+        self._counts = [_counts(segment.numel, self._block) for segment in self._segments]
+        self._norms = [np.empty(counts.size, np.float32) for counts in self._counts]
 
-    @property
-    def nbytes(self) -> int:
-        """Of the buffer that `of` needs."""
-        return self._codec.nbytes
-
-    def of(self, message: Floats, payload: NDArray[np.uint8]) -> float:
-        """The norm of a message, f32[shard.numel]; NaN where it is not finite.
+    def of(self, message: Floats, residual: Residual | None = None) -> float:
+        """The norm of a message; NaN where it is not finite.
 
         Args:
-            message: the message.
-            payload: u8[nbytes], of which the content means nothing.
+            message: f32[shard.numel].
+            residual: f32 or bf16 (uint16) [shard.numel], added; or None.
         """
-        self._codec.encode(message, payload)
-        scales = self._codec.scales(payload).astype(np.float64)
-        total = float(np.sum(self._counts * np.square(scales)))
-        return float(np.sqrt(total / self._codec.shard.numel if self._is_mean else total))
+        total, level = 0.0, kernels.active()
+        for segment, counts, norms in zip(self._segments, self._counts, self._norms, strict=True):
+            at = slice(segment.offset, segment.offset + segment.numel)
+            rest = None if residual is None else residual[at]
+            level.block_norms(message[at], rest, self._block, self._is_max, norms)
+            total += float(np.sum(counts * np.square(norms, dtype=np.float64)))
+        return float(np.sqrt(total / self._numel if self._is_max else total))
 
 
 def _counts(numel: int, block: int) -> NDArray[np.float64]:

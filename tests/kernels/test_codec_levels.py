@@ -98,6 +98,35 @@ def test_a_bf16_residual_of_a_block_that_is_not_finite_stays(other, codec, bad, 
         assert rests[0][300] == residual[300]
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("residual", ["none", "f32", "bf16"])
+def test_norms_are_those_that_scales_are_made_from(level, block, largest, residual, gradient):
+    form = get_codec(f"{'log:k=0' if largest else 'sign:norm=l2'},block={block}").format
+    for numel in (0, 1, 255, 512, 1300, 20_000):
+        values = gradient(numel)
+        values[700:701] = np.nan
+        rest = {"none": None, "f32": gradient(numel), "bf16": halves(gradient(numel))}[residual]
+        payload, before = payload_of(form, numel), None if rest is None else rest.copy()
+        out = np.empty(form.scale_count(numel), np.float32)
+        level.block_norms(values, rest, block, largest, out)
+        assert rest is None or rest.tobytes() == before.tobytes()
+        reference.encode(*form, values, rest, payload, 0)
+        assert out.tobytes() == payload[: 4 * out.size].tobytes()
+
+
+def test_norms_of_what_does_not_fit_are_refused(level):
+    values, out = np.ones(600, np.float32), np.empty(1, np.float32)
+    with pytest.raises(ValueError, match="out has 1 elements, must have 3"):
+        level.block_norms(values, None, 256, True, out)  # noqa: FBT003
+    with pytest.raises(ValueError, match="there are no blocks of 100 values"):
+        level.block_norms(values, None, 100, True, out)  # noqa: FBT003
+    with pytest.raises(ValueError, match="residual has 599 elements"):
+        level.block_norms(values, np.ones(599, np.float32), 1024, False, out)  # noqa: FBT003
+    level.block_norms(frozen(values), frozen(values.copy()), 1024, False, out)  # noqa: FBT003
+    assert out[0] == 2.0
+
+
 def halves(values):
     """Upper halves of float32s: bf16, cut off."""
     return (values.view(np.uint32) >> 16).astype(np.uint16)

@@ -99,7 +99,7 @@ def test_native_kernels_of_an_older_build_are_refused_with_advice(monkeypatch):
             encode = decode = payload_finite = topk_ascends = all_finite = name = None
 
     monkeypatch.setattr(kernels, "_native", Older)
-    with pytest.raises(ConfigError, match=r"older than psq \(no adam_update\): install psq again"):
+    with pytest.raises(ConfigError, match=r"older than psq \(no block_norms\): install psq again"):
         kernels.get("v3")
 
 

@@ -37,10 +37,6 @@ def message_of(shard):
     return (rng.standard_normal(shard.numel) * sizes).astype(np.float32)
 
 
-def norm_of(norm, message):
-    return norm.of(message, np.empty(norm.nbytes, np.uint8))
-
-
 def made(layout=LARGE, spec="uniform:bits=4,stochastic=true", **options):
     options = USUAL | options
     specs = widths_of(spec, options["least"], options["most"])
@@ -244,8 +240,9 @@ def test_norms_are_what_they_say(spec):
     expected = {"l2": np.sqrt((wide**2).sum()), "max": np.sqrt(np.mean(np.square(largest)))}
     for kind in ("l2", "max"):
         norm = ShardNorm(kind, codec)
-        assert norm_of(norm, message) == pytest.approx(expected[kind], rel=1e-6)
-        assert math.isnan(norm_of(norm, message * np.float32(np.nan)))
+        assert norm.of(message) == pytest.approx(expected[kind], rel=1e-6)
+        assert norm.of(message * np.float32(0.25), message * np.float32(0.75)) == norm.of(message)
+        assert math.isnan(norm.of(message * np.float32(np.nan)))
 
 
 @pytest.mark.parametrize("kind", ["l2", "max"])
@@ -255,7 +252,7 @@ def test_a_norm_is_the_same_number_on_every_level(kind):
     found = set()
     for level in kernels.available():
         with kernels.use(level):
-            found.add(norm_of(norm, message_of(shard)))
+            found.add(norm.of(message_of(shard)))
     assert len(found) == 1
 
 
