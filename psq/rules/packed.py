@@ -1,4 +1,4 @@
-"""Payloads as they travel, at work without being decoded whole: votes, distances, windows.
+"""Payloads as they travel, at work without being decoded whole: votes and distances.
 
 A sign payload is a bit for each value and a scale for each block, and that is enough to count and
 to compare. What is here for it costs a few bitwise operations on numel / 32 words:
@@ -9,8 +9,7 @@ to compare. What is here for it costs a few bitwise operations on numel / 32 wor
                n values in the block, s the scales, p = popcount(a XOR b). The same number as
                n (s_a^2 + s_b^2) - 2 s_a s_b (n - 2 p), but nothing cancels
 
-For all other codecs: `Windows` decodes the same few thousand values of every worker's payload, and
-goes on to the next, so that W dense vectors never exist.
+Messages in other codecs are compared window by window, see `psq.rules.windows`.
 
 A segment's last words are padded; a hostile worker may set those bits. They are cleared when a
 plane is taken out, so that no count and no distance ever sees them.
@@ -19,35 +18,23 @@ plane is taken out, so that no count and no distance ever sees them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, combinations
-from typing import Final, NamedTuple, TypeAlias
+from itertools import combinations
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from psq.codec import ShardCodec, get_codec
 from psq.errors import ConfigError
-from psq.kernels import GROUP, WHOLE, Buffer, Family, Floats, Format
-from psq.layout import SPLIT_NUMEL, Shard
+from psq.kernels import GROUP, WHOLE, Buffer, Family, Floats
+from psq.layout import Shard
+from psq.rules.windows import WINDOW_NUMEL, Message, Windows
 
-__all__ = [
-    "WINDOW_NUMEL",
-    "Message",
-    "Plane",
-    "SignPlanes",
-    "Votes",
-    "Windows",
-    "distances",
-    "write_signs",
-]
+__all__ = ["Plane", "SignPlanes", "Votes", "distances", "write_signs"]
 
 Plane: TypeAlias = NDArray[np.uint64]
 """A bit for each value of a shard, u64[8 for each 512 values of a segment]: 1 is minus."""
-Message: TypeAlias = tuple[ShardCodec, Buffer] | None
-"""What a worker said of a shard; None is nothing, and counts as zeros."""
 
-WINDOW_NUMEL: Final = 4 * SPLIT_NUMEL
-"""Values of each worker that are decoded at once: rows of 128 KiB stay in the cache."""
 HALF: Final = GROUP // 2  # a block is never smaller
 GROUP_BYTES: Final = GROUP // 8
 LANES: Final = 16
@@ -275,98 +262,3 @@ def _window_distances(shard: Shard, messages: Sequence[Message]) -> NDArray[np.f
             np.subtract(rows[i + 1 :], rows[i], out=differences)
             result[i, i + 1 :] += np.vecdot(differences, differences)
     return result + result.T
-
-
-# ---- windows -------------------------------------------------------------------------------------
-
-
-class _Piece(NamedTuple):
-    segment: int
-    start: int  # in the segment: a multiple of every block
-    numel: int
-
-
-class Windows:
-    """A shard cut into runs of at most WINDOW_NUMEL values that any codec decodes by themselves."""
-
-    def __init__(self, shard: Shard) -> None:
-        self._numels: Final = [segment.numel for segment in shard.segments]
-        self._windows: Final = list(_windows(self._numels))
-
-    def rows(self, messages: Sequence[Message]) -> Iterator[tuple[slice, Floats]]:
-        """The same values of every message, window by window.
-
-        Yields:
-            Which values of the shard, and f32[messages, values], which the next turn overwrites.
-        """
-        table = np.zeros((len(messages), min(sum(self._numels), WINDOW_NUMEL)), np.float32)
-        starts = [_starts(said, self._numels) for said in messages]
-        offset = 0
-        for pieces in self._windows:
-            numel = sum(piece.numel for piece in pieces)
-            rows = table[:, :numel]
-            for row, said, places in zip(rows, messages, starts, strict=True):
-                if said is None:
-                    row.fill(0.0)
-                else:
-                    self._decode(said, places, pieces, row)
-            yield slice(offset, offset + numel), rows
-            offset += numel
-
-    def _decode(
-        self,
-        said: tuple[ShardCodec, Buffer],
-        places: Sequence[int],
-        pieces: Sequence[_Piece],
-        out: Floats,
-    ) -> None:
-        codec, payload = said[0].codec, np.frombuffer(said[1], np.uint8)
-        at = 0
-        for piece in pieces:
-            numel = self._numels[piece.segment]
-            place = places[piece.segment]
-            whole = payload[place : place + codec.nbytes(numel)]
-            codec.decode(_part(codec.format, whole, numel, piece), out[at : at + piece.numel])
-            at += piece.numel
-
-
-def _windows(numels: Sequence[int]) -> Iterator[list[_Piece]]:
-    pieces: list[_Piece] = []
-    room = WINDOW_NUMEL
-    for segment, numel in enumerate(numels):
-        start = 0
-        while start < numel:
-            rest = numel - start
-            take = rest if rest <= room else room - room % SPLIT_NUMEL
-            if take:
-                pieces.append(_Piece(segment, start, take))
-                start, room = start + take, room - take
-            if start < numel or not room:
-                yield pieces
-                pieces, room = [], WINDOW_NUMEL
-    if pieces:
-        yield pieces
-
-
-def _starts(said: Message, numels: Sequence[int]) -> list[int]:
-    """Where each segment's payload begins, and the last one's end."""
-    if said is None:
-        return []
-    return [0, *accumulate(said[0].codec.nbytes(numel) for numel in numels)]
-
-
-def _part(form: Format, payload: NDArray[np.uint8], numel: int, piece: _Piece) -> NDArray[np.uint8]:
-    """The payload of a piece of a segment, which decodes to the same values as the segment's."""
-    if piece.numel == numel:
-        return payload
-    start, stop = piece.start, piece.start + piece.numel
-    if form.family == Family.FP32:
-        return payload[4 * start : 4 * stop]
-    head = 4 * form.scale_count(numel)
-    scales = payload[:head]
-    if form.block != WHOLE:
-        scales = scales[4 * (start // form.block) : 4 * -(-stop // form.block)]
-    unit = form.block if form.family == Family.TOPK else GROUP
-    size = form.entry_bytes if form.family == Family.TOPK else GROUP_BYTES * form.bits
-    body = payload[head + start // unit * size : head + -(-stop // unit) * size]
-    return np.concatenate((scales, body))

@@ -32,7 +32,8 @@ from psq.errors import ConfigError
 from psq.kernels import Floats
 from psq.layout import Layout
 from psq.rules.base import AggregateRule, Judgement, RoundView, RuleOptions, Said
-from psq.rules.packed import Windows, distances
+from psq.rules.packed import distances
+from psq.rules.windows import Windows
 
 __all__ = ["Clip", "Krum", "Median", "TrimmedMean", "round_distances", "scaled_sum"]
 

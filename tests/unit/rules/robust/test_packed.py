@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from psq.codec import ShardCodec, get_codec
 from psq.errors import ConfigError
-from psq.layout import SPLIT_NUMEL
-from psq.rules.packed import WINDOW_NUMEL, SignPlanes, Votes, Windows, distances, write_signs
+from psq.rules.packed import SignPlanes, Votes, distances, write_signs
 
 
 def signs(plane, shard):
@@ -126,18 +125,3 @@ def test_the_distance_to_nothing_is_the_norm(bench, spec):
     said = bench.say(bench.values(1)[0], spec)
     exact = (bench.decoded(said).astype(np.float64) ** 2).sum()
     np.testing.assert_allclose(distances(bench.shard, [None, said])[0, 1], exact, rtol=1e-4)
-
-
-def test_windows_show_the_decoded_values_once_and_in_order(make_bench, spec):
-    bench = make_bench((WINDOW_NUMEL + 300, 5, 3 * SPLIT_NUMEL, 2 * WINDOW_NUMEL + 1, 9))
-    messages = [None if v is None else bench.say(v, spec) for v in (bench.values(1)[0], None)]
-    messages.append(bench.say(bench.values(2)[1], spec))
-    whole = [bench.decoded(messages[0]), np.zeros(bench.shard.numel), bench.decoded(messages[2])]
-    seen = 0
-    for at, rows in Windows(bench.shard).rows(messages):
-        assert at.start == seen
-        assert 0 < at.stop - at.start <= WINDOW_NUMEL
-        np.testing.assert_array_equal(rows, [values[at] for values in whole])
-        rows.fill(np.nan)  # a consumer may write them
-        seen = at.stop
-    assert seen == bench.shard.numel
