@@ -153,7 +153,7 @@ AGGREGATES: Final = (
             _count("m", 1, "messages whose mean counts; over 1 is Multi-Krum", high=_MAX_FAULTY),
         ),
         rule="psq.rules.robust:Krum",
-        summary="the messages nearest to their neighbours",
+        summary="the messages nearest to their neighbours; not with error feedback",
         takes=_ANY,
         whole=True,
     ),
