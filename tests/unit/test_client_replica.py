@@ -174,3 +174,70 @@ def test_full_weights_of_a_shard_that_has_not_moved_since_are_not_wanted_again()
     versions.took(weights(0, late))
     assert not versions.wants(weights(1, late), size)
     assert versions.wants(weights(2, late), size)
+
+
+def mean(version: int, flags: Flags = Flags.MEAN) -> Header:
+    codec = get_codec(preset("sign-majority").downlink.codec).wire_id
+    nothing = bool(flags & Flags.SKIP)
+    return weights(version, flags=flags, codec=0 if nothing else codec)
+
+
+def test_a_mean_is_applied_once_and_to_the_version_before_it():
+    versions, plan = replica("sign-majority")
+    nbytes = payload_bytes(plan)
+    take_full(versions, 2)
+    assert not versions.wants(mean(2), nbytes)
+    assert not versions.wants(mean(4), nbytes)
+    assert versions.misses(mean(4))
+    assert versions.wants(mean(3), nbytes)
+    versions.took(mean(3))
+    assert versions.version == 3
+    assert not versions.wants(mean(3), nbytes)
+
+
+def test_a_mean_of_nothing_has_no_body_and_moves_the_version():
+    versions, _ = replica("sign-majority")
+    take_full(versions, 2)
+    nothing = mean(3, Flags.MEAN | Flags.SKIP)
+    with pytest.raises(RemotePayloadError, match="came with 4 bytes, the plan says 0"):
+        versions.wants(nothing, 4)
+    assert versions.wants(nothing, 0)
+    versions.took(nothing)
+    assert versions.version == 3
+
+
+@pytest.mark.parametrize("recipe", ["server-adam", "qadam"])
+def test_a_mean_is_refused_where_the_server_moves_the_weights(recipe):
+    versions, plan = replica(recipe)
+    header = weights(1, flags=Flags.MEAN, codec=get_codec(plan.recipe.downlink.codec).wire_id)
+    with pytest.raises(RemotePayloadError, match="came as a mean in codec"):
+        versions.wants(header, payload_bytes(plan))
+
+
+def test_weights_with_planes_count_when_every_part_of_every_plane_is_there():
+    _, plan = replica("sign-majority")
+    versions = ReplicaVersions(plan, planes=3)
+    parts = [(part, 4 * (PART_NUMEL, 13)[part % 2]) for part in range(6)]
+    for part, nbytes in parts:
+        assert versions.version == -1
+        header = weights(4, part=part)
+        assert versions.wants(header, nbytes)
+        versions.took(header)
+    assert versions.version == 4
+    with pytest.raises(RemotePayloadError, match="part 6 came with 52 bytes, the plan says 0"):
+        versions.wants(weights(5, part=6), 52)
+
+
+def test_an_answer_may_be_in_any_codec_that_the_plan_has_for_the_shard():
+    versions, plan = replica("onebit-adam", numel=1000)
+    versions.took(weights(0))
+    sizes = {}
+    for spec in plan.downlink_codecs(0):
+        codec = get_codec(spec)
+        header = weights(1, flags=Flags.MEAN, codec=codec.wire_id)
+        sizes[spec] = ShardCodec(codec, plan.layout.shards[0]).nbytes
+        assert versions.wants(header, sizes[spec])
+    assert len(set(sizes.values())) == 2
+    foreign = weights(1, flags=Flags.MEAN, codec=get_codec("uniform:bits=8").wire_id)
+    with pytest.raises(RemotePayloadError, match=r"the recipe says mean in .* or "):
+        versions.wants(foreign, 100)
