@@ -76,7 +76,7 @@ class SimulateConfig:
     )
     chunk: int = setting(64, "workers whose gradients are computed at once", low=1, high=4096)
     threads: int = setting(1, "of torch", low=1, high=1024)
-    dense: bool = setting(default=True, help="time dense fp32 on the same network, to compare with")
+    alone: bool = switch("do not time dense fp32 on the same network, to compare with")
     save_report: str | None = setting(
         None, "write settings, steps, scores and summary as JSON lines", metavar="FILE"
     )

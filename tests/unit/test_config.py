@@ -49,11 +49,12 @@ SPECIAL = {
 
 
 def other_value(item: Setting) -> Any:
-    if item.key in SPECIAL:
+    if item.key in SPECIAL and (SPECIAL[item.key] != "auto" or item.words):
         return SPECIAL[item.key]
     if item.choices:
         return item.choices[-1]
-    return {bool: not item.default, int: 3, float: 2.5, str: "something"}[item.kind]
+    number = 2.5 if item.high is None else min(2.5, item.high / 2)
+    return {bool: not item.default, int: 3, float: number, str: "something"}[item.kind]
 
 
 def toml_text(value: Any) -> str:
@@ -235,7 +236,7 @@ def test_a_wrong_variable_is_refused_with_its_name_what_was_expected_and_what_ca
         ("[workers]\nlr = 1\n", "got 'workers'; did you mean worker?"),
         (
             "lr = 1\n",
-            "expected only the tables [server], [worker], [launch], [demo], [advise], got 'lr'",
+            "[server], [worker], [launch], [demo], [advise], [simulate], got 'lr'",
         ),
         ('[worker]\nlr = "1"\n', "[worker] lr): expected a number > 0 and <= 1e+06, got '1'"),
         ("[worker]\nrank = true\n", "expected a whole number >= 0 and <= 4095, got True"),

@@ -5,33 +5,33 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
 
 from psq.config import WorkerConfig
 from psq.errors import GaveUpError
-from psq.parts import load_rule
 from psq.plan import Plan
 from psq.presets import preset
-from psq.recipe import Recipe
-from psq.rules import make_apply
-from psq.torch.averaging import Averaging
-from psq.torch.decoder import RETURN
-from psq_worker.job import Job, job_for
 from psq_worker.simulate.attacks import Liars, spoil
+from psq_worker.simulate.build import (
+    Pause,
+    averaging_of,
+    gradients_of,
+    initial_of,
+    is_apart,
+    is_shared,
+    job_of,
+    samples_of,
+)
 from psq_worker.simulate.clock import Events
 from psq_worker.simulate.config import SimConfig
-from psq_worker.simulate.data import Dirichlet, Samples, TaskSamples, takes_part
+from psq_worker.simulate.data import takes_part
 from psq_worker.simulate.faults import speeds_of
-from psq_worker.simulate.gradients import Gradients, OneByOne, Vectorised, Zeros
 from psq_worker.simulate.link import VirtualExchange
 from psq_worker.simulate.network import Port, ServerPort, Traffic, WorkerPort, WorkerPorts
+from psq_worker.simulate.result import SimResult
 from psq_worker.simulate.server import VirtualServer
 from psq_worker.simulate.table import Replicas, Table
 from psq_worker.simulate.trace import Point, Score, Trace, Usage
@@ -40,57 +40,10 @@ from psq_worker.tasks import Batch, Task, check_model, get_task
 
 __all__ = ["SimResult", "dense_step_s", "simulate"]
 
-Floats = NDArray[np.float32]
 DENSE_STEPS: Final = 3
 """So many steps of dense fp32 tell what one takes: they are all alike, but for chance."""
 MAX_DENSE_STEPS: Final = 50
 """So many where chance has a say."""
-
-
-@dataclass(frozen=True, slots=True)
-class SimResult:
-    """What a simulated job came to.
-
-    Attributes:
-        task, metric, recipe: names; the recipe as a value.
-        workers, numel: counts.
-        job: how long, at which rate.
-        points, scores: see `trace`.
-        weights: the last of rank 0, f32[numel] by tensor name, shaped.
-        usage: virtual seconds, and bytes of one worker: the mean over all.
-        wall_s: what computing all of that took.
-        bits_up, bits_down: of payload per parameter, worker and step.
-        rounds: that server 0 has made.
-        rejected, skipped: contributions of which the servers took less than all; steps with
-            gradients that were not finite.
-        resent_frames, lost_frames: of all links.
-        resets: residuals that had to start from zero.
-    """
-
-    task: str
-    metric: str
-    recipe: Recipe
-    workers: int
-    numel: int
-    job: Job
-    points: tuple[Point, ...]
-    scores: tuple[Score, ...]
-    weights: Mapping[str, Floats]
-    usage: Usage
-    wall_s: float
-    bits_up: float
-    bits_down: float
-    rounds: int
-    rejected: int
-    skipped: int
-    resent_frames: int
-    lost_frames: int
-    resets: int
-
-    @property
-    def score(self) -> float | None:
-        """The last score that counts."""
-        return self.scores[-1].scores.get(self.metric) if self.scores else None
 
 
 def simulate(
@@ -134,7 +87,7 @@ class _Simulation:
         self.config, self.task = config, task
         self.events = Events()
         self.recipe = preset(config.recipe) if isinstance(config.recipe, str) else config.recipe
-        self.job = _job_of(config, task, self.recipe)
+        self.job = job_of(config, task, self.recipe)
         self.model = task.model(self.job.seed)
         check_model(task, self.model)
         specs = [(n, tuple(p.shape)) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -145,13 +98,13 @@ class _Simulation:
             servers=config.servers,
             consistency=config.consistency,
         )
-        self.samples = _samples(config, task, self.job)
-        self.gradients = _gradients(config, task, self.model, self.plan, learns=learns)
+        self.samples = samples_of(config, task, self.job)
+        self.gradients = gradients_of(config, task, self.model, self.plan, learns=learns)
         self.liars = Liars(self.gradients, self._busy, config.workers, self.job.seed)
         self._learns = learns
         self.traffic = Traffic()
         self.speeds = speeds_of(config.faults, config.workers, self.job.seed)
-        self.replicas = Replicas(_initial(self.plan, self.model), shared=_is_shared(self.plan))
+        self.replicas = Replicas(initial_of(self.plan, self.model), shared=is_shared(self.plan))
         self.apart = is_apart(self.recipe)
         self.began_s = 0.0
         self.waiting: list[VirtualWorker] | None = []
@@ -203,7 +156,7 @@ class _Simulation:
 
     def _open_workers(self) -> None:
         faults = self.config.faults
-        pause = _Pause(faults.pause_chance, faults.pause_s)
+        pause = Pause(faults.pause_chance, faults.pause_s)
         for rank in range(self.config.workers):
             worker = VirtualWorker(
                 rank,
@@ -263,7 +216,7 @@ class _Simulation:
             traffic=self.traffic,
             seed=f"worker {self.job.seed} {rank} {worker.processes}",
             spoil=spoil if self._lies(rank, "nan") else None,
-            averaging=self._averaging(table),
+            averaging=averaging_of(self.plan, table, self.job.lr),
         )
         return table, exchange
 
@@ -320,16 +273,6 @@ class _Simulation:
         attack = self.config.attack
         return attack is not None and attack.kind == kind and attack.lies(rank, self.config.workers)
 
-    def _averaging(self, table: Table) -> Averaging | None:
-        """Where workers step by themselves: torch's Adam on this worker's own weights."""
-        if self.recipe.apply.kind != RETURN or table.whole is None:
-            return None
-        flat = torch.from_numpy(table.whole)
-        tensors = self.plan.layout.tensors
-        own = [nn.Parameter(flat[t.offset : t.offset + t.numel].view(t.shape)) for t in tensors]
-        adam = torch.optim.Adam(own, lr=self.job.lr)
-        return Averaging(adam, [tensor.name for tensor in tensors], own)
-
     def _usage(self, rank: int) -> Usage:
         """Since all began: seconds, and this rank's bytes up and down."""
         up, down = self.before.get(rank, (0, 0))
@@ -374,71 +317,3 @@ class _Simulation:
             lost_frames=self.traffic.lost_frames,
             resets=self.resets,
         )
-
-
-def is_apart(recipe: Recipe) -> bool:
-    """Whether workers compute at other weights than the replica's between two rounds."""
-    looks_ahead = bool(load_rule(recipe.direction.part).looks_ahead)
-    return looks_ahead or recipe.direction.local_steps > 1
-
-
-def _is_shared(plan: Plan) -> bool:
-    """Whether workers of one version have nothing but the same weights, so that one copy does."""
-    recipe = plan.recipe
-    if recipe.downlink.kind != "mean":
-        return True
-    if recipe.apply.kind == RETURN:
-        return False
-    rule = make_apply(recipe, layout=plan.layout, world_size=plan.world_size)
-    return not rule.state_arrays()
-
-
-class _Pause:
-    """Draws what a step takes longer."""
-
-    def __init__(self, chance: float, mean_s: float) -> None:
-        self._chance, self._mean_s = chance, mean_s
-
-    def __call__(self, rng: random.Random) -> float:
-        if not self._chance or not self._mean_s or rng.random() >= self._chance:
-            return 0.0
-        return rng.expovariate(1.0 / self._mean_s)
-
-
-def _job_of(config: SimConfig, task: Task, recipe: Recipe) -> Job:
-    job = job_for(
-        task,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        schedule=config.schedule,
-        seed=config.seed,
-        eval_every=config.eval_every,
-    )
-    return job.in_rounds(recipe.direction.local_steps)
-
-
-def _samples(config: SimConfig, task: Task, job: Job) -> Samples:
-    if config.non_iid is None:
-        return TaskSamples(task, job, config.workers)
-    return Dirichlet(task, job, config.workers, config.non_iid)
-
-
-def _gradients(
-    config: SimConfig, task: Task, model: nn.Module, plan: Plan, *, learns: bool
-) -> Gradients:
-    if not learns:
-        return Zeros(plan.layout)
-    if config.is_vectorised(plan.layout.numel):
-        return Vectorised(task, model, plan.layout, config.chunk)
-    return OneByOne(task, model, plan.layout)
-
-
-def _initial(plan: Plan, model: nn.Module) -> list[Floats]:
-    """What every worker starts from, f32[shard.numel] of each shard."""
-    found = dict(model.named_parameters())
-    tensors = [found[t.name].detach().reshape(-1).numpy() for t in plan.layout.tensors]
-    return [
-        np.concatenate([tensors[s.tensor][s.start : s.start + s.numel] for s in shard.segments])
-        for shard in plan.layout.shards
-    ]

@@ -58,7 +58,7 @@ def run_simulate(told: WorkerConfig, wanted: SimulateConfig) -> None:
         _write(lines, opening(config, task.name))
         result = _run(config, progress, lines)
         dense_s = None
-        if wanted.dense:
+        if not wanted.alone:
             progress.say("dense fp32 on the same network")
             dense_s = dense_step_s(config)
         plain = result_plain(result, dense_s)
