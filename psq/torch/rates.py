@@ -15,9 +15,11 @@ from typing import Final, TypeAlias
 from torch import nn
 
 from psq.errors import UsageError
+from psq.plan import Plan
 from psq.torch.optimizer import Optimizer, TakeStep
+from psq.torch.parameters import ParameterTable
 
-__all__ = ["LearningRate", "RateGroup", "Rates"]
+__all__ = ["LearningRate", "RateGroup", "Rates", "rate_groups"]
 
 LearningRate: TypeAlias = float | Callable[[int], float]
 
@@ -148,3 +150,15 @@ def _checked(value: float, step: int) -> float:
         msg = f"lr must be a finite number >= 0, got {value!r} for step {step}"
         raise UsageError(msg)
     return value
+
+
+def rate_groups(plan: Plan, table: ParameterTable) -> list[RateGroup]:
+    """The plan's groups that have parameters here and are pushed."""
+    members: dict[int, list[nn.Parameter]] = {}
+    for (name, _), parameter in zip(table.specs, table.parameters, strict=True):
+        members.setdefault(table.grouping.number(name), []).append(parameter)
+    return [
+        RateGroup(group.name, index, group.lr, members[index])
+        for index, group in enumerate(plan.groups)
+        if index in members and group.pushed
+    ]

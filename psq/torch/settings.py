@@ -26,6 +26,7 @@ def config_of(
     recipe: Recipe | str | None,
     adam: AdamConfig | str | None,
     connect: str | Sequence[str] | None,
+    options: str | Sequence[str] | None,
     **said: float | str | None,
 ) -> WorkerConfig:
     """The settings, given a `Worker`'s arguments; what is None there others may say.
@@ -40,11 +41,17 @@ def config_of(
     }
     settled = ["lr"] if callable(lr) else []
     if isinstance(recipe, Recipe):
+        if options is not None:
+            msg = "options: a recipe given as a value has its own; use recipe.with_options"
+            raise ConfigError(msg)
         settled += ["recipe", "with", "uplink", "downlink", "local_steps", "every", "adam", "codec"]
     if isinstance(adam, AdamConfig):
         settled += ["adam"]
-    servers = connect if isinstance(connect, str | None) else list(connect)
-    return worker_config({**said, "connect": servers}, settled=settled)
+    lists = {
+        name: each if isinstance(each, str | None) else list(each)
+        for name, each in (("connect", connect), ("options", options))
+    }
+    return worker_config({**said, **lists}, settled=settled)
 
 
 def recipe_of(

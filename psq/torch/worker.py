@@ -26,7 +26,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self, TypeAlias
@@ -36,11 +35,11 @@ from torch import Tensor, nn
 
 from psq import kernels
 from psq.config import DEFAULT_LR
-from psq.errors import StateError, UsageError
+from psq.errors import UsageError
 from psq.parts import load_rule
 from psq.plan import Plan
 from psq.recipe import AdamConfig, Recipe
-from psq.timeline import Process, Timeline, check_writable, write_part
+from psq.timeline import Timeline, check_writable
 from psq.torch.asked import Asked, check_weight
 from psq.torch.averaging import Averaging, check_averaging
 from psq.torch.exchange import Exchange
@@ -48,7 +47,8 @@ from psq.torch.groups import Group, group_up
 from psq.torch.optimizer import Optimizer
 from psq.torch.overlap import Overlap, check_overlap
 from psq.torch.parameters import ParameterTable
-from psq.torch.rates import LearningRate, RateGroup, Rates
+from psq.torch.rates import LearningRate, Rates, rate_groups
+from psq.torch.recording import write_recording
 from psq.torch.report import StepReport
 from psq.torch.settings import config_of, recipe_of, settle_codecs, warn_of_schedule
 from psq.torch.steps import Steps
@@ -127,6 +127,7 @@ class Worker:
         weight: how much this worker counts in the mean, beside the others; may be set later.
         optimizer: what steps with recipe="average".
         recipe: the algorithm, by name or as a value.
+        options: what parts of it do otherwise, as in "apply.momentum=0.9": a text, or a list.
         adam: settings for a recipe given by name, as a value or as a text, see `psq.adam_text`.
         connect: the server's address; of several servers all, as a list or with commas between
             them, in the same order for every worker.
@@ -156,6 +157,7 @@ class Worker:
         weight: int = 1,
         optimizer: torch.optim.Optimizer | None = None,
         recipe: Recipe | str | None = None,
+        options: str | Sequence[str] | None = None,
         adam: AdamConfig | str | None = None,
         connect: str | Sequence[str] | None = None,
         rank: int | None = None,
@@ -170,6 +172,7 @@ class Worker:
         config = config_of(
             lr=lr,
             recipe=recipe,
+            options=options,
             adam=adam,
             connect=connect,
             rank=rank,
@@ -205,7 +208,7 @@ class Worker:
             self._averaging = Averaging(optimizer, names, self._table.parameters)
         self._rates = Rates(
             lr if callable(lr) else (config.lr or DEFAULT_LR),
-            _rate_groups(self.plan, self._table),
+            rate_groups(self.plan, self._table),
             len(self.plan.groups),
             is_inside=made.direction.meaning == "update",
         )
@@ -537,24 +540,11 @@ class Worker:
             raise
 
     def _write_timeline(self, reason: Reason) -> None:
-        """Write what was recorded, once; after an error there is a worse one to hear of."""
+        """Write what was recorded, once."""
         recorder, self._timeline = self._timeline, None
-        if recorder is None:
-            return
-        process, job = Process("rank", self.rank), f"{self.plan.job_digest:016x}"
-        offsets = [
-            {"server": server, **asdict(offset)}
-            for server, offset in enumerate(self._client.clock_offsets)
-            if offset is not None
-        ]
-        try:
-            path = write_part(self._timeline_path, recorder, process, job=job, offsets=offsets)
-            if lost := recorder.lost_spans:
-                _log.info("%s holds the end of the job: %d spans before are lost", path, lost)
-        except StateError as error:
-            if reason == "done":
-                raise
-            _log.error("%s", error)
+        if recorder is not None:
+            must_work = reason == "done"
+            write_recording(self._timeline_path, recorder, self._client, must_work=must_work)
 
     def _check_usable(self) -> None:
         if self._failed:
@@ -584,18 +574,6 @@ def _is_apart(recipe: Recipe) -> bool:
     """Whether the model's weights depart from the job's between two rounds."""
     looks_ahead = bool(load_rule(recipe.direction.part).looks_ahead)
     return looks_ahead or recipe.direction.local_steps > 1
-
-
-def _rate_groups(plan: Plan, table: ParameterTable) -> list[RateGroup]:
-    """The plan's groups that have parameters here and are pushed."""
-    members: dict[int, list[nn.Parameter]] = {}
-    for (name, _), parameter in zip(table.specs, table.parameters, strict=True):
-        members.setdefault(table.grouping.number(name), []).append(parameter)
-    return [
-        RateGroup(group.name, index, group.lr, members[index])
-        for index, group in enumerate(plan.groups)
-        if index in members and group.pushed
-    ]
 
 
 def _reason_of(error: BaseException | None) -> tuple[Reason, str]:

@@ -82,6 +82,16 @@ def test_servers_and_how_to_talk_to_them_may_come_from_the_environment_too(
 
 
 @pytest.mark.parametrize(
+    "options",
+    ["apply.momentum=0.5 apply.nesterov=true", ["apply.momentum=0.5", "apply.nesterov=true"]],
+)
+def test_options_of_the_recipes_parts_are_arguments_too(join, options):
+    worker = join(make_model(), recipe="fp32-sgd", options=options)
+    given = dict(worker.plan.recipe.apply.options)
+    assert (given["momentum"], given["nesterov"]) == (0.5, True)
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"rank": 3, "world_size": 2}, "rank: expected 0 to 1"),
@@ -93,6 +103,9 @@ def test_servers_and_how_to_talk_to_them_may_come_from_the_environment_too(
         ({"consistency": "ssp:2,quorum=3", "world_size": 2}, "quorum of 3 is more than the 2"),
         ({"connect": ["tcp://127.0.0.1:9", "tcp://127.0.0.1:9"]}, "stands there twice"),
         ({"residual": "fp8"}, "residual"),
+        ({"options": "apply.momentun=0.9"}, "momentun"),
+        ({"recipe": preset("fp32"), "options": "aggregate=median"}, "use recipe.with_options"),
+        ({"codec": "auto", "options": "aggregate=median"}, "auto chooses the recipe's options"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused_by_name(options, words):
