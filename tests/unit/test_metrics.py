@@ -116,3 +116,9 @@ def test_two_in_one_process_share_nothing():
 def test_prometheus_is_not_imported_before_somebody_asks():
     code = "import psq.metrics, sys; assert 'prometheus_client' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_did_not_count_is_told_by_rank_and_reason():
+    samples = parse(make(Totals(rejected={(3, "krum"): 5, (0, "late"): 1})))
+    assert samples["psq_rejected_total", ("rank", "3"), ("reason", "krum")] == 5
+    assert samples["psq_rejected_total", ("rank", "0"), ("reason", "late")] == 1

@@ -10,7 +10,7 @@ import pytest
 
 from psq.errors import ConfigError
 from psq_server import pages
-from psq_server.health import Health, HealthServer, health_page
+from psq_server.health import Health, HealthServer, health_page, status_page
 from psq_server.page import Page
 
 DEADLINE_S = 10.0
@@ -79,6 +79,19 @@ def test_health_is_bad_when_nothing_will_happen_by_itself(status, code):
         "text": "waiting for rank 1 of 2",
         "waiting_s": 4.5,
     }
+
+
+def test_the_status_says_what_did_not_count_of_whom():
+    health = Health("stalled", 3, 3, "waiting for rank 1 of 2", 4.5)
+    page = status_page(health, {"joined": 2}, {"staged": 7}, {(1, "krum"): 2, (1, "late"): 1})
+    assert page.code == 200, "whoever asks for the status wants to read it"
+    told = json.loads(page.body)
+    assert (told["status"], told["workers"], told["pushes"]) == (
+        "stalled",
+        {"joined": 2},
+        {"staged": 7},
+    )
+    assert told["rejected"] == {"1": {"krum": 2, "late": 1}}
 
 
 def test_a_port_in_use_is_named(serve):
