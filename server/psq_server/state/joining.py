@@ -13,9 +13,11 @@ from psq.errors import FencedError, LocalError, RefusedError, RemotePlanError
 from psq.plan import Plan
 from psq_proto.messages import NONE, U32_MAX, ErrorCode, Join, MessageType, Welcome
 from psq_proto.session import Message
+from psq_server.state import covers
 from psq_server.state.events import Adopt, Send
 from psq_server.state.job import Job, check_fits
 from psq_server.state.members import Member, Peer, may_continue
+from psq_server.state.replicas import Replicas
 from psq_server.state.round import OpenRound
 from psq_server.state.tree_fit import refusal
 from psq_server.state.world import Settings, World
@@ -207,6 +209,8 @@ def _adopt(world: World, plan: Plan) -> None:
     world.job = Job(plan)
     due = plan.due_shards(0)
     world.round = OpenRound(0, due, world.now_s, world.job.owed(due))
+    if plan.replicas > 1:
+        world.replicas = Replicas(plan.world_size, plan.replicas)
     world.versions = dict.fromkeys(world.job.shards, 0)
     world.out.append(Adopt(plan))
     world.log(
@@ -259,6 +263,8 @@ def _take_over(world: World, old: Member | None, peer: Peer) -> None:
 def _drop_unclaimed(world: World, rank: int, join: Join, *, same: bool) -> None:
     """Drop what is staged of this rank, unless the joiner says that it is its own."""
     mine = world.round.get(rank)
+    if world.replicas is not None:
+        covers.drop_unclaimed(world, world.replicas, rank, join, same=same)
     if not same:
         world.round.disown(rank)  # it counts, but its verdict is not this process's
     if mine is None or (same and join.pending == mine.base):

@@ -22,8 +22,10 @@ from psq_proto.messages import (
     clip_text,
 )
 from psq_proto.session import Message
+from psq_server.state import covers
 from psq_server.state.events import Echo, PeerBehind, PeerGone, Save, Send, Stop
 from psq_server.state.members import Member, Peer, standing
+from psq_server.state.replicas import Replicas
 from psq_server.state.rounds import abandon_round, advance
 from psq_server.state.waits import Wait, describe
 from psq_server.state.world import World
@@ -74,13 +76,19 @@ def on_heartbeat(world: World, peer: Peer, message: Message) -> None:
     status = Status(
         round=world.round.number,
         version=world.version,
-        missing=world.round.missing(member.rank, MAX_LIST_ITEMS),
+        missing=_missing(world, member.rank),
         waiting=waiting,
         text=clip_text(wait_text(world)),
         resolved=NONE if member.resolved is None else member.resolved.seq,
         clock_s=max(0.0, world.now_s),
     )
     world.say(peer, MessageType.STATUS, status, round=world.round.number, version=world.version)
+
+
+def _missing(world: World, rank: int) -> tuple[int, ...]:
+    if world.replicas is not None and world.has_weights:
+        return covers.missing(world, world.replicas, rank, MAX_LIST_ITEMS)
+    return world.round.missing(rank, MAX_LIST_ITEMS)
 
 
 def on_probe(world: World, peer: Peer, message: Message) -> None:
@@ -188,6 +196,8 @@ def on_tick(world: World) -> None:
         if silent and silent_s > world.settings.lease_s and _is_aggregator(world, member.rank):
             _end_without(world, member, f"was last seen {silent_s:.1f} s ago")
             return
+    if world.replicas is not None and _end_of_replicas(world, world.replicas):
+        return
     wait = current_wait(world)
     if wait is None:
         return
@@ -196,6 +206,28 @@ def on_tick(world: World) -> None:
     elif _worth_noting(world, wait):
         world.noted_wait_s = world.now_s
         world.log("waiting", need=wait.need, round=wait.round, text=wait_text(world))
+
+
+def _end_of_replicas(world: World, replicas: Replicas) -> bool:
+    """End if a group has nobody left; or if all that matter are done, and the others are silent."""
+    lost = covers.lost_group(world, replicas)
+    if lost:
+        ranks = " and ".join(map(str, lost))
+        text = (
+            f"ranks {ranks} compute the same, and none of them was heard for "
+            f"{world.settings.lease_s:g} s: nobody has their share of the data; start the job again"
+        )
+        finish(world, EXIT_GAVE_UP, "gave-up", text)
+    elif _is_done(world):
+        finish(world, 0, "done", "every group of workers is done")
+    return world.stopped
+
+
+def _is_done(world: World) -> bool:
+    """Whether each group has a member that is done, and nobody who is not is there."""
+    assert world.replicas is not None
+    every = all(world.finished.intersection(group) for group in world.replicas.groups)
+    return every and not world.there
 
 
 def _is_aggregator(world: World, rank: int) -> bool:
@@ -258,6 +290,8 @@ def current_wait(world: World) -> Wait | None:
         return Wait("join", (), number, since_s)
     there = [rank for rank, m in world.members.items() if not m.gone or m.finished]
     absent = tuple(rank for rank in world.ranks if rank not in there)
+    if world.replicas is not None and world.version > 0:
+        absent = ()  # what matters is whether anybody of a group is there
     if absent:
         return Wait("join", absent, number, since_s)
     if not world.has_weights:
@@ -265,6 +299,9 @@ def current_wait(world: World) -> Wait | None:
     complete = world.round.complete
     owing = clock.members(world.ranks, world.finished, complete)
     owing = tuple(rank for rank in owing if rank not in complete)
+    if world.replicas is not None:
+        open_groups = covers.owing(world, world.replicas)
+        owing = tuple(rank for rank in owing if rank in open_groups)
     return Wait("push", owing, number, since_s) if owing else None
 
 

@@ -255,6 +255,10 @@ class OpenRound:
         """Hand over this shard's payloads of everybody, in rank order."""
         return self._hand_over(shard, self._contributions)
 
+    def close_for(self, shard: int, speakers: Collection[int]) -> tuple[Pushed, ...]:
+        """Close a shard for everybody, and hand over the payloads of these ranks."""
+        return tuple(pushed for pushed in self.close(shard) if pushed.rank in speakers)
+
     def take(self, ranks: Collection[int]) -> None:
         """Close for the complete contributions of these ranks; the others stay as they are."""
         self.whole = True

@@ -19,6 +19,7 @@ from functools import partial
 
 from psq import clock
 from psq_proto.messages import MAX_LIST_ITEMS, ErrorCode, MessageType, Verdict, clip_text
+from psq_server.state import covers
 from psq_server.state.events import (
     Broadcast,
     Committed,
@@ -38,6 +39,7 @@ __all__ = [
     "on_reducer",
     "reject_late",
     "repeat_verdict",
+    "settle",
 ]
 
 
@@ -66,11 +68,17 @@ def advance(world: World, shards: Iterable[int] | None = None) -> None:
 
 def _close(world: World, shard: int) -> None:
     rate = world.round.rate[1] if world.round.rate else 0.0
-    _reduce(world, shard, world.round.close(shard), rate)
+    if world.replicas is not None and shard in world.round.owed:
+        said = world.round.close_for(shard, covers.speak(world, world.replicas, shard))
+    else:
+        said = world.round.close(shard)
+    _reduce(world, shard, said, rate)
 
 
 def _is_said(world: World, shard: int) -> bool:
-    """Whether every member has said this shard."""
+    """Whether every member has said this shard, or somebody has for each group of replicas."""
+    if world.replicas is not None:
+        return covers.is_covered(world, world.replicas, shard)
     said = world.round.sayers(shard)
     return clock.closes(clock.members(world.ranks, world.finished, said), said)
 
@@ -197,16 +205,24 @@ def _commit(world: World) -> None:
     world.round = closed.following(due, world.now_s, world.need_job().owed(due))
     world.counts.rounds += 1
     staleness: list[int] = []
-    for rank, mine in sorted(closed.closing.items()) if closed.whole else closed.items():
+    contributions = sorted(closed.closing.items()) if closed.whole else closed.items()
+    if world.replicas is not None:
+        contributions = covers.end_round(world.replicas, closed)
+    for rank, mine in contributions:
         if mine.counts:
             staleness.append(closed.number - mine.base)
-        _settle(world, world.members[rank], mine, closed.owed, world.version)
+        settle(world, world.members[rank], mine, closed.owed, world.version)
     world.counts.max_staleness = max([world.counts.max_staleness, *staleness])
     world.server_s = 0.0
     world.note_opened()
     world.out.append(Committed(world.version, tuple(staleness)))
     world.progressed()
-    _reject_stale(world)
+    if world.replicas is None:
+        _reject_stale(world)
+        return
+    for rank in world.replicas.begin_round(world.version):
+        reject_late(world, world.members[rank], world.replicas.late.pop(rank).base)
+    covers.log_cooled(world, world.replicas)
 
 
 def _reject_stale(world: World) -> None:
@@ -230,7 +246,7 @@ def reject_late(world: World, member: Member, seq: int) -> None:
     resolve(world, member, Verdict("rejected", reason), seq, world.version)
 
 
-def _settle(
+def settle(
     world: World, member: Member, mine: Contribution, shards: tuple[int, ...], version: int
 ) -> None:
     """Resolve a contribution as what it came to: all of it counts, or some, or nothing."""
@@ -295,4 +311,4 @@ def abandon_round(world: World, reason: str) -> None:
         version = abandoned.number + 1 if mine.counted else abandoned.number
         if not mine.counted:
             mine.nothing.clear()
-        _settle(world, world.members[rank], mine, owed, version)
+        settle(world, world.members[rank], mine, owed, version)

@@ -21,6 +21,7 @@ from psq_proto.messages import (
     Flags,
 )
 from psq_proto.session import Message
+from psq_server.state import lateness
 from psq_server.state.events import Broadcast, Initialize, Pushed, SendFull
 from psq_server.state.members import NO_LINEAGE, Member, Peer
 from psq_server.state.round import Contribution
@@ -157,6 +158,10 @@ def on_push(world: World, peer: Peer, message: Message) -> None:
     if member.rank in world.round.closing:
         _count(world, "duplicate")
         return
+    if world.replicas is not None and lateness.is_late(world, world.replicas, member, header):
+        outcome = lateness.take(world, world.replicas, member, message)
+        _count(world, outcome)
+        return
     if _is_over(world, member, header):
         _count(world, "late")
         return
@@ -218,7 +223,8 @@ def _check_name(world: World, member: Member, header: Header) -> None:
 
 def _begun(world: World, member: Member) -> Contribution | None:
     """The contribution of which this rank has said something and not heard."""
-    return world.round.get(member.rank) or world.round.closing.get(member.rank)
+    late = world.replicas.late.get(member.rank) if world.replicas is not None else None
+    return late or world.round.get(member.rank) or world.round.closing.get(member.rank)
 
 
 def _skip(world: World, member: Member, header: Header) -> tuple[int, ...]:
@@ -342,6 +348,8 @@ def _refuse(world: World, member: Member, peer: Peer, header: Header, fault: str
     """Take nothing of this shard; False if the contribution has too many of these."""
     _count(world, "rejected")
     reason = f"{_who(member, header)}: {fault}"
+    if world.replicas is not None:
+        world.replicas.cool(member.rank, "a shard that it said was refused")
     late = world.round.is_shut(header.shard)
     kind = "late" if late else "payload"
     world.round.refuse(member.rank, header.seq, header.shard, reason, kind=kind)

@@ -21,6 +21,7 @@ from psq_server.state.branches import Branches
 from psq_server.state.events import Action, Field, Level, Log, Send
 from psq_server.state.job import Job
 from psq_server.state.members import Member, Peer, Peers
+from psq_server.state.replicas import Replicas
 from psq_server.state.round import OpenRound
 
 __all__ = ["MAX_COMPLAINTS", "Counts", "Settings", "World"]
@@ -72,6 +73,7 @@ class Counts:
     joins: int = 0
     resets: int = 0
     fenced: int = 0
+    cold: int = 0
     pushes: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     rejected: Counter[tuple[int, str]] = field(default_factory=Counter)
@@ -100,6 +102,8 @@ class World:
         (`Plan.due_after`) its weights are those of every version."""
         self.last_frames: dict[int, tuple[Buffer, ...]] = {}
         """Of each shard, what was broadcast last."""
+        self.replicas: Replicas | None = None
+        """Who speaks for whom, where ranks compute the same."""
         self.above = ""
         """What the servers above wait for, in a tree."""
         self.server_s = 0.0
@@ -150,6 +154,14 @@ class World:
         if member is not None:
             member.peer, member.synced, member.pulling = None, False, False
         self.peers.demote(peer)
+
+    @property
+    def there(self) -> frozenset[int]:
+        """The ranks that take part and were heard within a lease."""
+        since_s = self.now_s - self.settings.lease_s
+        return frozenset(
+            rank for rank, m in self.members.items() if not m.gone and m.seen_s >= since_s
+        )
 
     def need_job(self) -> Job:
         """The job, where there must be one."""
