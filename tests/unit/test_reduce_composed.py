@@ -100,8 +100,10 @@ class Replica:
         self.plan, self.x = plan, x.copy()
         self.rule = make_apply(plan.recipe, layout=plan.layout, world_size=plan.world_size)
 
-    def take(self, version, answers):
-        for shard, answer in zip(self.plan.layout.shards, answers, strict=True):
+    def take(self, version, answers, due=None):
+        shards = self.plan.layout.shards
+        moved = shards if due is None else [shards[index] for index in due]
+        for shard, answer in zip(moved, answers, strict=True):
             if answer.kind == "nothing":
                 assert answer.body.size == 0
                 continue
@@ -305,6 +307,24 @@ def test_what_waits_is_worth_the_same_when_the_rate_changes():
         if lr:
             state = reducer.state_arrays()
             np.testing.assert_allclose(state["x"] - lr * state["residual"], exact, atol=1e-4)
+
+
+def test_shards_that_take_turns_count_rounds_of_their_own():
+    recipe = sgd_with_means().with_options("apply.momentum=0.9", "uplink.error_feedback=true")
+    plan = make_plan(recipe.with_rhythm(every=2))
+    assert len(plan.layout.shards) > 4
+    reducer, x = started(plan)
+    replica = Replica(plan, x)
+    for version in range(1, 8):
+        due = plan.due_shards(version - 1)
+        assert 0 < len(due) < len(plan.layout.shards)
+        answers = [
+            reducer.step(s.index, [message(plan, s, rank, version) for rank in (0, 1)], LR)
+            for s in plan.layout.shards
+            if s.index in due
+        ]
+        replica.take(version, answers, due)
+        same_state(reducer, replica)
 
 
 def test_the_residual_of_shared_directions_waits_in_refreshes_and_changes_its_units():

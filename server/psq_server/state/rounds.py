@@ -60,7 +60,7 @@ def advance(world: World, shards: Iterable[int] | None = None) -> None:
     for shard in world.round.owed if shards is None else shards:
         if shard not in world.round.closed and _is_said(world, shard):
             _close(world, shard)
-    if len(world.round.closed) == len(world.round.owed):
+    if 0 < len(world.round.owed) == len(world.round.closed):
         for shard in world.round.shards:  # those that nobody pushes
             if shard not in world.round.closed:
                 _close(world, shard)

@@ -321,3 +321,10 @@ def test_a_push_of_a_shard_of_the_servers_own_is_an_error(cluster, plan_of):
 def test_what_was_said_is_told_apart_by_rank():
     one = Pushed(3, memoryview(b"x"), 0x101)
     assert (one.weight, one.staleness) == (1, 0)
+
+
+@pytest.mark.parametrize(("bytes_per_value", "fits"), [(20, True), (19, False)])
+def test_the_vectors_of_a_recipes_rules_need_memory(cluster, plan_of, bytes_per_value, fits):
+    plan = plan_of(1, specs=SPECS, recipe=preset("shared-direction"))
+    job = cluster(plan, memory_bytes=bytes_per_value * plan.layout.numel)
+    assert bool(job.connect(0).join().errors) != fits
