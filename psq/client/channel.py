@@ -17,7 +17,6 @@ from psq_proto.messages import MessageType
 __all__ = ["Channel"]
 
 INBOX_FRAMES: Final = 256
-HELD_VERSIONS: Final = 4  # of the weights, where a server may run ahead of this worker
 _TYPE_OFFSET: Final = 5
 
 
@@ -46,7 +45,7 @@ class Channel:
         self.blocked = False
         self._clock = clock
         self._inbox: deque[memoryview] = deque()
-        self._inbox_frames = max(INBOX_FRAMES, HELD_VERSIONS * shards)
+        self._inbox_frames = max(INBOX_FRAMES, machine.turns.held_versions * shards)
 
     def flush(self) -> None:
         """Send until nothing is due or the link has no room (`blocked`)."""
@@ -63,7 +62,7 @@ class Channel:
     def put_aside(self) -> None:
         """Take what has come off the link, to be looked at later.
 
-        At most `INBOX_FRAMES`, or `HELD_VERSIONS` of the weights where that is more; the rest stays
+        At most `INBOX_FRAMES`, or `held_versions` of the weights where that is more; the rest stays
         in libzmq's queue, and what that does not hold the server drops: it is pulled later.
         """
         for frame in self.link.drain(self._inbox_frames - len(self._inbox)):
@@ -73,7 +72,9 @@ class Channel:
                 self._inbox.append(frame)
 
     def take_aside(self) -> None:
-        """Look at what was put aside."""
+        """Look at what was put aside, and at weights whose turn may have come."""
+        for header, body in self.machine.turns.take():
+            self.machine.take_weights(header, body)
         while self._inbox:
             self._take(self._inbox.popleft())
 

@@ -108,7 +108,8 @@ class Client:
         self._unseen_pushes = 0
         self._lock = threading.Lock()
         beat_s = self._patience.heartbeat_s
-        self._pulse = Pulse(self._beat, beat_s if self._in_step else min(LOOK_S, beat_s))
+        waits_for_all = self._in_step and plan.replicas == 1
+        self._pulse = Pulse(self._beat, beat_s if waits_for_all else min(LOOK_S, beat_s))
 
     def _open_links(self, addresses: Sequence[str]) -> WorkerLinks:
         """The links to these servers, in order; a simulated worker has others."""

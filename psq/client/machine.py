@@ -17,6 +17,8 @@ Rules it keeps, with the reason:
   the shard was: the stream is in order, so then it was lost. An older answer proves nothing.
 - A round is over when its verdict is known and every shard has reached the version that the verdict
   names. Then, and only then, the refused shards go back into the residual, each once.
+- Where ranks compute the same, a worker that is late takes one version after another, as its twin
+  did: what comes before its turn is kept.
 - Weights reach `Hooks.weights` once per shard and version (see `replica`). A delta whose base was
   lost asks for the weights in full.
 
@@ -40,6 +42,7 @@ from psq.client.hooks import Hooks
 from psq.client.offset import OffsetEstimate
 from psq.client.replica import ReplicaVersions
 from psq.client.round import Round
+from psq.client.turns import Turns
 from psq.client.waits import Backoff, name_ranks
 from psq.clock import may_apply, parse_consistency
 from psq.errors import (
@@ -147,6 +150,7 @@ class Machine:
         self._is_lent = is_lent
         self._hello_at_s = self._beat_at_s = 0.0
         self._beats = self._answers = 0  # heartbeats sent, and those answered, since WELCOME
+        self.turns = Turns(plan)
         self._pull = self._pull_whole = False
         self._gap_version = NONE
         self._progress = False
@@ -203,7 +207,7 @@ class Machine:
             msg = "a round begins after join, and after the round before has ended"
             raise UsageError(msg)
         self._drop_pushes()  # copies of a round that is over: their buffers are needed now
-        self._progress = False
+        self._progress = self.turns.jumps = False
         version = self.replica.version
         due = [shard for shard in self._plan.due_shards(version) if self._plan.pushes(shard)]
         self.round = Round(version, rate, due, weight, fence=self._beats)
@@ -318,6 +322,7 @@ class Machine:
             self._pull = False
             self._progress = True  # the answer is under way, until a STATUS shows that it is not
             have = self.replica.version
+            self.turns.jumps = have != NONE
             version = NO_VERSION if have == NONE or self._pull_whole else have
             self._pull_whole = False
             self._outbox.append(self.session.send(MessageType.PULL, version=version))
@@ -424,7 +429,7 @@ class Machine:
             self.notes.append(f"dropped a damaged frame: {error}")
             return
         if header.type is MessageType.WEIGHTS and isinstance(body, memoryview):
-            self._on_weights(header, body)  # nearly all of what comes
+            self.take_weights(header, body)  # nearly all of what comes
         else:
             self._take(header, body, now_s)
 
@@ -495,7 +500,10 @@ class Machine:
             raise RemoteProtocolError(msg)
         if current.outcome or self._outbox:
             return
-        over = not may_apply(current.number, status.round, self._rule)
+        if self.turns.in_order:
+            over = self.turns.is_over(current.number, status.round)
+        else:
+            over = not may_apply(current.number, status.round, self._rule)
         if over or status.resolved == current.number:
             self._ask_again(current)
         else:
@@ -561,8 +569,11 @@ class Machine:
             msg = f"the server ended the job ({bye.reason}){': ' if bye.text else ''}{bye.text}"
             raise GaveUpError(msg)
 
-    def _on_weights(self, header: Header, body: memoryview) -> None:
+    def take_weights(self, header: Header, body: memoryview) -> None:
+        """Put weights into the replica, if it wants them and it is their turn."""
         replica = self.replica
+        if self.turns.keeps(header, body, replica.version, self.round):
+            return
         if replica.wants(header, body.nbytes):
             self._progress = True
             self._hooks.weights(header, body)

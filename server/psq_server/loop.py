@@ -21,6 +21,7 @@ from psq.errors import StateError
 from psq.link import DRAIN_LIMIT, Sent, ServerLink, WorkerLink
 from psq.metrics import Totals
 from psq.plan import Plan
+from psq.rules.coded import MAX_LAG
 from psq.timeline import MIN_WAIT_S, NOWHERE, Phase, Timeline
 from psq_proto.frames import Buffer, glance
 from psq_proto.messages import NO_SHARD, MessageType
@@ -394,6 +395,8 @@ class Loop:
         staleness = parse_consistency(plan.consistency).max_staleness
         most = MAX_WAITING_VERSIONS
         self._outbox.max_versions = most if staleness is None else min(most, 2 + staleness)
+        if plan.replicas > 1:
+            self._outbox.max_versions = MAX_LAG + 2
         try:
             return Weights(plan, settings.run_id, settings.epoch, self._is_busy)
         except MemoryError as error:
