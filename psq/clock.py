@@ -190,7 +190,8 @@ def closes(  # noqa: PLR0913 - the whole of a decision in one place
             not waited for, because they would only be overdue; what they push counts in a later
             round, and shows when they are in time again.
     """
-    missing = [rank for rank in ranks if rank not in complete]
+    there = frozenset(complete)
+    missing = [rank for rank in ranks if rank not in there]
     if not missing or consistency.eager:
         return bool(ranks) and not missing
     if len(ranks) - len(missing) < max(1, min(consistency.quorum, len(ranks))):

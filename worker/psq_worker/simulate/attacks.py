@@ -103,7 +103,7 @@ class Liars:
             said, loss = self._collude(worker, how)
             worker.table.show_gradients(said)
             return loss
-        loss = self._gradients.compute(worker, self._busy())
+        loss = self._gradients.compute(worker, self._busy)
         if how.kind in _ALONE:
             worker.table.show_gradients(self._lie(worker, how, ()))
         return loss
@@ -114,7 +114,7 @@ class Liars:
             liars = [each for each in self._busy() if how.lies(each.rank, self._workers)]
             losses, seen = [], []
             for each in liars:
-                losses.append(self._gradients.compute(each, liars))
+                losses.append(self._gradients.compute(each, self._busy))
                 seen.append([values.copy() for values in each.table.tensors])
             lie = self._lie(worker, how, seen) if len(seen) >= COLLUDERS else seen[0]
             for each, loss in zip(liars, losses, strict=True):

@@ -224,7 +224,7 @@ class _Simulation:
         """Its gradients, honest or not."""
         attack = self.config.attack
         if attack is None or not attack.lies(worker.rank, self.config.workers):
-            return self.gradients.compute(worker, self._busy())
+            return self.gradients.compute(worker, self._busy)
         return self.liars.compute(worker, attack)
 
     def ready(self, worker: VirtualWorker) -> None:

@@ -11,7 +11,7 @@ at most, of the workers that will be done first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -44,15 +44,18 @@ class Computing(Protocol):
         ...
 
 
+Others = Callable[[], Sequence[Computing]]
+
+
 class Gradients(Protocol):
     """Computes what a worker's step has to say."""
 
-    def compute(self, worker: Computing, others: Sequence[Computing]) -> float:
+    def compute(self, worker: Computing, others: Others) -> float:
         """Show the worker's gradients to its table; returns its loss.
 
         Args:
             worker: whose moment has come.
-            others: those that compute now too, who is done first coming first.
+            others: gives those that compute now too, who is done first coming first.
         """
         ...
 
@@ -121,7 +124,7 @@ class OneByOne:
                 buffer.copy_(values)
         return self._loaded.model
 
-    def compute(self, worker: Computing, others: Sequence[Computing]) -> float:
+    def compute(self, worker: Computing, others: Others) -> float:
         """As a real worker's loop does it."""
         del others
         table = worker.table
@@ -206,10 +209,10 @@ class Vectorised:
         self._loaded.load(worker.table.flat, kept=worker.table.is_shared)
         return self._loaded.model
 
-    def compute(self, worker: Computing, others: Sequence[Computing]) -> float:
+    def compute(self, worker: Computing, others: Others) -> float:
         """In one pass with others that compute at the same weights."""
         if worker.rank not in self._kept:
-            self._pass(worker, others)
+            self._pass(worker, others())
         tensors, loss = self._kept.pop(worker.rank)
         worker.table.show_gradients(tensors)
         return loss
@@ -262,7 +265,7 @@ class Zeros:
         """There is no model, and nobody asks for it."""
         raise NotImplementedError
 
-    def compute(self, worker: Computing, others: Sequence[Computing]) -> float:
+    def compute(self, worker: Computing, others: Others) -> float:
         """Nothing to learn."""
         del others
         worker.table.show_gradients(self._tensors)
