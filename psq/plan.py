@@ -22,6 +22,7 @@ from psq.groups import DEFAULT_GROUP, Group, check_groups, group_from_plain
 from psq.kernels import Family
 from psq.layout import Layout, PayloadSize, Shard, cut
 from psq.recipe import Aggregate, Apply, Recipe
+from psq.rules import make_aggregate, make_apply, make_direction
 from psq_proto.frames import digest64
 from psq_proto.messages import MAX_PAYLOAD_BYTES, PLAN_LIMITS
 from psq_proto.packing import pack, unpack
@@ -38,6 +39,7 @@ _KEYS: Final = (
     *("format", "world_size", "servers", "server", "consistency"),
     *("recipe", "groups", "tensors"),
 )
+_ONE_VALUE: Final = cut([("value", (1,))], [lambda numel: numel])
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Plan:
             _check_stale(self)
         _check_whole(self)
         _check_replicas(self)
+        _check_rules(self)
 
     @classmethod
     def of(  # noqa: PLR0913 - all that the processes of a job agree on
@@ -390,7 +393,11 @@ def _check_replicas(plan: Plan) -> None:
     elif plan.consistency != "bsp":
         fault = f"it needs bsp, got {plan.consistency}: a round ends when every group has spoken"
     elif plan.servers > 1:
-        fault = f"it needs one server, got {plan.servers}: each would have its own order of replicas"
+        fault = (
+            f"it needs one server, got {plan.servers}: each would have its own order of replicas"
+        )
+    elif plan.recipe.direction.kind == "gaussian":
+        fault = "noise that is each worker's secret makes replicas differ"
     if fault:
         msg = f"recipe {plan.recipe.name!r} with aggregate coded:replicas={plan.replicas}: {fault}"
         raise ConfigError(msg)
@@ -445,6 +452,17 @@ def _check_whole(plan: Plan) -> None:
     if who and recipe.uplink.every > 1:
         msg = f"{who[0]} needs every shard in every round, got every={recipe.uplink.every}"
         raise ConfigError(msg)
+
+
+def _check_rules(plan: Plan) -> None:
+    """That every part can run in this job: its arithmetic is made once, for a model of one value.
+
+    A server that found out later would have to end the job.
+    """
+    recipe, workers = plan.recipe, plan.world_size
+    make_direction(recipe, layout=_ONE_VALUE, world_size=workers, rank=0, seed=0)
+    make_aggregate(recipe, layout=_ONE_VALUE, world_size=workers)
+    make_apply(recipe, layout=_ONE_VALUE, world_size=workers)
 
 
 def _unpack(body: bytes | memoryview) -> Any:

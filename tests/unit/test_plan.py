@@ -522,12 +522,12 @@ def family(*texts, recipe="sign-majority"):
             "aggregate=majority reads sign only, the uplink may be in bf16",
         ),
         (
-            family("aggregate=krum", recipe="ef-sgd"),
+            family("aggregate=krum", "aggregate.f=0", recipe="ef-sgd"),
             {"servers": 2},
             "aggregate=krum needs the whole model on one server, got 2 servers",
         ),
         (
-            family("aggregate=krum", recipe="ef-sgd").with_rhythm(every=2),
+            family("aggregate=krum", "aggregate.f=0", recipe="ef-sgd").with_rhythm(every=2),
             {},
             "aggregate=krum needs every shard in every round, got every=2",
         ),
@@ -541,6 +541,15 @@ def family(*texts, recipe="sign-majority"):
 def test_a_recipe_that_a_job_cannot_run_is_refused_at_home(recipe, job, words):
     with pytest.raises(ConfigError, match=words):
         Plan.of(TENSORS, recipe, 2, **job)
+
+
+def test_a_part_that_needs_more_workers_is_refused_before_its_plan_defines_a_job():
+    krum = family("aggregate=krum", recipe="ef-sgd")
+    with pytest.raises(ConfigError, match="krum with f=1 needs 5 workers or more, there are 4"):
+        Plan.of(TENSORS, krum, 4)
+    plain = msgpack.unpackb(Plan.of(TENSORS, krum, 5).body) | {"world_size": 4}
+    with pytest.raises(RemotePlanError, match="krum with f=1 needs 5 workers"):
+        Plan.parse(msgpack.packb(plain))
 
 
 def test_every_codec_of_a_choice_may_come_and_shards_have_room_for_the_longest():

@@ -82,6 +82,21 @@ def test_state_is_counted_where_the_settings_have_it():
     assert (costs_of(silent).worker_bytes, costs_of(silent).server_bytes) == (0, 4)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_recipe_has_a_price(name):
+    costs = costs_of(preset(name))
+    assert 0 < costs.up_bits <= 33
+    assert 0 < costs.down_bits <= 33
+    assert 0 <= costs.worker_bytes <= 20
+    assert 4 <= costs.server_bytes <= 20
+
+
+def test_the_one_bit_recipe_with_shared_moments_stays_within_its_budget():
+    costs = costs_of(preset("shared-direction"))
+    assert costs.up_bits <= 1.4
+    assert costs.down_bits <= 1.7
+
+
 def test_a_recipe_that_needs_more_workers_says_so():
     recipe = preset("ef-sgd").with_options("aggregate=krum", "aggregate.f=2")
     with pytest.raises(ConfigError, match="krum"):

@@ -13,7 +13,6 @@ from psq.errors import ConfigError
 from psq.plan import Plan
 from psq.presets import asked_recipe
 from psq.recipe import Recipe
-from psq.rules import make_aggregate, make_apply, make_direction
 
 __all__ = ["check_comparison", "check_job", "recipe_of"]
 
@@ -39,12 +38,8 @@ def check_job(told: WorkerConfig) -> None:
         ConfigError: `recipe_of` refuses the recipe, or the consistency is none, or it or a part
             needs more workers than there are.
     """
-    recipe = recipe_of(told)
     any_model = [("value", (1,))]
-    layout = Plan.of(any_model, recipe, told.world_size, consistency=told.consistency).layout
-    make_direction(recipe, layout=layout, world_size=told.world_size, rank=0, seed=0)
-    make_aggregate(recipe, layout=layout, world_size=told.world_size)
-    make_apply(recipe, layout=layout, world_size=told.world_size)
+    Plan.of(any_model, recipe_of(told), told.world_size, consistency=told.consistency)
 
 
 def check_comparison(recipe: Recipe) -> None:
