@@ -41,6 +41,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from psq.client import Client, Hooks, Patience, RoundResult
+from psq.clock import parse_consistency
 from psq.config import WorkerConfig
 from psq.errors import UsageError
 from psq.feedback import Compressor
@@ -91,16 +92,14 @@ class Exchange:
         self._shards = plan.layout.shards
         take_mean = None if averaging is None else averaging.take
         self.decoder = Decoder(plan, table, take_mean)
-        self.compressor = Compressor(
-            plan,
-            config.rank,
-            seed=config.seed,
-            residual_dtype=config.residual,
-        )
+        rank = plan.data_rank(config.rank)  # replicas say the same bytes
+        self.compressor = Compressor(plan, rank, seed=config.seed, residual_dtype=config.residual)
         self._plan = plan
         self._shared = tuple(self.decoder.shared)
         ahead = max(shard.numel for shard in self._shards) if self.compressor.looks_ahead else 0
         self._ahead = np.empty(ahead, np.float32)
+        self._is_eager = parse_consistency(plan.consistency).eager
+        self._rescaled: dict[int, Floats] = {}
         self._is_local = plan.recipe.direction.local_steps > 1
         self._said = [False] * len(self._shards)
         self.open = self.is_silent = False
@@ -140,6 +139,7 @@ class Exchange:
         self.open = True
         self.is_silent = False
         self.left_out.clear()
+        self._rescaled.clear()
         self._said[:] = [False] * len(self._said)
         self.encode_s = self.decode_s = 0.0
         self.payload_bytes = self.said_numel = 0
@@ -208,7 +208,11 @@ class Exchange:
         """
         if self._averaging is not None:
             self._averaging.land()
-            return
+        else:
+            self.publish_replica()
+
+    def publish_replica(self) -> None:
+        """Make the model compute with the replica's weights, or ahead of them."""
         self._table.publish()
         if self.compressor.looks_ahead:
             self.look_ahead()
@@ -361,7 +365,7 @@ class Exchange:
         shard = header.shard
         factor = self.decoder.decode(header, body)
         if factor is not None:
-            self.compressor.rescale(shard, factor)
+            self._rescale(shard, factor)
         end_s = time.monotonic()
         self.decode_s += end_s - started_s
         if self._timeline is not None:
@@ -370,13 +374,28 @@ class Exchange:
 
     def restore(self, shard: int) -> None:
         """What was said of a shard in this step did not count: it is still to be said."""
-        if not self.compressor.restore(shard, self.client.said(shard)):
+        factor = self._rescaled.pop(shard, None)
+        if factor is not None:  # what was said is in units from before
+            self.compressor.rescale(shard, 1.0 / factor)
+        kept = self.compressor.restore(shard, self.client.said(shard))
+        if factor is not None:
+            self.compressor.rescale(shard, factor)
+        if not kept:
             _log.warning(
                 "step %d: shard %d of rank %d has exploded; its residual starts from zero",
                 self.step,
                 shard,
                 self.client.rank,
             )
+
+    def _rescale(self, shard: int, factor: Floats) -> None:
+        """The units of a residual have changed, maybe those of what was said in this step too.
+
+        The latter where rounds close without this worker: what it said may come back later.
+        """
+        self.compressor.rescale(shard, factor)
+        if self.open and not self._is_eager:
+            self._rescaled[shard] = factor * self._rescaled.get(shard, np.float32(1.0))
 
     def reset(self, shards: Sequence[int]) -> None:
         """Forget the residuals of these shards."""

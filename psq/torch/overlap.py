@@ -88,6 +88,7 @@ class Overlap:
                 partial(self._on_gradient, index)
             )
             for index, parameter in enumerate(table.parameters)
+            if parameter.requires_grad  # one that is only received may not
         ]
 
     def reset(self) -> None:

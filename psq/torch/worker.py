@@ -264,6 +264,16 @@ class Worker:
         return self.plan.world_size
 
     @property
+    def data_rank(self) -> int:
+        """Whose data this worker is to train on: its rank, unless several compute the same."""
+        return self.plan.data_rank(self.rank)
+
+    @property
+    def data_world_size(self) -> int:
+        """How many workers have data of their own."""
+        return self.plan.data_world_size
+
+    @property
     def version(self) -> int:
         """How many rounds the weights in the model have behind them."""
         return self._client.version
@@ -533,7 +543,7 @@ class Worker:
     def _join(self) -> None:
         try:
             self._client.join()
-            self._exchange.publish()
+            self._exchange.publish_replica()
         except BaseException as error:
             self._fail(error)
             self.close()

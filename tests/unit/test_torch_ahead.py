@@ -92,6 +92,18 @@ def model_of(game: Game) -> np.ndarray:
     return np.concatenate([p.detach().numpy().ravel() for p in game.parameters()])
 
 
+def test_gradients_that_leave_early_are_those_at_the_weights_ahead(join, serve):
+    ended = []
+    for overlap in (False, True):
+        game = Game(8)
+        worker = join(game, recipe="dqgan", overlap=overlap, connect=serve().endpoint)
+        for _ in range(6):
+            game.backward()
+            assert worker.step().applied
+        ended.append(replica(worker).tobytes() + model_of(game).tobytes())
+    assert ended[0] == ended[1]
+
+
 def test_between_steps_the_model_is_ahead_and_within_replica_it_is_the_jobs(join):
     game = Game(8)
     worker = join(game, recipe="dqgan")

@@ -41,9 +41,10 @@ def momentum(model: nn.Module) -> torch.optim.Optimizer:
 
 def train(serve, workers: int, make, *, steps: int = 6, sits=lambda *_: False, **options):
     endpoint = serve().endpoint
+    models = [make_model() for _ in range(workers)]  # torch's seed belongs to all threads
 
     def work(rank: int) -> list[np.ndarray]:
-        model, seen = make_model(), []
+        model, seen = models[rank], []
         settings = {"recipe": "average", "give_up_after_s": 20.0, "connect": endpoint, **options}
         optimizer = make(model)
         with psq.torch.Worker(
@@ -83,6 +84,44 @@ def test_without_compression_it_is_the_optimizer_on_the_mean_gradient(serve, mak
         expected.append(values(twin))
     runs = train(serve, 2, make, recipe=DENSE)
     np.testing.assert_allclose(runs[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_workers_that_were_built_differently_start_with_rank_0s_weights(serve):
+    """And parameters without a view of their memory keep what the optimizer made of them."""
+    endpoint, models = serve().endpoint, []
+    for _ in range(2):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        models.append(model.to(memory_format=torch.channels_last))
+        assert not model[0].weight.is_contiguous()
+    assert values(models[0]).tobytes() != values(models[1]).tobytes()
+
+    def work(rank: int) -> list[bytes]:
+        model = models[rank]
+        options = {"connect": endpoint, "rank": rank, "world_size": 2, "give_up_after_s": 20.0}
+        with psq.torch.Worker(
+            model, recipe="average", optimizer=momentum(model), **options
+        ) as worker:
+            seen = [values(model).tobytes()]
+            for step in range(4):
+                rng = np.random.default_rng((step, rank))
+                x = torch.from_numpy(rng.standard_normal((4, 3, 4, 4), np.float32))
+                model(x).square().mean().backward()
+                assert worker.step().applied
+                seen.append(values(model).tobytes())
+        return seen
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (each.result(60) for each in [pool.submit(work, r) for r in range(2)])
+    assert first == second
+    assert len(set(first)) == 5
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_overlap_sends_the_same_gradients_and_the_optimizer_steps_the_same(serve, overlap):
+    alone = train(serve, 2, momentum)
+    assert [each.tobytes() for each in train(serve, 2, momentum, overlap=overlap)[1]] == [
+        each.tobytes() for each in alone[0]
+    ]
 
 
 def test_the_mean_is_in_grad_when_the_optimizer_steps(join):

@@ -181,11 +181,13 @@ def test_a_groups_codecs_are_its_own_both_ways(join):
     assert not np.allclose(values(model["body"]), values(twin["body"]), rtol=1e-3)
 
 
-def test_parameters_that_are_only_received_stay_as_the_server_has_them(join):
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_parameters_that_are_only_received_stay_as_the_server_has_them(join, overlap, trainable):
     """They need no gradient here, and one that they have is not sent."""
     model = make_model()
-    model["body"].requires_grad_(False)  # noqa: FBT003 - torch's own signature
-    worker = join(model, groups=[Group("body.*", pushed=False)])
+    model["body"].requires_grad_(trainable)
+    worker = join(model, groups=[Group("body.*", pushed=False)], overlap=overlap)
     assert [name for name, _ in worker.plan.tensors][:2] == ["body.weight", "body.bias"]
     before = values(model["body"])
     head = values(model["head"])

@@ -64,13 +64,14 @@ def train(serve, recipe, steps: int = STEPS, *, late: int = 0, **options):
     """
     served = serve()
     barrier = Barrier(WORKERS, timeout=30)
+    models = [make_model(rank) for rank in range(WORKERS)]  # torch's seed belongs to all threads
     settings = {"recipe": recipe, "lr": LR, "give_up_after_s": 20.0, "connect": served.endpoint}
 
     def start(rank: int, model: nn.Module) -> psq.torch.Worker:
         return psq.torch.Worker(model, rank=rank, world_size=WORKERS, **{**settings, **options})
 
     def work(rank: int):
-        model, seen = make_model(rank), []
+        model, seen = models[rank], []
         worker = start(rank, model)
         for step in range(steps):
             if late and step == late and rank == WORKERS - 1:
@@ -235,3 +236,33 @@ def test_with_an_optimizer_of_the_users_own_whole_weights_come_too_late():
     decoder.decode(nothing, memoryview(b""))
     assert [index for index, _ in means] == [0, 0]
     assert means[1][1] is None
+
+
+def test_what_comes_back_after_the_units_have_changed_is_rescaled_with_them(join, monkeypatch):
+    """Under a quorum a rejected push may be of the units before: e + d becomes f (e + d)."""
+    model = make_model()
+    recipe = preset("shared-direction").with_options(
+        "uplink.choice.first=1", "downlink.choice.first=1"
+    )
+    worker = join(model, recipe=recipe, consistency="bsp,quorum=1")
+    for step in range(3):
+        loss_of(model, step).backward()
+        worker.step()
+    exchange, compressor = worker._exchange, worker._compressor
+    loss_of(model, 3).backward()
+    worker._table.refresh()
+    exchange.begin(worker._asked())
+    exchange.say(0)
+    residual = compressor.state_arrays()["residual"]
+    codec = compressor.codec(0, 0)
+    said = np.empty(residual.size, np.float32)
+    codec.decode(worker._client.said(0), said)
+    expected = 4.0 * (residual + said)
+    factor = np.full(residual.size, 2.0, np.float32)
+    monkeypatch.setattr(exchange.decoder, "decode", lambda *_: factor)
+    header = Header(MessageType.WEIGHTS, flags=Flags.MEAN, codec=1, version=4, shard=0)
+    exchange.decode(header, memoryview(b""))
+    exchange.decode(header, memoryview(b""))
+    exchange.restore(0)
+    np.testing.assert_allclose(residual, expected, rtol=1e-6)
+    assert residual.any()

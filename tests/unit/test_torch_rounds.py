@@ -32,9 +32,10 @@ def values(model: nn.Module) -> np.ndarray:
 def together(serve, workers: int, work, **options) -> list:
     """Run work(rank, model, worker) in a thread for each rank; returns what they return."""
     endpoint = serve().endpoint
+    models = [make_model() for _ in range(workers)]  # torch's seed belongs to all threads
 
     def run(rank: int):
-        model = make_model()
+        model = models[rank]
         mine = {k: v[rank] if isinstance(v, list) else v for k, v in options.items()}
         mine = {"lr": LR, "recipe": "fp32", "give_up_after_s": 20.0, **mine}
         settings = {"rank": rank, "world_size": workers, **mine}
