@@ -55,7 +55,8 @@ def train(cluster, recipe, *options, connect=None, world_size=2, tag="") -> dict
 
 def image(saved: dict, recipe: str) -> dict:
     """What workers see of these weights: through the downlink's codec where it sends weights."""
-    plan = Plan.of([(name, value.shape) for name, value in saved.items()], preset(recipe), 2)
+    made = preset(recipe).with_options(*FOR_TWO.get(recipe, "").split())
+    plan = Plan.of([(name, value.shape) for name, value in saved.items()], made, 2)
     if plan.recipe.downlink.kind != "weights":
         return saved
     flat = np.concatenate([saved[name].ravel() for name, _ in plan.tensors])
