@@ -33,7 +33,7 @@ import os
 import platform
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 import psq
@@ -143,6 +143,7 @@ class Machine:
         self._backoff = Backoff(rng)
         self._resolved = NONE
         self._shards = tuple(shard.index for shard in plan.owned)
+        self._receives_only = not all(group.pushed for group in plan.groups)
         self._outbox: deque[Frame] = deque()
         self._initial: Iterator[bytearray] | None = None
         self._initial_sent: deque[bytearray] = deque()
@@ -209,7 +210,9 @@ class Machine:
         self._drop_pushes()  # copies of a round that is over: their buffers are needed now
         self._progress = self.turns.jumps = False
         version = self.replica.version
-        due = [shard for shard in self._plan.due_shards(version) if self._plan.pushes(shard)]
+        due: Sequence[int] = self._plan.due_shards(version)
+        if self._receives_only:
+            due = [shard for shard in due if self._plan.pushes(shard)]
         self.round = Round(version, rate, due, weight, fence=self._beats)
         return self.round
 

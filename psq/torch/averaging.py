@@ -25,16 +25,16 @@ from psq.kernels import Floats
 from psq.layout import Shard
 from psq.plan import Plan
 
-__all__ = ["Averaging", "check_averaging"]
+__all__ = ["Averaging", "make_averaging"]
 
 
 class Averaging:
     """See the module's docstring.
 
     Args:
+        plan: the job.
         optimizer: the user's own.
-        names: of the parameters, in the plan's order.
-        parameters: likewise.
+        parameters: the model's, in the plan's order.
 
     Raises:
         ConfigError: a parameter is in no group of the optimizer: its mean would be lost.
@@ -42,14 +42,14 @@ class Averaging:
 
     def __init__(
         self,
+        plan: Plan,
         optimizer: torch.optim.Optimizer,
-        names: Sequence[str],
         parameters: Sequence[nn.Parameter],
     ) -> None:
         self.optimizer = optimizer
         self._parameters = parameters
         held = {id(each) for group in optimizer.param_groups for each in group["params"]}
-        for name, parameter in zip(names, parameters, strict=True):
+        for (name, _), parameter in zip(plan.tensors, parameters, strict=True):
             if id(parameter) not in held:
                 msg = (
                     f"parameter {name!r} is in none of the optimizer's groups and would never "
@@ -94,14 +94,18 @@ class Averaging:
         self.optimizer.zero_grad(set_to_none=False)
 
 
-def check_averaging(
-    plan: Plan, optimizer: torch.optim.Optimizer | None, *, gives_rate: bool
-) -> None:
-    """Whether this recipe and this optimizer go together.
+def make_averaging(
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None,
+    parameters: Sequence[nn.Parameter],
+    *,
+    gives_rate: bool,
+) -> Averaging | None:
+    """What steps with the mean, where the recipe leaves that to the workers.
 
     Raises:
-        ConfigError: a recipe that needs one has none, or the other way round; or the job is one in
-            which workers do not see every mean once.
+        ConfigError: a recipe that needs an optimizer has none, or the other way round, or one that
+            lacks a parameter; or the job is one in which workers do not see every mean once.
     """
     recipe = plan.recipe
     if recipe.apply.kind != "return":
@@ -111,7 +115,7 @@ def check_averaging(
                 "recipe='average', or with the parameters of a local group, outside the Worker"
             )
             raise ConfigError(msg)
-        return
+        return None
     if optimizer is None:
         msg = (
             f"recipe {recipe.name!r} leaves the step to an optimizer of yours: give it, as "
@@ -128,3 +132,4 @@ def check_averaging(
             f"every={recipe.uplink.every}"
         )
         raise ConfigError(msg)
+    return Averaging(plan, optimizer, parameters)

@@ -9,11 +9,13 @@ from typing import Final
 from psq.advice.candidates import Specs
 from psq.config import DEFAULT_LR, WorkerConfig, worker_config
 from psq.errors import ConfigError
+from psq.plan import Plan
 from psq.presets import asked_recipe
 from psq.recipe import AdamConfig, Recipe
 from psq.theory import schedule_warning
+from psq.torch.groups import Grouping
 
-__all__ = ["config_of", "recipe_of", "settle_codecs", "warn_of_schedule"]
+__all__ = ["config_of", "plan_of", "recipe_of", "settle_codecs", "warn_of_schedule"]
 
 CHECKED_STEPS: Final = 10_000
 """Of a job whose length nobody says."""
@@ -89,6 +91,23 @@ def settle_codecs(
 
     choice = settle(config, specs, made)
     return choice.recipe, choice.words
+
+
+def plan_of(config: WorkerConfig, specs: Specs, made: Recipe, grouping: Grouping) -> Plan:
+    """What all processes of the job agree on.
+
+    Raises:
+        ConfigError: such a job cannot be run.
+    """
+    return Plan.of(
+        specs,
+        made,
+        config.world_size,
+        servers=len(config.endpoints),
+        consistency=config.consistency,
+        groups=grouping.groups,
+        members=[grouping.number(name) for name, _ in specs],
+    )
 
 
 def warn_of_schedule(config: WorkerConfig, made: Recipe, lr: object) -> None:

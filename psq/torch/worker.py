@@ -37,11 +37,10 @@ from psq import kernels
 from psq.config import DEFAULT_LR
 from psq.errors import UsageError
 from psq.parts import load_rule
-from psq.plan import Plan
 from psq.recipe import AdamConfig, Recipe
 from psq.timeline import Timeline, check_writable
 from psq.torch.asked import Asked, check_weight
-from psq.torch.averaging import Averaging, check_averaging
+from psq.torch.averaging import make_averaging
 from psq.torch.exchange import Exchange
 from psq.torch.groups import Group, group_up
 from psq.torch.optimizer import Optimizer
@@ -50,7 +49,7 @@ from psq.torch.parameters import ParameterTable
 from psq.torch.rates import LearningRate, Rates, rate_groups
 from psq.torch.recording import write_recording
 from psq.torch.report import StepReport
-from psq.torch.settings import config_of, recipe_of, settle_codecs, warn_of_schedule
+from psq.torch.settings import config_of, plan_of, recipe_of, settle_codecs, warn_of_schedule
 from psq.torch.steps import Steps
 
 __all__ = ["LearningRate", "Observer", "Worker", "close_workers", "observers"]
@@ -191,21 +190,11 @@ class Worker:
         self._table = ParameterTable(model, grouping, apart=_is_apart(made))
         made, self.choice = settle_codecs(config, self._table.specs, made, recipe)
         warn_of_schedule(config, made, lr)
-        self.plan = Plan.of(
-            self._table.specs,
-            made,
-            config.world_size,
-            servers=len(config.endpoints),
-            consistency=config.consistency,
-            groups=grouping.groups,
-            members=[grouping.number(name) for name, _ in self._table.specs],
+        self.plan = plan_of(config, self._table.specs, made, grouping)
+        self._averaging = make_averaging(
+            self.plan, optimizer, self._table.parameters, gives_rate=lr is not None
         )
-        check_averaging(self.plan, optimizer, gives_rate=lr is not None)
         self._table.bind(self.plan.layout)
-        self._averaging: Averaging | None = None
-        if optimizer is not None:
-            names = [name for name, _ in self._table.specs]
-            self._averaging = Averaging(optimizer, names, self._table.parameters)
         self._rates = Rates(
             lr if callable(lr) else (config.lr or DEFAULT_LR),
             rate_groups(self.plan, self._table),

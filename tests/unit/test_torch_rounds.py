@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import psq.torch
+from psq import layout
 from psq.errors import UsageError
 from psq.presets import preset
 
@@ -39,7 +40,7 @@ def together(serve, workers: int, work, **options) -> list:
         mine = {k: v[rank] if isinstance(v, list) else v for k, v in options.items()}
         mine = {"lr": LR, "recipe": "fp32", "give_up_after_s": 20.0, **mine}
         settings = {"rank": rank, "world_size": workers, **mine}
-        with psq.torch.Worker(model, connect=endpoint, **settings) as worker:
+        with psq.torch.Worker(model, **{"connect": endpoint, **settings}) as worker:
             return work(rank, model, worker)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -82,6 +83,42 @@ def test_who_sits_out_does_not_count_in_the_mean(serve):
 
     both, [one] = together(serve, 2, work), together(serve, 1, alone)
     assert both[0].tobytes() == both[1].tobytes() == one.tobytes()
+
+
+@pytest.mark.parametrize("consistency", ["ssp:2", "asp", "bsp,quorum=1"])
+def test_a_round_can_be_sat_out_where_workers_are_apart_too(serve, consistency):
+    def work(rank, model, worker):
+        for step in range(6):
+            if (step + rank) % 2:
+                assert worker.sit_out().reason
+            else:
+                loss_of(model, (step, rank)).backward()
+                worker.step()
+        return np.isfinite(values(model)).all()
+
+    assert all(together(serve, 2, work, recipe="server-adam", consistency=consistency))
+
+
+def test_a_round_is_sat_out_at_every_server(serve, monkeypatch):
+    monkeypatch.setattr(layout, "SPLIT_NUMEL", 8)
+    monkeypatch.setattr(layout, "MAX_SHARD_NUMEL", 16)
+    servers = [serve().endpoint for _ in range(2)]
+
+    def work(rank, model, worker):
+        assert worker.plan.servers == 2
+        seen = []
+        for step in range(4):
+            if rank == step % 2:
+                assert worker.sit_out().version == step + 1
+            else:
+                loss_of(model, (step, rank)).backward()
+                assert worker.step().applied
+            seen.append(values(model).tobytes())
+        return seen
+
+    first, second = together(serve, 2, work, recipe="server-adam", connect=[servers, servers])
+    assert first == second
+    assert len(set(first)) == 4
 
 
 def test_who_sits_out_keeps_residual_and_moments_and_loses_old_gradients(join):
