@@ -19,10 +19,16 @@ from psq.clock import parse_consistency
 from psq.codec import Codec, get_codec
 from psq.errors import ConfigError, LocalError, RemotePlanError, RemoteWireError
 from psq.groups import DEFAULT_GROUP, Group, check_groups, group_from_plain
-from psq.kernels import Family
 from psq.layout import Layout, PayloadSize, Shard, cut
-from psq.recipe import Aggregate, Apply, Recipe
-from psq.rules import make_aggregate, make_apply, make_direction
+from psq.plan_checks import (
+    check_codecs,
+    check_rules,
+    check_stale,
+    check_whole,
+    downlink_codecs,
+    uplink_codecs,
+)
+from psq.recipe import Recipe
 from psq_proto.frames import digest64
 from psq_proto.messages import MAX_PAYLOAD_BYTES, PLAN_LIMITS
 from psq_proto.packing import pack, unpack
@@ -39,7 +45,6 @@ _KEYS: Final = (
     *("format", "world_size", "servers", "server", "consistency"),
     *("recipe", "groups", "tensors"),
 )
-_ONE_VALUE: Final = cut([("value", (1,))], [lambda numel: numel])
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,12 @@ class Plan:
         check_groups(self.groups, members, len(self.tensors))
         object.__setattr__(self, "members", members)
         for group in self.groups:
-            _check_codecs(self.recipe, group)
+            check_codecs(self.recipe, group)
         if consistency.max_staleness != 0:
-            _check_stale(self)
-        _check_whole(self)
+            check_stale(self.recipe, self.consistency)
+        check_whole(self.recipe, self.groups, self.servers)
         _check_replicas(self)
-        _check_rules(self)
+        check_rules(self.recipe, self.world_size)
 
     @classmethod
     def of(  # noqa: PLR0913 - all that the processes of a job agree on
@@ -253,8 +258,8 @@ class Plan:
     @cached_property
     def _codecs(self) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
         """Of each group: specs up, and specs down."""
-        ups = tuple(_uplink_codecs(self.recipe, group) for group in self.groups)
-        return ups, tuple(_downlink_codecs(self.recipe, group) for group in self.groups)
+        ups = tuple(uplink_codecs(self.recipe, group) for group in self.groups)
+        return ups, tuple(downlink_codecs(self.recipe, group) for group in self.groups)
 
     @cached_property
     def _all_pushed(self) -> bool:
@@ -375,14 +380,6 @@ def _difference_of_groups(job: Plan, other: Plan) -> str:
     return ""
 
 
-def _uplink_codecs(recipe: Recipe, group: Group) -> tuple[str, ...]:
-    return recipe.uplink.choice.codecs(group.uplink or recipe.uplink.codec)
-
-
-def _downlink_codecs(recipe: Recipe, group: Group) -> tuple[str, ...]:
-    return recipe.downlink.choice.codecs(group.downlink or recipe.downlink.codec)
-
-
 def _check_replicas(plan: Plan) -> None:
     """Groups of equal workers, and one server that knows who has spoken for whom."""
     if plan.replicas == 1:
@@ -401,68 +398,6 @@ def _check_replicas(plan: Plan) -> None:
     if fault:
         msg = f"recipe {plan.recipe.name!r} with aggregate coded:replicas={plan.replicas}: {fault}"
         raise ConfigError(msg)
-
-
-def _check_codecs(recipe: Recipe, group: Group) -> None:
-    """That all of a group's messages can be written."""
-    family = recipe.aggregate.part.family
-    for spec in _uplink_codecs(recipe, group):
-        if get_codec(spec).name != family and family and group.pushed:
-            msg = (
-                f"aggregate={recipe.aggregate.kind} reads {family} only, the uplink may be in "
-                f"{spec}: choose a codec of the family {family}"
-            )
-            raise ConfigError(msg)
-    for spec in _downlink_codecs(recipe, group):
-        downlink = get_codec(spec)
-        if recipe.downlink.kind == "weights" and downlink.format.family == Family.TOPK:
-            msg = (
-                f"downlink weights:{downlink.spec} would make all but a few weights zero: "
-                f"send changes by it, delta:{downlink.spec}"
-            )
-            raise ConfigError(msg)
-
-
-def _check_stale(plan: Plan) -> None:
-    """That nothing in the recipe needs every push to be of the round that counts it."""
-    recipe = plan.recipe
-    if recipe.uplink.every > 1:
-        msg = (
-            f"every={recipe.uplink.every} needs bsp, got {plan.consistency}: a late push "
-            "would be of shards that its round does not move"
-        )
-        raise ConfigError(msg)
-    if recipe.apply.part.in_step:
-        msg = (
-            f"apply={recipe.apply.kind} needs bsp, got {plan.consistency}: a late push would be in "
-            "another unit than the round it counts in"
-        )
-        raise ConfigError(msg)
-
-
-def _check_whole(plan: Plan) -> None:
-    """That who needs whole rounds, or moves tensors by itself, sees all of them in each round."""
-    recipe = plan.recipe
-    parts: dict[str, Aggregate | Apply] = {"aggregate": recipe.aggregate, "apply": recipe.apply}
-    who = [f"{slot}={each.kind}" for slot, each in parts.items() if each.part.whole]
-    who += [f"group {group.name!r} that is not pushed" for group in plan.groups if not group.pushed]
-    if who and plan.servers > 1:
-        msg = f"{who[0]} needs the whole model on one server, got {plan.servers} servers"
-        raise ConfigError(msg)
-    if who and recipe.uplink.every > 1:
-        msg = f"{who[0]} needs every shard in every round, got every={recipe.uplink.every}"
-        raise ConfigError(msg)
-
-
-def _check_rules(plan: Plan) -> None:
-    """That every part can run in this job: its arithmetic is made once, for a model of one value.
-
-    A server that found out later would have to end the job.
-    """
-    recipe, workers = plan.recipe, plan.world_size
-    make_direction(recipe, layout=_ONE_VALUE, world_size=workers, rank=0, seed=0)
-    make_aggregate(recipe, layout=_ONE_VALUE, world_size=workers)
-    make_apply(recipe, layout=_ONE_VALUE, world_size=workers)
 
 
 def _unpack(body: bytes | memoryview) -> Any:
@@ -538,8 +473,8 @@ def _cut(plan: Plan) -> Layout:
 
 def _sizes(recipe: Recipe, group: Group) -> tuple[PayloadSize, ...]:
     """Payload bytes each way of a group's segment: of its longest codec, since any may be used."""
-    ups = _uplink_codecs(recipe, group) if group.pushed else ()
-    ways = [[get_codec(spec) for spec in way] for way in (ups, _downlink_codecs(recipe, group))]
+    ups = uplink_codecs(recipe, group) if group.pushed else ()
+    ways = [[get_codec(spec) for spec in way] for way in (ups, downlink_codecs(recipe, group))]
     return tuple(_longest(way) for way in ways if way)
 
 

@@ -43,7 +43,7 @@ MAX_FILE_BYTES: Final = 1 << 20
 # PSQ_* variables that are no setting of a process: kernels and data are found by modules of their
 # own.
 OTHER_VARIABLES: Final = {
-    CONFIG_ENV: "TOML file with [server], [worker], [launch], [demo], [advise] and [simulate] tables",
+    CONFIG_ENV: "TOML file with tables: server, worker, launch, demo, advise, simulate",
     "PSQ_KERNEL": "kernel level to use: reference, v2, v3, v4 or neon",
     "PSQ_PARENT_FD": "set by psq launch for the processes it starts",
 }
