@@ -16,7 +16,7 @@ from psq.parts import load_rule
 from psq.presets import PRESETS, preset
 from psq_worker.simulate import Crash, Faults, Network, SimConfig, simulate
 from psq_worker.simulate.attacks import Attack
-from psq_worker.simulate.cluster import dense_step_s
+from psq_worker.simulate.cluster import dense_usage
 from psq_worker.simulate.data import Dirichlet, takes_part
 from psq_worker.simulate.faults import speeds_of
 
@@ -140,7 +140,15 @@ def test_messages_of_fewer_bits_take_less_virtual_time_and_dense_ones_are_timed_
     slow = config(network=Network(1e5), recipe="qadam-1bit", steps=6)
     result = simulate(slow)
     assert result.bits_up < 32
-    assert 6 * dense_step_s(slow) > 1.5 * result.usage.virtual_s
+    assert 6 * dense_usage(slow).virtual_s > 1.5 * result.usage.virtual_s
+
+
+def test_dense_fp32_beside_sends_for_those_that_take_part():
+    half = config(participation=0.5, steps=12)
+    usage = dense_usage(half)
+    numel = simulate(half).numel
+    assert usage.up_bytes == pytest.approx(4 * numel / 2, rel=0.4)  # and headers
+    assert usage.down_bytes == pytest.approx(4 * numel, rel=0.4)
 
 
 def test_under_bsp_all_wait_for_the_straggler_and_under_asp_nobody_does():

@@ -42,7 +42,7 @@ def averaging_of(plan: Plan, table: Table, lr: float) -> Averaging | None:
         return None
     flat, tensors = torch.from_numpy(table.whole), plan.layout.tensors
     own = [nn.Parameter(flat[t.offset : t.offset + t.numel].view(t.shape)) for t in tensors]
-    return Averaging(torch.optim.Adam(own, lr=lr), [tensor.name for tensor in tensors], own)
+    return Averaging(plan, torch.optim.Adam(own, lr=lr), own)
 
 
 def is_apart(recipe: Recipe) -> bool:

@@ -38,11 +38,11 @@ from psq_worker.simulate.trace import Point, Score, Trace, Usage
 from psq_worker.simulate.worker import VirtualWorker
 from psq_worker.tasks import Batch, Task, check_model, get_task
 
-__all__ = ["SimResult", "dense_step_s", "simulate"]
+__all__ = ["SimResult", "dense_usage", "simulate"]
 
 DENSE_STEPS: Final = 3
 """So many steps of dense fp32 tell what one takes: they are all alike, but for chance."""
-MAX_DENSE_STEPS: Final = 50
+MAX_DENSE_STEPS: Final = 12
 """So many where chance has a say."""
 
 
@@ -68,16 +68,17 @@ def simulate(
     return simulation.run(on_point, on_score)
 
 
-def dense_step_s(config: SimConfig) -> float:
-    """Virtual seconds of a step of the same job in dense fp32 both ways: nothing is learnt."""
-    random_ = config.faults.pause_chance or config.network.loss
-    steps = min(config.steps or MAX_DENSE_STEPS, MAX_DENSE_STEPS if random_ else DENSE_STEPS)
+def dense_usage(config: SimConfig) -> Usage:
+    """A step of the same job in dense fp32 both ways, on average: nothing is learnt."""
+    chance = config.faults.pause_chance or config.network.loss or config.participation < 1.0
+    steps = min(config.steps or MAX_DENSE_STEPS, MAX_DENSE_STEPS if chance else DENSE_STEPS)
     faults = dataclasses.replace(config.faults, crashes=())
     dense = dataclasses.replace(
         config, recipe="fp32", steps=steps, faults=faults, attack=None, residual="f32"
     )
     task = get_task(dense.task) if isinstance(dense.task, str) else dense.task
-    return _Simulation(dense, task, learns=False).run(None, None).usage.virtual_s / steps
+    usage = _Simulation(dense, task, learns=False).run(None, None).usage
+    return Usage(*(total / steps for total in usage))
 
 
 class _Simulation:

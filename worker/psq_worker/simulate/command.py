@@ -20,7 +20,7 @@ from psq.config import SimulateConfig, WorkerConfig
 from psq.errors import StateError
 from psq_worker.board import metric_words
 from psq_worker.display import format_score
-from psq_worker.simulate.cluster import SimResult, dense_step_s, simulate
+from psq_worker.simulate.cluster import SimResult, dense_usage, simulate
 from psq_worker.simulate.config import SimConfig
 from psq_worker.simulate.report import (
     draw,
@@ -32,7 +32,7 @@ from psq_worker.simulate.report import (
     summary_table,
 )
 from psq_worker.simulate.settings import config_of
-from psq_worker.simulate.trace import Point, Score
+from psq_worker.simulate.trace import Point, Score, Usage
 from psq_worker.tasks import get_task
 
 __all__ = ["run_simulate"]
@@ -57,18 +57,18 @@ def run_simulate(told: WorkerConfig, wanted: SimulateConfig) -> None:
     with _quiet_log(), _lines(wanted.save_report) as lines, _Progress(console) as progress:
         _write(lines, opening(config, task.name))
         result = _run(config, progress, lines)
-        dense_s = None
+        dense = None
         if not wanted.alone:
             progress.say("dense fp32 on the same network")
-            dense_s = dense_step_s(config)
-        plain = result_plain(result, dense_s)
+            dense = dense_usage(config)
+        plain = result_plain(result, dense)
         _write(lines, plain)
     if wanted.json:
         click.echo(json.dumps(plain, indent=2))
     else:
         Console().print(summary_table(plain))
     if wanted.picture is not None:
-        _draw(Path(wanted.picture), result, dense_s)
+        _draw(Path(wanted.picture), result, dense)
 
 
 def _run(config: SimConfig, progress: _Progress, lines: IO[str] | None) -> SimResult:
@@ -161,9 +161,9 @@ def _write(lines: IO[str] | None, plain: dict[str, Any]) -> None:
         lines.flush()
 
 
-def _draw(path: Path, result: SimResult, dense_s: float | None) -> None:
+def _draw(path: Path, result: SimResult, dense: Usage | None) -> None:
     try:
-        draw(path, result, dense_s)
+        draw(path, result, dense)
     except ImportError:
         words = "matplotlib is not installed (the extra psq-train[plot] brings it)"
         click.echo(f"picture: not drawn, {words}", err=True)

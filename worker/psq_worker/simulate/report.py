@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,12 +22,12 @@ from rich.table import Table
 from rich.text import Text
 
 from psq import __version__
-from psq_worker.board import FP32_BITS, metric_words
+from psq_worker.board import metric_words
 from psq_worker.display import format_bytes, format_ms, format_score
 from psq_worker.picture import BLUE, GREY, ORANGE, STYLE
 from psq_worker.simulate.cluster import SimResult
 from psq_worker.simulate.config import SimConfig
-from psq_worker.simulate.trace import Point, Score
+from psq_worker.simulate.trace import Point, Score, Usage
 
 __all__ = [
     "draw",
@@ -40,7 +40,6 @@ __all__ = [
     "summary_table",
 ]
 
-FLOAT_BYTES: Final = 4
 SMOOTH: Final = 60  # a loss is drawn as the mean of so many equal parts of the run
 
 
@@ -76,7 +75,7 @@ def score_line(score: Score) -> dict[str, Any]:
     )
 
 
-def result_plain(result: SimResult, dense_step_s: float | None) -> dict[str, Any]:
+def result_plain(result: SimResult, dense: Usage | None) -> dict[str, Any]:
     """The end of a job in numbers; of dense fp32 beside it, what the network alone makes of it."""
     steps = result.points[-1].step if result.points else 0
     plain = {
@@ -100,7 +99,7 @@ def result_plain(result: SimResult, dense_step_s: float | None) -> dict[str, Any
         "lost_frames": result.lost_frames,
         "resets": result.resets,
         "wall_s": result.wall_s,
-        "dense_virtual_s_per_step": dense_step_s,
+        "dense_per_step": None if dense is None else dense._asdict(),
     }
     return _line(plain)
 
@@ -114,34 +113,40 @@ def late_loss(points: Sequence[Point]) -> float:
 
 def summary_table(plain: dict[str, Any]) -> RenderableType:
     """The end of a job beside dense fp32 on the same network."""
-    dense_s = plain["dense_virtual_s_per_step"]
-    steps, dense_bytes = plain["steps"], FLOAT_BYTES * plain["numel"] * plain["steps"]
+    steps, dense = plain["steps"], plain["dense_per_step"]
     rows = [
         (metric_words(plain["metric"]), _score(plain), "-"),
         ("training loss, last tenth", _digits(plain["loss"]), "-"),
-        ("virtual time", _seconds(plain["virtual_s"]), _seconds(dense_s, steps)),
-        ("virtual time of a step", format_ms(plain["virtual_s_per_step"]), format_ms(dense_s)),
-        ("bits per parameter, up", f"{plain['bits_up']:.2f}", f"{FP32_BITS}.00"),
-        ("bits per parameter, down", f"{plain['bits_down']:.2f}", f"{FP32_BITS}.00"),
-        ("sent per worker", format_bytes(plain["up_bytes"]), format_bytes(dense_bytes)),
-        ("received per worker", format_bytes(plain["down_bytes"]), format_bytes(dense_bytes)),
+        ("virtual time", *_both(_seconds, plain, "virtual_s", steps)),
+        ("virtual time of a step", *_both(format_ms, plain, "virtual_s", 1, 1 / max(1, steps))),
+        ("bits per parameter, up", f"{plain['bits_up']:.2f}", "-"),
+        ("bits per parameter, down", f"{plain['bits_down']:.2f}", "-"),
+        ("sent per worker", *_both(format_bytes, plain, "up_bytes", steps)),
+        ("received per worker", *_both(format_bytes, plain, "down_bytes", steps)),
     ]
     counted = ("rejected", "skipped", "lost_frames", "resent_frames", "resets")
     rows += [(name.replace("_", " "), f"{plain[name]:,}", "-") for name in counted if plain[name]]
     rows.append(("computed in", f"{plain['wall_s']:.1f} s", "-"))
-    if dense_s is None:
-        rows = [(label, ours, "-") for label, ours, _ in rows]
     table = Table(header_style="bold")
     table.add_column("")
-    for name in ("simulated", "dense fp32, time only"):
-        table.add_column(name, justify="right")
+    table.add_column("simulated", justify="right")
+    if dense is not None:
+        table.add_column("dense fp32, not trained", justify="right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row if dense is not None else row[:2]))
     words = f"{plain['task']}: {plain['workers']} virtual workers, {plain['recipe']}"
     return Group(Text(f"{words}, {plain['steps']:,} steps", style="bold"), table)
 
 
-def draw(path: Path, result: SimResult, dense_step_s: float | None) -> None:
+def _both(
+    show: Callable[[float], str], plain: dict[str, Any], key: str, times: int, factor: float = 1.0
+) -> tuple[str, str]:
+    """A number of the job, and the same of dense fp32, of which one step is known."""
+    dense = plain["dense_per_step"]
+    return show(factor * plain[key]), "-" if dense is None else show(times * dense[key])
+
+
+def draw(path: Path, result: SimResult, dense: Usage | None) -> None:
     """Write loss and score as PNG: against steps, virtual time and bytes.
 
     Raises:
@@ -154,7 +159,7 @@ def draw(path: Path, result: SimResult, dense_step_s: float | None) -> None:
     smooth = _smooth(result.points)
     with rc_context(STYLE):
         figure = Figure(figsize=(13, 7.2), layout="constrained")
-        axes = figure.subplots(2, 3, sharey="row")
+        axes = figure.subplots(2, 3, sharey="row", sharex="col")
         words = f"{result.task}: {result.recipe.name} with {result.workers} virtual workers"
         figure.suptitle(words, fontsize=15, fontweight="bold", x=0.012, ha="left")
         for column, name in enumerate(("step", "virtual time, s", "sent by each worker, MB")):
@@ -166,8 +171,8 @@ def draw(path: Path, result: SimResult, dense_step_s: float | None) -> None:
             axes[1, column].set_xlabel(name)
         axes[0, 0].set_ylabel("training loss")
         axes[1, 0].set_ylabel(metric_words(result.metric))
-        if dense_step_s is not None and result.points:
-            _mark_dense(axes[:, 1], dense_step_s * result.points[-1].step)
+        if dense is not None and result.points:
+            _mark_dense(axes[:, 1], dense.virtual_s * result.points[-1].step)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=140)
 
@@ -178,10 +183,11 @@ def _mark_dense(axes: Any, end_s: float) -> None:
     axes[0].text(
         end_s,
         1.0,
-        " dense fp32 ends",
+        "dense fp32 ends ",
         color=GREY,
         transform=axes[0].get_xaxis_transform(),
         va="top",
+        ha="right",
     )
 
 
@@ -212,8 +218,8 @@ def _digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _seconds(value: float | None, times: int = 1) -> str:
-    return "-" if value is None else f"{value * times:,.2f} s"
+def _seconds(value: float) -> str:
+    return f"{value:,.2f} s"
 
 
 def _line(plain: dict[str, Any]) -> dict[str, Any]:
