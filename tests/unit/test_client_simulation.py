@@ -19,13 +19,21 @@ from psq.errors import FencedError
 from psq.feedback import Compressor
 from psq.plan import Plan
 from psq.presets import preset
+from psq.torch.decoder import Decoder
 from psq_proto.frames import Header, decode_frame, encode_frame
-from psq_proto.messages import Flags, Leave, MessageType
+from psq_proto.messages import Leave, MessageType
 from psq_server import state
 from psq_server.reduce import Reducer
 from psq_server.state.events import Action, Event
+from psq_server.weights import Weights
 
 ROUNDS = 4
+OPTIONS = {  # so that the few rounds are of both kinds
+    "shared-direction": [
+        f"{link}.choice.{o}" for link in ("uplink", "downlink") for o in ("first=1", "period=3")
+    ],
+    "onebit-adam": [f"{link}.choice.steps=2" for link in ("uplink", "downlink")],
+}
 SPECS = (("first", (3, 7)), ("second", (2 * 8192 + 5,)), ("third", (11,)))
 RUN_ID = b"r" * 16
 MAX_STEPS = 20_000
@@ -71,8 +79,7 @@ class Server:
     def __init__(self, wires: list[Wire]) -> None:
         self.state = state.ServerState(state.Settings(run_id=RUN_ID), 0.0)
         self.wires = wires
-        self.reducer: Reducer | None = None
-        self.plan: Plan | None = None
+        self.weights: Weights | None = None
         self.stopped = False
 
     def handle(self, event: Event, now_s: float) -> None:
@@ -90,19 +97,14 @@ class Server:
             case state.Broadcast(peers, _, frames, _):
                 self._send(peers, frames)
             case state.SendFull(peers, versions):
-                self._send(peers, self._full(versions))
+                for shard in versions:
+                    self._send(peers, self.weights.full(shard)[1])
             case state.Adopt(plan):
-                self.plan, self.reducer = plan, Reducer(plan)
+                self.weights = Weights(plan, RUN_ID, 1, is_busy=lambda _: True)
             case state.Initialize(shard, part, values):
                 self.reducer.init(shard, part, values)
-            case state.Reduce(round_, shard, said, rate):
-                body = self.reducer.reduce(shard, [one.payload for one in said], rate)
-                recipe = self.plan.recipe.downlink
-                flags = Flags.DELTA if recipe.kind == "delta" else Flags.FULL
-                codec = get_codec(recipe.codec).wire_id
-                frame = self._weights(
-                    body, shard=shard, version=round_ + 1, flags=flags, codec=codec
-                )
+            case state.Reduce(round_, shard):
+                frame = self.weights.reduce(action)
                 events.append(state.ShardReduced(round_, shard, frame, 0.001))
             case state.Stop():
                 self.stopped = True
@@ -112,26 +114,9 @@ class Server:
             if wire.peer in peers:
                 wire.down.extend(bytes(frame) for frame in frames)
 
-    def _full(self, versions: Mapping[int, int]) -> list[bytearray]:
-        whole = {shard: self.reducer.full(shard) for shard in versions}
-        return [
-            self._weights(
-                body,
-                shard=shard,
-                version=versions[shard],
-                flags=Flags.FULL,
-                codec=full.wire_id,
-                part=part,
-            )
-            for shard, full in whole.items()
-            for part, body in enumerate(full.parts)
-        ]
-
-    def _weights(self, body: np.ndarray, **fields) -> bytearray:
-        header = Header(
-            MessageType.WEIGHTS, run_id=RUN_ID, epoch=1, plan=self.plan.digest, **fields
-        )
-        return encode_frame(header, body.data)
+    @property
+    def reducer(self) -> Reducer:
+        return self.weights.reducer
 
 
 class Worker:
@@ -142,10 +127,10 @@ class Worker:
         self.x = np.full(plan.layout.numel, np.nan, np.float32)
         self.compressor = Compressor(plan, wire.rank)
         self.restored: list[int] = []
-        down = get_codec(plan.recipe.downlink.codec)
-        self.codecs = [ShardCodec(down, shard) for shard in plan.layout.shards]
+        self.decoder = Decoder(plan, self)
         self.done = self.pause = False
-        hooks = Hooks(self._initial, self._weights, self._restore, self._reset)
+        planes = self.decoder.planes
+        hooks = Hooks(self._initial, self._weights, self._restore, self._reset, planes)
         self.machine = Machine(
             plan,
             wire.rank,
@@ -177,8 +162,9 @@ class Worker:
                 self.compressor.absorb(shard.index, parts, 0.01)
                 continue
             payload = machine.frames.payload(shard.index)
-            self.compressor.compress(shard.index, parts, 0.01, payload)
-            machine.push(shard.index)
+            t, shared = self.plan.turns(shard.index, number + 1), self._shared(shard.index)
+            codec = self.compressor.compress(shard.index, parts, 0.01, payload, t=t, shared=shared)
+            machine.push(shard.index, codec)
 
     def flush(self, now_s: float, count: int) -> None:
         for _ in range(count):
@@ -192,21 +178,28 @@ class Worker:
         if self.wire.down:
             self.machine.receive(memoryview(self.wire.down.popleft()), now_s)
 
-    def _of(self, shard: int) -> np.ndarray:
+    def weights(self, shard: int) -> list[np.ndarray]:
+        """What the decoder writes, by segments."""
         cut = self.plan.layout.shards[shard]
-        return self.x[cut.offset : cut.offset + cut.numel]
+        flat = self.x[cut.offset : cut.offset + cut.numel]
+        return [flat[each.offset : each.offset + each.numel] for each in cut.segments]
+
+    def write_part(self, shard: int, part: int, values: np.ndarray) -> None:
+        assert part == 0, "shards are smaller than a part here"
+        cut = self.plan.layout.shards[shard]
+        self.x[cut.offset : cut.offset + cut.numel] = values
+
+    def _shared(self, shard: int) -> dict[str, np.ndarray]:
+        rule = self.decoder.rule
+        return {name: rule.of(name, shard) for name in self.decoder.shared}
 
     def _initial(self, shard: int) -> np.ndarray:
         return np.full(self.plan.layout.shards[shard].numel, 0.5, np.float32)
 
     def _weights(self, header: Header, body: memoryview) -> None:
-        out = self._of(header.shard)
-        if Flags.DELTA in header.flags:
-            self.codecs[header.shard].decode_add(body, out)
-        elif header.codec == get_codec("fp32").wire_id:
-            out[:] = np.frombuffer(body, "<f4")
-        else:
-            self.codecs[header.shard].decode(body, out)
+        factor = self.decoder.decode(header, body)
+        if factor is not None:
+            self.compressor.rescale(header.shard, factor)
 
     def _restore(self, shard: int) -> None:
         self.restored.append(shard)
@@ -219,7 +212,7 @@ class Worker:
 class World:
     def __init__(self, recipe: str, world_size: int, seed: int) -> None:
         name, _, every = recipe.partition("/")
-        made = preset(name).with_rhythm(every=int(every or 1))
+        made = preset(name).with_rhythm(every=int(every or 1)).with_options(*OPTIONS.get(name, ()))
         self.plan = Plan.of(SPECS, made, world_size)
         assert len(self.plan.layout.shards) > 2
         self.wires = [Wire(rank) for rank in range(world_size)]
@@ -270,7 +263,11 @@ class World:
 
 
 # With /N each shard is due in every Nth round.
-RECIPES = ("server-adam", "qadam", "qadam-1bit", "fp32", "server-adam/2", "qadam/3", "qadam-1bit/2")
+RECIPES = (
+    *("server-adam", "qadam", "qadam-1bit", "fp32", "server-adam/2", "qadam/3", "qadam-1bit/2"),
+    # Replicas that take the step themselves, with and without state; codecs that change.
+    *("sign-majority", "shared-direction", "onebit-adam", "dist-lion", "dq-sgd"),
+)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -278,7 +275,7 @@ def test_every_replica_holds_what_the_server_sent(recipe):
     world = World(recipe, 2, seed=1).run()
     first, second = (worker.x.tobytes() for worker in world.workers)
     assert first == second
-    if world.plan.recipe.downlink.kind == "delta" or recipe == "fp32":
+    if world.plan.recipe.downlink.kind != "weights" or recipe == "fp32":
         assert first == world.server.reducer.state_arrays()["x"].tobytes()
     assert not any(worker.machine.resent_frames for worker in world.workers)
 
@@ -317,9 +314,15 @@ def assert_same_end(before: World, after: World) -> None:
     assert after.server.state.counts.resets == 0
     for calm, disturbed in zip(before.workers, after.workers, strict=True):
         assert disturbed.x.tobytes() == calm.x.tobytes()
-        state_after = disturbed.compressor.state_arrays()
-        for name, array in calm.compressor.state_arrays().items():
-            assert state_after[name].tobytes() == array.tobytes(), name
+        for part in ("compressor", "decoder"):
+            state_after = arrays_of(disturbed, part)
+            for name, array in arrays_of(calm, part).items():
+                assert state_after[name].tobytes() == array.tobytes(), name
+
+
+def arrays_of(worker: Worker, part: str) -> Mapping[str, np.ndarray]:
+    """Residual and moments, or what all replicas have alike."""
+    return worker.compressor.state_arrays() if part == "compressor" else worker.decoder.shared
 
 
 def test_lost_shards_are_sent_again_and_only_those():
