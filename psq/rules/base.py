@@ -362,6 +362,8 @@ class ApplyRule(_Rule):
     Attributes:
         state_names: its vectors, f32[layout.numel] each.
         whole: it takes whole rounds, by tensor: `step_whole` instead of `write`.
+        units: the state vector, if there is one, whose values residuals are in units of: who is
+            given it whole, having missed some rounds, rescales its residual by old / new.
         counts_absent: a rank that says nothing has said zero: the aggregate comes multiplied by
             contributors / world_size.
 
@@ -375,6 +377,7 @@ class ApplyRule(_Rule):
     """
 
     whole: ClassVar[bool] = False
+    units: ClassVar[str] = ""
     counts_absent: ClassVar[bool] = False
 
     def __init__(  # noqa: PLR0913 - all that an apply may depend on

@@ -154,6 +154,7 @@ class Shared(_Marked):
     """Everyone's direction, in units of sqrt(v) that change now and then."""
 
     state_names: ClassVar[tuple[str, ...]] = ("v", "s", "d")
+    units: ClassVar[str] = "s"
 
     def __init__(self, options: RuleOptions, **given: Any) -> None:
         super().__init__(options, **given)

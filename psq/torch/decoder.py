@@ -114,24 +114,30 @@ class Decoder:
             return None
         self._check_has_weights(header)
         if header.codec == self._dense.wire_id:
-            self._write_part(shard, header.part, body)
-        else:
-            codec = self._codecs[shard][header.codec]
-            codec.check(body)
-            codec.decode_segments(body, self._replica.weights(shard))
+            return self._write_part(shard, header.part, body)
+        codec = self._codecs[shard][header.codec]
+        codec.check(body)
+        codec.decode_segments(body, self._replica.weights(shard))
         return None
 
-    def _write_part(self, shard: int, number: int, body: memoryview) -> None:
+    def _write_part(self, shard: int, number: int, body: memoryview) -> Floats | None:
         """Dense values: of the weights, or of a plane of the rule's state."""
         self._dense.check(body, body.nbytes // 4)
         values = np.frombuffer(body, "<f4").astype(np.float32, copy=False)
         plane, part = divmod(number, part_count(self._shards[shard].numel))
         if plane == 0:
             self._replica.write_part(shard, part, values)
-        else:
-            assert self.rule is not None  # noqa: S101 - else there is one plane
-            state = self.rule.of(list(self.shared)[plane - 1], shard)
-            state[part * PART_NUMEL :][: values.size] = values
+            return None
+        assert self.rule is not None  # noqa: S101 - else there is one plane
+        name = list(self.shared)[plane - 1]
+        state = self.rule.of(name, shard)
+        start = part * PART_NUMEL
+        target, factor = state[start : start + values.size], None
+        if name == self.rule.units:  # rounds were missed that a residual has to follow
+            factor = np.ones(state.size, np.float32)
+            np.divide(target, values, out=factor[start : start + values.size], where=target > 0.0)
+        target[:] = values
+        return factor
 
     def _step(self, header: Header, body: memoryview) -> Floats | None:
         """A mean came: take the step that every replica takes."""

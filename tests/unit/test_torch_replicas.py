@@ -223,6 +223,22 @@ def test_planes_are_the_rules_vectors_in_its_order():
         assert (decoder.shared[name] == plane).all()
 
 
+def test_who_is_given_new_units_whole_rescales_what_waits_and_a_newcomer_does_not():
+    decoder, _ = a_decoder("shared-direction")
+    plane = 1 + [*decoder.shared].index("s")
+    numel = decoder._shards[0].numel
+
+    def give(units: np.ndarray) -> np.ndarray:
+        header = Header(
+            MessageType.WEIGHTS, flags=Flags.FULL, codec=get_codec("fp32").wire_id, part=plane
+        )
+        return decoder.decode(header, memoryview(units.astype("<f4").tobytes()))
+
+    first, second = np.linspace(1.0, 2.0, numel), np.linspace(4.0, 0.5, numel)
+    assert (give(first) == 1.0).all()
+    np.testing.assert_allclose(give(second), first / second, rtol=1e-6)
+
+
 def test_with_an_optimizer_of_the_users_own_whole_weights_come_too_late():
     means = []
     decoder, _ = a_decoder("average", lambda shard, mean: means.append((shard.index, mean)))
