@@ -79,14 +79,14 @@ class Compressor:
             self._rule = make_direction(
                 recipe,
                 layout=layout,
-                world_size=plan.world_size,
+                world_size=plan.data_world_size,
                 rank=rank,
                 seed=seed,
                 choice=choice,
             )
             self._state |= self._rule.state_arrays()
         elif recipe.direction.adam is not None:
-            self._adams, moments = per_shard(recipe.direction.adam, layout, plan.world_size)
+            self._adams, moments = per_shard(recipe.direction.adam, layout, plan.data_world_size)
             self._state |= moments
         self._scratch = np.empty(self._scratch_numel(), np.float32)
 

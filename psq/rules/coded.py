@@ -17,8 +17,11 @@ from psq.rules.base import AggregateRule
 
 __all__ = ["MAX_LAG", "Coded"]
 
-MAX_LAG: Final = 8
-"""How many rounds a replica may be behind its group and still keep in step with it."""
+MAX_LAG: Final = 16
+"""How many rounds a replica may be behind its group and still keep in step with it.
+
+So many answers may wait for it, on the server and on its own side, each a round's weights.
+"""
 
 
 class Coded(AggregateRule):

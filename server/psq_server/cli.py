@@ -175,8 +175,11 @@ def _check_place(config: ServerConfig) -> None:
             "workers, as in --children 0,1,2"
         )
         raise ConfigError(msg)
-    if config.save is not None:
+    if config.save:
         msg = "save: an aggregator has no weights: give --save to the server without --parent"
+        raise ConfigError(msg)
+    if config.timeline_filename:
+        msg = "timeline_filename: an aggregator records none: give it to the server and the workers"
         raise ConfigError(msg)
 
 
@@ -272,6 +275,7 @@ def _summary(loop: Loop, state: ServerState, ending: Ending, total_s: float) -> 
         "joins": counts.joins,
         "resets": counts.resets,
         "fenced": counts.fenced,
+        "cold": counts.cold,
         "refused": dict(counts.refused),
         "dropped_frames": loop.dropped_frames,
         "kernel": kernels.level(),

@@ -76,8 +76,8 @@ def train_worker(given: argparse.Namespace) -> tuple[nn.Module, dict]:
             if given.gate and step == given.gate_step:
                 print("gate")
                 Path(given.gate).read_bytes()
-            x, y = batch(step, given.seed, given.batch * worker.world_size)
-            mine = slice(worker.rank * given.batch, (worker.rank + 1) * given.batch)
+            x, y = batch(step, given.seed, given.batch * worker.data_world_size)
+            mine = slice(worker.data_rank * given.batch, (worker.data_rank + 1) * given.batch)
             loss = nn.functional.mse_loss(model(x[mine]), y[mine])
             loss.backward()
             if given.lie is not None:

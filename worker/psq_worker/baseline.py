@@ -85,6 +85,8 @@ class PlainAdam:
 
     rank: Final = 0
     world_size: Final = 1
+    data_rank: Final = 0
+    data_world_size: Final = 1
 
     def __init__(self, model: nn.Module, job: Job, adam: AdamConfig | None = None) -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

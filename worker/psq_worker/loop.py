@@ -37,6 +37,16 @@ class Stepper(Protocol):
         """How many workers the job has."""
         ...
 
+    @property
+    def data_rank(self) -> int:
+        """Whose data this worker is to train on."""
+        ...
+
+    @property
+    def data_world_size(self) -> int:
+        """How many workers have data of their own."""
+        ...
+
     def step(self, loss: float | None = None, samples: int = 0) -> StepReport:
         """Hands the gradients over, brings the new weights, clears the gradients."""
         ...
@@ -68,8 +78,8 @@ def train(
     check_model(task, model)
     torch.set_num_threads(job.threads)
     batches = task.batches(
-        rank=worker.rank,
-        world_size=worker.world_size,
+        rank=worker.data_rank,
+        world_size=worker.data_world_size,
         batch_size=job.batch_size,
         seed=job.seed,
         start_step=job.start_step,

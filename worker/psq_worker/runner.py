@@ -200,6 +200,8 @@ class _Watched:
         self._reporter = reporter
         self.rank: Final = stepper.rank
         self.world_size: Final = stepper.world_size
+        self.data_rank: Final = stepper.data_rank
+        self.data_world_size: Final = stepper.data_world_size
         self.replica: Final = stepper.replica
 
     def step(self, loss: float | None = None, samples: int = 0) -> psq.torch.StepReport:
