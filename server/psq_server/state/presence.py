@@ -288,7 +288,7 @@ def current_wait(world: World) -> Wait | None:
     size = world.world_size
     if size is None:
         return Wait("join", (), number, since_s)
-    there = [rank for rank, m in world.members.items() if not m.gone or m.finished]
+    there = {rank for rank, m in world.members.items() if not m.gone or m.finished}
     absent = tuple(rank for rank in world.ranks if rank not in there)
     if world.replicas is not None and world.version > 0:
         absent = ()  # what matters is whether anybody of a group is there
@@ -296,7 +296,7 @@ def current_wait(world: World) -> Wait | None:
         return Wait("join", absent, number, since_s)
     if not world.has_weights:
         return Wait("weights", (0,), number, since_s)
-    complete = world.round.complete
+    complete = frozenset(world.round.complete)
     owing = clock.members(world.ranks, world.finished, complete)
     owing = tuple(rank for rank in owing if rank not in complete)
     if world.replicas is not None:
