@@ -17,7 +17,7 @@ INSTALLED_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard psq/n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test lint types check build bench bars results clean distclean
+.PHONY: help install run test lint types check build bench bars results theory clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ bars: $(STAMP) ## measure every bar briefly: name, measured, target, holds (6 mi
 
 results: $(STAMP) ## train every recipe with several seeds and write docs/results.md (long)
 	$(BIN)/python bench/results.py
+
+theory: $(STAMP) ## show what theory says on small problems, write docs/theory.md's numbers and pictures (2 minutes)
+	@$(BIN)/python bench/theory.py $(THEORY)
 
 clean: ## remove what was built, drawn and cached; .venv stays
 	rm -rf build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,9 @@ from psq.presets import preset
 from psq.recipe import OneMinusPower
 from psq.theory import Release, gaussian_epsilon, rdp_epsilon
 from psq.torch.settings import warn_of_schedule
+from psq_worker import runner
 from psq_worker.cli import psq
+from psq_worker.job import Job
 
 
 @pytest.fixture
@@ -91,3 +94,34 @@ def test_a_worker_warns_once_of_a_schedule_that_does_not_fit(caplog):
     warn_of_schedule(WorkerConfig(rank=0, world_size=3), preset("server-adam"), None)
     warn_of_schedule(WorkerConfig(rank=0, world_size=3), recipe, lambda _: 0.1)
     assert not caplog.records
+
+
+class Joined:
+    """As much of a worker as is asked for what theory says."""
+
+    def __init__(self, recipe, rank=0):
+        self.plan = SimpleNamespace(recipe=recipe)
+        self.rank = rank
+
+
+def test_a_noisy_job_says_what_its_noise_hides_and_others_say_nothing(caplog):
+    noisy = preset("dp-sign").with_options(direction={"clip": 1.0, "sigma": 80.0})
+    with caplog.at_level(logging.INFO, "psq.worker"):
+        runner._say_theory(Joined(noisy, rank=3), Job(steps=100, batch_size=1, lr=0.1))
+        runner._say_theory(Joined(preset("ef-sgd")), Job(steps=100, batch_size=1, lr=0.1))
+    (said,) = caplog.records
+    assert said.levelname == "INFO"
+    epsilon = rdp_epsilon(Release(1.0, 80.0, 100), 1e-5)[0]
+    assert f"over 100 steps: epsilon {epsilon:.4g} at delta 1e-05" in said.message
+
+
+def test_a_task_is_warned_of_by_the_rate_and_the_steps_it_has(caplog):
+    recipe = preset("server-adam").with_adam(theta=0.9)
+    job = Job(steps=100, batch_size=1, lr=0.1, schedule="linear")
+    with caplog.at_level(logging.INFO, "psq.worker"):
+        for rank in (0, 1):
+            runner._say_theory(Joined(recipe, rank=rank), job)
+        runner._say_theory(Joined(preset("server-adam")), job)
+    (said,) = caplog.records
+    assert said.levelname == "WARNING"
+    assert "over 100 steps: sum stalls" in said.message
