@@ -163,6 +163,16 @@ def test_under_bsp_all_wait_for_the_straggler_and_under_asp_nobody_does():
     assert max(point.staleness for point in asp.points) > 3
 
 
+def test_a_coded_job_does_not_wait_for_a_straggler_whose_replica_has_spoken():
+    faults = Faults(stragglers=(0.25, 5.0))
+    coded = simulate(config(recipe="coded", faults=faults))
+    slow = speeds_of(faults, 4, 0).compute.index(5.0)
+    assert slow != 0
+    assert coded.scores[-1].usage.virtual_s < 0.5 * coded.usage.virtual_s  # rank 0 is long done
+    for point in coded.points[:3]:
+        assert point.losses[0] == point.losses[1] != point.losses[2]
+
+
 def test_staleness_stays_within_its_bound():
     result = simulate(config(faults=Faults(stragglers=(0.25, 6.0)), consistency="ssp:2"))
     assert max(point.staleness for point in result.points) == 2

@@ -89,11 +89,11 @@ def job_of(config: SimConfig, task: Task, recipe: Recipe) -> Job:
     return job.in_rounds(recipe.direction.local_steps)
 
 
-def samples_of(config: SimConfig, task: Task, job: Job) -> Samples:
-    """Who sees which samples."""
+def samples_of(config: SimConfig, task: Task, job: Job, plan: Plan) -> Samples:
+    """Who sees which samples: the ranks that have data of their own."""
     if config.non_iid is None:
-        return TaskSamples(task, job, config.workers)
-    return Dirichlet(task, job, config.workers, config.non_iid)
+        return TaskSamples(task, job, plan.data_world_size)
+    return Dirichlet(task, job, plan.data_world_size, config.non_iid)
 
 
 def gradients_of(

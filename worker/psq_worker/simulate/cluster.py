@@ -99,7 +99,7 @@ class _Simulation:
             servers=config.servers,
             consistency=config.consistency,
         )
-        self.samples = samples_of(config, task, self.job)
+        self.samples = samples_of(config, task, self.job, self.plan)
         self.gradients = gradients_of(config, task, self.model, self.plan, learns=learns)
         self.liars = Liars(self.gradients, self._busy, config.workers, self.job.seed)
         self._learns = learns
@@ -240,7 +240,7 @@ class _Simulation:
 
     def batches(self, rank: int, start_step: int) -> Iterator[Batch]:
         """This rank's samples from a step on."""
-        return self.samples.batches(rank, start_step)
+        return self.samples.batches(self.plan.data_rank(rank), start_step)
 
     def takes_part(self, rank: int, round_: int) -> bool:
         """Whether a rank says something in a round."""
