@@ -95,6 +95,7 @@ class Aggregator:
                 self._need().initialize(action)
             case Reduce():
                 self._need().reduce(action)
+                self._open()
             case SendFull():
                 self._need().whole.want(action.peers, action.versions)
                 self._open()
@@ -156,6 +157,7 @@ class Aggregator:
         while self._came:
             yield from self._forward(*self._came.popleft())
         yield from self._need().finish_round()
+        self._need().say()
         self._need().pull_whole()
         yield from self._wait(self.uplink.waits_for())
 

@@ -10,6 +10,7 @@ The initial weights that rank 0 sends are kept where the residual will be.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -59,6 +60,7 @@ class TreeRound:
         self._is_begun = False
         self._codecs: dict[int, ShardCodec] = {}
         self._parts: dict[int, list[bytearray]] = {}
+        self._unsaid: deque[Reduce] = deque()
         self._awaited: dict[int, int] = {}
         self._answers: list[ShardReduced] = []
         self._answered = 0
@@ -72,7 +74,23 @@ class TreeRound:
         self.sums.vector(action.shard)[start : start + values.size] = values
 
     def reduce(self, action: Reduce) -> None:
-        """Say a shard above: one message for all that was said of it, or that nothing was."""
+        """Say a shard above, as soon as the weights that the round starts from have come down."""
+        self._unsaid.append(action)
+        self.say()
+
+    def say(self) -> None:
+        """Say what can be said now; children may be quicker than the weights from above."""
+        while self._unsaid and self._may_say(self._unsaid[0].round):
+            self._say(self._unsaid.popleft())
+
+    def _may_say(self, number: int) -> bool:
+        if not self._uplink.is_open:
+            return False
+        machine = self._uplink.machine
+        return machine.round is not None or machine.replica.version == number
+
+    def _say(self, action: Reduce) -> None:
+        """One message for all that was said of a shard, or that nothing was."""
         machine, shard = self._uplink.machine, action.shard
         if not self._is_begun:
             self.sums.begin()

@@ -132,6 +132,21 @@ def test_the_roots_mean_is_the_mean_over_the_leaves(cluster, raw, plan):
     tree.leave()
 
 
+def test_leaves_may_push_before_the_weights_have_come_down(cluster, raw, plan_of):
+    """Rank 0 knows the weights that it gave, so it needs none to compute its first gradient."""
+    plan = plan_of(LEAVES, specs=[("w", (512,))], uplink="fp32", downlink="delta:fp32")
+    root = ScriptedRoot(raw.context)
+    aggregator = cluster.server("--parent", root.endpoint, "--children", "0,1")
+    leaves = [raw(aggregator.endpoint, plan, rank).join() for rank in (0, 1)]
+    leaves[0].init(whole(plan, 0)).push_all(whole(plan, 1), 0)
+    leaves[1].pull()
+    leaves[1].push_all(whole(plan, 2), 0)
+    root.start(plan)
+    said = np.frombuffer(bytes(root.wait_for(MessageType.PUSH).body), "<f4")
+    assert np.array_equal(said, (whole(plan, 1) + whole(plan, 2)) / 2)
+    root.socket.close()
+
+
 def test_leaves_that_say_nothing_are_not_counted_and_weights_are(cluster, raw, plan):
     """One leaf of two is silent, then a whole aggregator is; then one counts three times."""
     tree, reducer = Tree(cluster, raw, plan), reducer_of(plan)
