@@ -150,7 +150,9 @@ class WorkerConfig:
         cluster=("WORLD_SIZE", "SLURM_NTASKS"),
     )
     task: str = setting(
-        "fashion-mnist", "fashion-mnist, char-lm, or MODULE:ATTRIBUTE of your own", metavar="TASK"
+        "fashion-mnist",
+        "fashion-mnist, fashion-resnet, char-lm, or MODULE:ATTRIBUTE of your own",
+        metavar="TASK",
     )
     recipe: str = setting(
         DEFAULT_RECIPE,

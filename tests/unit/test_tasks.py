@@ -17,7 +17,7 @@ from psq_worker.tasks.char_lm import CONTEXT, CharLm
 from psq_worker.tasks.fashion_mnist import FashionMnist
 from psq_worker.tasks.make_data import gzip_bytes
 
-PARAMETERS = {"fashion-mnist": 1_227_274, "char-lm": 623_824}
+PARAMETERS = {"fashion-mnist": 1_227_274, "fashion-resnet": 174_778, "char-lm": 623_824}
 
 
 @pytest.fixture(scope="module", params=sorted(PARAMETERS))
@@ -263,7 +263,7 @@ def test_a_users_task_is_found_as_class_instance_or_function(user_module):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("cifar", "no task 'cifar': expected one of fashion-mnist, char-lm"),
+        ("cifar", "no task 'cifar': expected one of fashion-mnist, fashion-resnet, char-lm"),
         ("no_such_module_at_all:task", "no module 'no_such_module_at_all'"),
         ("users_errors:absent", "has no attribute 'absent'"),
         ("users_errors:NUMBER", "got int without name, metric, model"),

@@ -12,10 +12,11 @@ from psq.errors import ConfigError
 from psq_worker.tasks.base import Task
 from psq_worker.tasks.char_lm import CharLm
 from psq_worker.tasks.fashion_mnist import FashionMnist
+from psq_worker.tasks.fashion_resnet import FashionResNet
 
 __all__ = ["TASK_NAMES", "check_model", "get_task"]
 
-TASK_NAMES: Final = (FashionMnist.name, CharLm.name)
+TASK_NAMES: Final = (FashionMnist.name, FashionResNet.name, CharLm.name)
 _NEEDED: Final = ("name", "metric", "model", "loss", "batches", "evaluate")
 
 
@@ -23,12 +24,12 @@ def get_task(spec: str, *, data_dir: Path | None = None, subset: bool = False) -
     """Makes the task that `spec` names, its data loaded and checked.
 
     Args:
-        spec: "fashion-mnist", "char-lm", or "module:attribute", where the attribute is a task or
-            makes one when called without arguments (a class or a function).
-        data_dir: folder with the data of a task that can read other data than what psq ships:
-            fashion-mnist.
-        subset: use the shipped subset although the full set is there; fashion-mnist only, the
-            others have one set.
+        spec: "fashion-mnist", "fashion-resnet", "char-lm", or "module:attribute", where the
+            attribute is a task or makes one when called without arguments (a class or a function).
+        data_dir: folder with the data of a task that can read other data than what psq ships: the
+            two with Fashion-MNIST's images.
+        subset: use the shipped subset although the full set is there; for these two, the others
+            have one set.
 
     Raises:
         ConfigError: no such task, module or attribute; the attribute is no task; the data are
@@ -36,6 +37,8 @@ def get_task(spec: str, *, data_dir: Path | None = None, subset: bool = False) -
     """
     if spec == FashionMnist.name:
         return FashionMnist(data_dir, subset=subset)
+    if spec == FashionResNet.name:
+        return FashionResNet(data_dir, subset=subset)
     if data_dir is not None:
         msg = f"task {spec!r} reads no data folder, but {data_dir} was given: leave the folder out"
         raise ConfigError(msg)
