@@ -225,6 +225,22 @@ class Reducer:
         aggregate = self._aggregate.state_arrays()
         return self._state | {f"aggregate.{name}": array for name, array in aggregate.items()}
 
+    def counts(self) -> dict[int, tuple[int, int, float]]:
+        """Of each shard: its rounds, those that moved it, and the rate its residual is in, or 0.
+
+        With `state_arrays` it is the whole state, but for what an aggregate says it does not keep.
+        """
+        return {
+            shard: (self._rounds[shard], self._moves[shard], self._rates.get(shard, 0.0))
+            for shard in self._rounds
+        }
+
+    def resume(self, counts: Mapping[int, tuple[int, int, float]]) -> None:
+        """Take the counts of a saved state, whose arrays were copied into `state_arrays`."""
+        self._rounds = {shard: each[0] for shard, each in counts.items()}
+        self._moves = {shard: each[1] for shard, each in counts.items()}
+        self._rates = {shard: each[2] for shard, each in counts.items() if each[2]}
+
     # ---- how a shard moves
 
     def _rate(self, shard: int, lr: float | None) -> float:
