@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from psq.codec import get_codec
 from psq.errors import ConfigError
 from psq.layout import cut
 from psq_proto.frames import Header
@@ -84,10 +85,10 @@ def test_a_port_passes_one_frame_after_another():
     assert into.takes_in(1.0, 500) == 1.5
 
 
-def header(version: int, flags: Flags = Flags.DELTA) -> Header:
-    return Header(
-        MessageType.WEIGHTS, codec=1, run_id=b"r" * 16, flags=flags, version=version, shard=0
-    )
+def header(version: int, flags: Flags = Flags.DELTA, codec: int = 1, part: int = 0) -> Header:
+    """Of a WEIGHTS frame of shard 0."""
+    kind, run_id = MessageType.WEIGHTS, b"r" * 16
+    return Header(kind, codec=codec, run_id=run_id, flags=flags, version=version, part=part)
 
 
 def tables(count: int, *, shared: bool = True) -> list[Table]:
@@ -122,6 +123,18 @@ def test_a_version_goes_with_its_last_holder():
     move(second, 2)
     gc.collect()
     assert sorted(version for _, version in held) == [2]
+
+
+def test_weights_in_parts_are_shared_once_all_of_them_are_there(monkeypatch):
+    monkeypatch.setattr("psq_worker.simulate.table.part_count", lambda _: 2)
+    first, second = tables(2)
+    dense = get_codec("fp32").wire_id
+    for part in (0, 0, 1):
+        news = header(1, Flags.FULL, codec=dense, part=part)
+        assert first._replicas.get(0, 1) is None
+        first.take(news, lambda: first.write_part(0, 0, np.ones(16, np.float32)))
+    second.take(header(1, Flags.FULL, codec=dense), lambda: pytest.fail("it is there already"))
+    assert second.flat[0] is first.flat[0]
 
 
 def test_where_replicas_have_state_each_worker_decodes_for_itself():

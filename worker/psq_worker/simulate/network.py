@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -38,6 +38,8 @@ LOSABLE: Final = frozenset(
     }
 )
 BITS: Final = 8
+COPIES: Final = 64
+"""Frames of a server that are kept to be sent to others as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +242,7 @@ class ServerPort:
         self._peers: dict[bytes, WorkerPort] = {}
         self._connections = 0
         self._lent: Counter[int] = Counter()
-        self._last = (b"", b"")
+        self._copies: OrderedDict[bytes, bytes] = OrderedDict()
 
     def connect(self, port: WorkerPort) -> bytes:
         """A worker's process is there; returns the name of its connection."""
@@ -322,11 +324,14 @@ class ServerPort:
             del self._lent[name]
 
     def _copy(self, frame: Buffer) -> bytes:
-        """The frame as it is on the wire: one copy for all that it is sent to in a row."""
+        """The frame as it is on the wire: one copy, however many it is sent to."""
         header = bytes(memoryview(frame)[:HEADER_BYTES])  # its checksums name the bytes behind it
-        if self._last[0] != header:
-            self._last = (header, bytes(frame))
-        return self._last[1]
+        copy = self._copies.get(header)
+        if copy is None:
+            copy = self._copies[header] = bytes(frame)
+            if len(self._copies) > COPIES:
+                self._copies.popitem(last=False)
+        return copy
 
     def _take(self, peer: bytes, frame: bytes) -> None:
         if peer in self._peers:  # the connection takes what was on it along

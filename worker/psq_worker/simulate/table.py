@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psq import kernels
-from psq.layout import PART_NUMEL, Layout, Shard
+from psq.codec import get_codec
+from psq.layout import PART_NUMEL, Layout, Shard, part_count
 from psq_proto.frames import Header
 from psq_proto.messages import Flags
 
@@ -78,6 +79,8 @@ class Table:
         self.tensors: list[Floats] = []
         """f32[numel] by tensor: this step's gradients."""
         self._layout = layout
+        self._dense = get_codec("fp32").wire_id
+        self._parts: dict[int, tuple[int, set[int]]] = {}
         self._gradients: list[list[Floats]] = [[] for _ in self._shards]
 
     # ---- what the simulation does
@@ -111,9 +114,17 @@ class Table:
             self._replicas.put(shard, version, self.flat[shard])
 
     def _is_whole(self, header: Header) -> bool:
-        """Whether one frame has brought all of the shard."""
-        moved = bool(header.flags & (Flags.DELTA | Flags.MEAN))
-        return moved or self._shards[header.shard].numel <= PART_NUMEL
+        """Whether this frame was the last that all of the shard takes."""
+        shard, wanted = header.shard, part_count(self._shards[header.shard].numel)
+        if header.flags & (Flags.DELTA | Flags.MEAN) or header.codec != self._dense:
+            wanted = 1
+        version, parts = self._parts.pop(shard, (header.version, set()))
+        if version != header.version:
+            parts = set()
+        parts.add(header.part)
+        if len(parts) < wanted:
+            self._parts[shard] = (header.version, parts)
+        return len(parts) >= wanted
 
     def _bind(self, shard: int, values: Floats) -> None:
         self.flat[shard] = values
