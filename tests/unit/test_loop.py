@@ -66,6 +66,7 @@ class FakeWorker:
 
     def __init__(self, rank=0, world_size=1, skip=()):
         self.rank, self.world_size, self.skip, self.calls = rank, world_size, skip, []
+        self.data_rank, self.data_world_size = rank, world_size
 
     def replica(self):
         return nullcontext()
