@@ -18,13 +18,12 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
 import psq
 from psq import kernels
-from psq.client import Patience
 from psq.config import Given, ServerConfig, is_loopback, stray_variables
 from psq.config.options import EPILOG, options, run
 from psq.errors import ConfigError
@@ -41,8 +40,9 @@ from psq_server.page import Page
 from psq_server.saving import check_writable, free_bytes
 from psq_server.signals import Signals
 from psq_server.state import ServerState, Settings, parse_branches
-from psq_server.tree import Aggregator
-from psq_server.tree_uplink import Uplink
+
+if TYPE_CHECKING:
+    from psq_server.tree import Aggregator
 
 __all__ = ["main", "serve"]
 
@@ -185,6 +185,10 @@ def _check_place(config: ServerConfig) -> None:
 
 def _above(config: ServerConfig, state: ServerState, log: LineLog) -> Aggregator:
     """The server above, spoken to as the lowest rank of the leaves below."""
+    from psq.client import Patience  # noqa: PLC0415 - other servers need none of these
+    from psq_server.tree import Aggregator  # noqa: PLC0415 - as above
+    from psq_server.tree_uplink import Uplink  # noqa: PLC0415 - as above
+
     branches = state.settings.branches
     assert config.parent is not None  # noqa: S101 - the caller looked
     assert branches is not None  # noqa: S101 - the configuration was checked
