@@ -1,7 +1,7 @@
 """How fast a simulation computes, and what it takes: workers x parameters, a process for each cell.
 
     python bench/simulation.py                      the table of docs/simulate.md, some minutes
-    python bench/simulation.py --cell 100 10000 server-adam
+    python bench/simulation.py --cell 100 10000 server-adam --one-by-one
 
 Three layers are trained on random vectors, 16 a step: so small a job that most of what is seen is
 the workers' and the server's own work. Times are of this process's CPU, after the first steps.
@@ -74,7 +74,9 @@ class Layers:
         return {"loss": 0.0}
 
 
-def measure(workers: int, numel: int, recipe: str, steps: int) -> dict[str, Any]:
+def measure(
+    workers: int, numel: int, recipe: str, steps: int, *, one_by_one: bool
+) -> dict[str, Any]:
     """One cell, in this process."""
     marks: list[float] = []
 
@@ -90,6 +92,7 @@ def measure(workers: int, numel: int, recipe: str, steps: int) -> dict[str, Any]
         batch_size=BATCH,
         lr=1e-3,
         network=Network(1e9, latency_s=1e-3),
+        vectorised=False if one_by_one else None,
     )
     result = simulate(config, on_point=note)
     half = len(marks) // 2
@@ -111,10 +114,12 @@ def main() -> None:
     )
     parser.add_argument("--cell", nargs=3, metavar=("WORKERS", "PARAMETERS", "RECIPE"))
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--one-by-one", action="store_true", help="gradients, with --cell")
     options = parser.parse_args()
     if options.cell:
         workers, numel, recipe = options.cell
-        print(json.dumps(measure(int(workers), int(numel), recipe, options.steps)))
+        cell = (int(workers), int(numel), recipe, options.steps)
+        print(json.dumps(measure(*cell, one_by_one=options.one_by_one)))
         return
     for cell in CELLS:
         words = [sys.executable, __file__, "--steps", str(options.steps), "--cell"]
