@@ -325,7 +325,8 @@ class Compressor:
         if self._told[shard] and self._rule is not None:
             message = np.empty(self._shards[shard].numel, np.float32)
             self._payloads.decode(shard, payload, message)
-            self._rule.unsaid(shard, message)
+            if kernels.all_finite(message):  # else it was spoilt since: that is not what it said
+                self._rule.unsaid(shard, message)
             self._told[shard] = False
         return self._payloads.fold_back(shard, payload)
 

@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from psq.codec import ShardCodec, get_codec
-from psq.errors import RemotePayloadError
 from psq.feedback import Compressor
 from psq.layout import PART_NUMEL
-from psq.plan import Plan
 from psq.rules import make_apply
 from psq_server.reduce import Reducer
 from psq_server.state import Pushed
 
-__all__ = ["SECRET", "Cluster", "Worker", "cuts"]
+__all__ = ["SECRET", "Cluster", "Round", "Worker", "cuts", "decode"]
 
 SECRET = 77  # of dp-sign's noise, which is nobody's business outside a test
 
@@ -68,7 +66,7 @@ class Worker:
             self.apply = make_apply(plan.recipe, layout=plan.layout, world_size=plan.world_size)
         self.x = np.zeros(plan.layout.numel, np.float32)
         self.steps = 0
-        self.left_out = Counter()
+        self.left_out = Counter()  # by shard: steps whose gradient was not finite
 
     def of(self, array, shard):
         return array[shard.offset : shard.offset + shard.numel]
@@ -86,9 +84,12 @@ class Worker:
     def say(self, t, lr):
         """One round's messages, by shard; a shard whose gradient is not finite has none."""
         local, y = self.plan.recipe.direction.local_steps, self._start()
+        shards = self.plan.layout.shards
         for _ in range(local - 1):
             g = self._gradient(y)
-            for shard in self.plan.layout.shards:
+            spoilt = [s.index for s in shards if not self.compressor.finite(self.segments(g, s))]
+            self.left_out.update(spoilt)
+            for shard in () if spoilt else shards:
                 cut = self.segments(y, shard)
                 self.compressor.descend(shard.index, self.segments(g, shard), lr, cut)
         g = self._gradient(y)
@@ -120,25 +121,26 @@ class Worker:
     def _push(self, shard, t, lr, g, y):
         compressor, index = self.compressor, shard.index
         g = self.segments(g, shard)
+        is_local = self.plan.recipe.direction.local_steps > 1
         if compressor.reads_first and not compressor.finite(g):
-            self.left_out["before"] += 1
-            return None
+            self.left_out[index] += 1
+            if not is_local:
+                return None
+            g = None  # the steps before this one are still to be said
         payload = np.empty(compressor.nbytes(index), np.uint8)
-        if self.plan.recipe.direction.local_steps > 1:
-            ends, starts = self.segments(y, shard), self.segments(self.x, shard)
+        ends = self.segments(y, shard)
+        if is_local:
+            starts = self.segments(self.x, shard)
             number = compressor.compress_drift(
                 index, g, lr, payload, weights=ends, start=starts, t=t
             )
         else:
-            shared = {}
-            if self.apply is not None:
-                shared = {name: self.apply.of(name, index) for name in self.apply.state_arrays()}
-            number = compressor.compress(
-                index, g, lr, payload, weights=self.segments(y, shard), t=t, shared=shared
-            )
+            common = {} if self.apply is None else self.apply.state_arrays()
+            shared = {name: self.apply.of(name, index) for name in common}
+            number = compressor.compress(index, g, lr, payload, weights=ends, t=t, shared=shared)
         if not compressor.payload_finite(index, payload):
             compressor.restore(index, payload)
-            self.left_out["after"] += 1
+            self.left_out[index] += 1
             return None
         codec = compressor.codec(index, number)
         body = memoryview(payload)[: codec.nbytes]
@@ -263,9 +265,9 @@ class Cluster:
         )
         this.refused = {rank: one.refused for rank, one in judged.items() if one.refused}
         for rank in this.refused:
-            for shard in self.shards:
-                push = this.pushes[rank, shard.index]
-                assert self.workers[rank].compressor.restore(shard.index, push.payload)
+            for (sender, index), push in this.pushes.items():
+                if sender == rank:
+                    assert self.workers[rank].compressor.restore(index, push.payload)
         return {
             index: [
                 one._replace(weight=judged[one.rank].weight if one.rank in judged else one.weight)
@@ -291,15 +293,3 @@ class Cluster:
         self.wire.update(repr((way, self.version, *numbers)).encode())
         self.wire.update(memoryview(body))
         self.bytes[way] += len(body)
-
-
-def refuses(cluster, shard, payload):
-    """Whether the server refuses a payload in the usual codec."""
-    try:
-        cluster.server.check(shard.index, payload)
-    except RemotePayloadError:
-        return True
-    return False
-
-
-__all__ += ["Plan", "Round", "decode", "refuses"]

@@ -220,6 +220,7 @@ class VirtualWorker:
         self.made += 1
         if self._local_step < self._job.round_steps - 1:
             self.exchange.step_locally(asked)
+            self.skipped += bool(self.exchange.left_out)
             self._local_step += 1
             self._count(1, 0)
             self.begin()
