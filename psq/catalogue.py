@@ -83,6 +83,7 @@ DIRECTIONS: Final = (
         rule="psq.rules.memory:Ef21",
         summary="the gradient's difference to what was said of it so far",
         says="gradient",
+        remembers=True,
         needs=("apply=ef21",),
     ),
     Part(

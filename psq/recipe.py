@@ -98,6 +98,7 @@ class Recipe:
             _partner_fault(self),
             _downlink_fault(self),
             _rhythm_fault(self),
+            _feedback_fault(self),
             _adam_fault(self),
         ):
             if fault:
@@ -294,6 +295,16 @@ def _rhythm_fault(recipe: Recipe) -> str:
         )
     if every > 1 and recipe.apply.part.in_step:
         return f"apply={recipe.apply.kind} moves every shard in every round, got every={every}"
+    return ""
+
+
+def _feedback_fault(recipe: Recipe) -> str:
+    """Why what a codec leaves out would be kept twice; empty if it is not."""
+    if recipe.uplink.error_feedback and recipe.direction.part.remembers:
+        return (
+            f"direction={recipe.direction.kind} keeps what a codec leaves out by itself, with "
+            "error feedback it would be said twice: set uplink.error_feedback=false"
+        )
     return ""
 
 

@@ -133,6 +133,8 @@ class Part:
         whole: aggregates and applies: it needs the whole round before the first shard is reduced.
         adam: it needs Adam's settings.
         local: directions: it moves weights, so that a worker can take local steps.
+        remembers: directions: it keeps by itself what a codec leaves out; with error feedback that
+            would be said twice.
         replicable: applies: every node can run it on the same bytes, with a downlink of means.
         replicated: applies: it runs only so.
         keeps_weights: applies: the server's weights are those of the workers.
@@ -155,6 +157,7 @@ class Part:
     whole: bool = False
     adam: bool = False
     local: bool = False
+    remembers: bool = False
     replicable: bool = False
     replicated: bool = False
     keeps_weights: bool = True

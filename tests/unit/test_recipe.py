@@ -291,6 +291,10 @@ REFRESH = Choice("periodic")
         ({"direction": Direction("ef21")}, "direction=ef21 needs apply=ef21, got apply=sgd"),
         ({"apply": Apply("ef21")}, "apply=ef21 needs direction=ef21, got direction=gradient"),
         (
+            {"direction": Direction("ef21"), "apply": Apply("ef21")},
+            "direction=ef21 keeps what a codec leaves out by itself",
+        ),
+        (
             {
                 "direction": Direction("shared", ADAM),
                 "apply": Apply("shared", ADAM),
