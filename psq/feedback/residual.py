@@ -20,6 +20,7 @@ from psq.kernels import Floats, Residual, WorkerStep
 from psq.kernels.quantizers import quantize_bf16
 from psq.kernels.reference import expand
 from psq.layout import Layout
+from psq.rules.blocks import is_worth_nothing
 
 __all__ = ["Rates", "ResidualType", "Residuals"]
 
@@ -90,8 +91,8 @@ class Rates:
         """Bring a shard's residual to this step's rate.
 
         Returns:
-            Whether it takes part in this step: one with the rate 0 moves nothing, so what waits
-            goes on waiting, and nothing comes to it.
+            Whether it takes part in this step: one with the rate 0, or next to it, moves nothing,
+            so what waits goes on waiting, and nothing comes to it.
 
         Raises:
             UsageError: the rate is negative or not finite.
@@ -100,10 +101,9 @@ class Rates:
             msg = f"the learning rate must be a finite number >= 0, got {lr!r}"
             raise UsageError(msg)
         before = float(self.array[shard])
-        if lr == 0.0:
+        if is_worth_nothing(lr, before):
             return False
         if before not in {0.0, lr}:
-            with np.errstate(over="ignore"):
-                self._residuals.scale(shard, np.float32(before / lr))
+            self._residuals.scale(shard, np.float32(before / lr))
         self.array[shard] = lr
         return True

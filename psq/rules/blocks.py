@@ -8,10 +8,12 @@ from typing import Final
 
 from psq.errors import UsageError
 
-__all__ = ["BLOCK_NUMEL", "blocks", "check_rate"]
+__all__ = ["BLOCK_NUMEL", "blocks", "check_rate", "is_worth_nothing"]
 
 BLOCK_NUMEL: Final = 1 << 14
 """Values that are worked on at once: with a scratch of as many, they stay in a core's cache."""
+MAX_RATIO: Final = 2.0**32
+"""Of two learning rates, between which what waits still changes its unit."""
 
 
 def blocks(numel: int, start: int = 0) -> Iterator[slice]:
@@ -31,3 +33,11 @@ def check_rate(lr: float) -> float:
         msg = f"the learning rate must be a finite number >= 0, got {lr!r}"
         raise UsageError(msg)
     return lr
+
+
+def is_worth_nothing(lr: float, before: float) -> bool:
+    """Whether a step of this rate moves nothing, beside what waits from a step of the rate before.
+
+    Brought to its unit, what waits would be so large that no message could say it.
+    """
+    return lr == 0.0 or before / lr > MAX_RATIO

@@ -34,6 +34,7 @@ from psq.kernels import Buffer, Floats, ServerStep
 from psq.plan import Plan
 from psq.rules import Judgement, Said, is_linear, make_aggregate, make_apply
 from psq.rules.applies import AdamStep, Add
+from psq.rules.blocks import is_worth_nothing
 from psq.seeds import SERVER_RANK, stream_seed
 from psq_server.answers import Answer, Bytes, Codecs, Full
 from psq_server.state import Pushed
@@ -258,14 +259,14 @@ class Reducer:
         """The residual that a round of this rate meets, if it takes part.
 
         Where rates are outside the message, what waits keeps what it is worth when they change; at
-        a rate of 0 it goes on waiting, for what is said then is worth nothing.
+        a rate of 0, or next to it, it goes on waiting, for what is said then is worth nothing.
         """
         residual = self._residual_of(shard)
         if residual is None or not self._is_linear:
             return residual
-        if rate == 0.0:
-            return None
         before = self._rates.get(shard, rate)
+        if is_worth_nothing(rate, before):
+            return None
         self._rates[shard] = rate
         if before != rate:
             np.multiply(residual, np.float32(before / rate), out=residual)

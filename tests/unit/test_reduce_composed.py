@@ -309,6 +309,18 @@ def test_what_waits_is_worth_the_same_when_the_rate_changes():
             np.testing.assert_allclose(state["x"] - lr * state["residual"], exact, atol=1e-4)
 
 
+@pytest.mark.parametrize("lr", [1e-20, 5e-324])
+def test_a_rate_next_to_0_leaves_what_waits_alone(lr):
+    plan = make_plan(sgd_with_means())
+    reducer, _ = started(plan)
+    round_of(plan, reducer, 1)
+    before = reducer.state_arrays()["residual"].tobytes()
+    round_of(plan, reducer, 2, lr=lr)
+    assert reducer.state_arrays()["residual"].tobytes() == before
+    round_of(plan, reducer, 3)
+    assert np.isfinite(reducer.state_arrays()["x"]).all()
+
+
 def test_shards_that_take_turns_count_rounds_of_their_own():
     recipe = sgd_with_means().with_options("apply.momentum=0.9", "uplink.error_feedback=true")
     plan = make_plan(recipe.with_rhythm(every=2))

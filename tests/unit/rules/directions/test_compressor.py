@@ -370,6 +370,18 @@ def test_a_step_of_rate_0_leaves_what_waits_alone(name):
     assert job.residual.tobytes() == before
 
 
+@pytest.mark.parametrize("lr", [1e-15, 1e-300, 5e-324])
+def test_a_rate_next_to_0_leaves_what_waits_sayable(lr):
+    job = Job("gradient")
+    job.say(job.values(0), lr=0.1)
+    before = job.residual.tobytes()
+    payloads = job.say(job.values(1), lr=lr)
+    assert job.residual.tobytes() == before
+    for shard, payload in enumerate(payloads):
+        assert job.compressor.payload_finite(shard, payload)
+        assert np.abs(job.compressor.codec(shard).scales(payload)).max() < 100.0
+
+
 @pytest.mark.parametrize("lr", [-0.1, float("nan"), float("inf")])
 def test_a_rate_that_is_none_is_refused_where_it_is_a_unit(lr):
     job = Job("momentum")
