@@ -118,7 +118,7 @@ def load_rule(made: Part) -> Any:
     module, _, name = made.rule.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever another package's module raises
         msg = f"{made.kind}: its rule {made.rule!r} cannot be imported: {error}"
         raise ConfigError(msg) from error
 
@@ -152,7 +152,7 @@ def entry(group: str, name: str, expected: type[EntryT]) -> tuple[EntryT, str] |
 def _import(point: EntryPoint, package: str) -> Any:
     try:
         return point.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a plan from a peer may name it: nothing of it may end a server
         msg = (
             f"{point.name!r} of the package {package} cannot be imported: {error}: "
             "mend that package or uninstall it"

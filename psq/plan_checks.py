@@ -5,15 +5,15 @@ Each check raises `ConfigError` in words that say what to do; none keeps anythin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 from psq.codec import get_codec
-from psq.errors import ConfigError
+from psq.errors import ConfigError, LocalError
 from psq.groups import Group
 from psq.kernels import Family
 from psq.layout import cut
-from psq.recipe import Aggregate, Apply, Recipe
+from psq.recipe import Aggregate, Apply, Direction, Recipe
 from psq.rules import make_aggregate, make_apply, make_direction
 
 __all__ = [
@@ -90,8 +90,24 @@ def check_whole(recipe: Recipe, groups: Sequence[Group], servers: int) -> None:
 def check_rules(recipe: Recipe, workers: int) -> None:
     """That every part can run in this job: its arithmetic is made once, for a model of one value.
 
-    A server that found out later would have to end the job.
+    A server that found out later would have to end the job. What a rule of another package raises
+    is its plan's fault, and never ends the server that looks at it.
     """
-    make_direction(recipe, layout=_ONE_VALUE, world_size=workers, rank=0, seed=0)
-    make_aggregate(recipe, layout=_ONE_VALUE, world_size=workers)
-    make_apply(recipe, layout=_ONE_VALUE, world_size=workers)
+    job: dict[str, Any] = {"layout": _ONE_VALUE, "world_size": workers}
+    makers: tuple[tuple[Direction | Aggregate | Apply, Callable[[], object]], ...] = (
+        (recipe.direction, lambda: make_direction(recipe, rank=0, seed=0, **job)),
+        (recipe.aggregate, lambda: make_aggregate(recipe, **job)),
+        (recipe.apply, lambda: make_apply(recipe, **job)),
+    )
+    for each, make in makers:
+        try:
+            make()
+        except LocalError:
+            raise
+        except Exception as error:
+            package = each.part.package or "psq"
+            msg = (
+                f"{each.kind} of the package {package} cannot run in a job of {workers} workers: "
+                f"{error!r}: mend that package"
+            )
+            raise ConfigError(msg) from error

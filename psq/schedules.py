@@ -213,8 +213,8 @@ def _named_value(schedule: Named, t: int) -> float:
     function = _function_of(schedule.name)
     try:
         value = float(function(t, *schedule.parameters))
-    except (TypeError, ValueError, ArithmeticError) as error:
-        msg = f"schedule {schedule_text(schedule)!r} cannot be computed at t={t}: {error}"
+    except Exception as error:  # a function of the user's may raise anything
+        msg = f"schedule {schedule_text(schedule)!r} cannot be computed at t={t}: {error!r}"
         raise ConfigError(msg) from error
     if not math.isfinite(value):
         msg = f"schedule {schedule_text(schedule)!r} is {value!r} at t={t}: expected a number"

@@ -4,6 +4,7 @@ import importlib
 import sys
 from importlib.metadata import entry_points
 
+import msgpack
 import pytest
 
 from psq.catalogue import CATALOGUE
@@ -35,6 +36,14 @@ class Largest(AggregateRule):
             np.copyto(out, part, where=abs(part) > abs(out))
         np.multiply(out, np.float32(self.options["gain"]), out=out)
 
+class Moody(AggregateRule):
+    """Cannot be made."""
+
+    def __init__(self, options, **job):
+        raise RuntimeError("not today")
+
+MOODY = Part("moody", (), Moody, summary="never", takes=("gradient",))
+
 LARGEST = Part("largest", (Option("gain", 1.0, "times this", low=0.0),), Largest,
                summary="the largest", takes=("gradient",))
 MISNAMED = Part("smallest", takes=("gradient",))
@@ -42,6 +51,9 @@ NOTHING = 3
 
 def linear(t, steps):
     return 0.9 * min(1.0, t / steps)
+
+def table(t):
+    return [0.9, 0.8][t - 1]
 
 def make(adam):
     return Recipe("largest-sgd", Direction(), Uplink("sign"), Apply("sgd"),
@@ -57,9 +69,12 @@ misnamed = {module}:MISNAMED
 nothing = {module}:NOTHING
 gone = {module}:GONE
 nowhere = {module}_that_is_not:PART
+broken = {module}_broken:PART
+moody = {module}:MOODY
 
 [psq.schedules]
 {module}-linear = {module}:linear
+{module}-table = {module}:table
 
 [psq.recipes]
 largest-sgd = {module}:RECIPE
@@ -71,6 +86,7 @@ def installed(tmp_path, monkeypatch):
     """A distribution on the path, as pip leaves it; gone again after the test."""
     module = f"plugin_{tmp_path.name}".replace("-", "_")
     (tmp_path / f"{module}.py").write_text(MODULE)
+    (tmp_path / f"{module}_broken.py").write_text("raise RuntimeError('no such device')")
     info = tmp_path / f"{module}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
@@ -209,6 +225,7 @@ def test_a_plan_that_names_a_part_of_a_package_that_is_not_here_says_which(
         ("nothing", "'nothing' of the package .* is no Part: .* is 3"),
         ("gone", "'gone' of the package .* cannot be imported: .*mend that package"),
         ("nowhere", "'nowhere' of the package .* cannot be imported: No module named"),
+        ("broken", "'broken' of the package .* cannot be imported: no such device"),
     ],
 )
 def test_a_package_that_does_not_keep_its_word_is_named(installed, kind, words):
@@ -216,3 +233,17 @@ def test_a_package_that_does_not_keep_its_word_is_named(installed, kind, words):
     with pytest.raises(ConfigError, match=words) as caught:
         part("aggregate", kind)
     assert installed in str(caught.value)
+
+
+def test_a_plan_whose_rule_raises_anything_is_refused_by_who_reads_it(installed):
+    body = Plan.of([("w", (10,))], preset("largest-sgd"), 2).body
+    plain = msgpack.unpackb(body)
+    plain["recipe"]["aggregate"] |= {"kind": "moody", "options": {}}
+    words = f"moody of the package {installed} cannot run .* RuntimeError\\('not today'\\)"
+    with pytest.raises(RemotePlanError, match=words):
+        Plan.parse(msgpack.packb(plain))
+
+
+def test_a_schedule_that_raises_anything_is_refused_by_its_name(installed):
+    with pytest.raises(ConfigError, match=f"'{installed}-table' cannot be computed at t=3: Index"):
+        AdamConfig(beta=Named(f"{installed}-table"))
