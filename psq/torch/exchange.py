@@ -391,10 +391,11 @@ class Exchange:
     def _rescale(self, shard: int, factor: Floats) -> None:
         """The units of a residual have changed, maybe those of what was said in this step too.
 
-        The latter where rounds close without this worker: what it said may come back later.
+        The latter where rounds close without this worker: what it said may come back later. What
+        it has not said yet will be in the new units.
         """
         self.compressor.rescale(shard, factor)
-        if self.open and not self._is_eager:
+        if self.open and self._said[shard] and not self._is_eager:
             self._rescaled[shard] = factor * self._rescaled.get(shard, np.float32(1.0))
 
     def reset(self, shards: Sequence[int]) -> None:

@@ -254,8 +254,8 @@ def test_with_an_optimizer_of_the_users_own_whole_weights_come_too_late():
     assert means[1][1] is None
 
 
-def test_what_comes_back_after_the_units_have_changed_is_rescaled_with_them(join, monkeypatch):
-    """Under a quorum a rejected push may be of the units before: e + d becomes f (e + d)."""
+def an_open_round_under_a_quorum(join) -> psq.torch.Worker:
+    """A worker of directions in common units, which has said nothing of its fourth step yet."""
     model = make_model()
     recipe = preset("shared-direction").with_options(
         "uplink.choice.first=1", "downlink.choice.first=1"
@@ -264,21 +264,45 @@ def test_what_comes_back_after_the_units_have_changed_is_rescaled_with_them(join
     for step in range(3):
         loss_of(model, step).backward()
         worker.step()
-    exchange, compressor = worker._exchange, worker._compressor
     loss_of(model, 3).backward()
     worker._table.refresh()
-    exchange.begin(worker._asked())
-    exchange.say(0)
-    residual = compressor.state_arrays()["residual"]
-    codec = compressor.codec(0, 0)
-    said = np.empty(residual.size, np.float32)
-    codec.decode(worker._client.said(0), said)
-    expected = 4.0 * (residual + said)
-    factor = np.full(residual.size, 2.0, np.float32)
-    monkeypatch.setattr(exchange.decoder, "decode", lambda *_: factor)
+    worker._exchange.begin(worker._asked())
+    return worker
+
+
+def change_units(worker: psq.torch.Worker, monkeypatch, by: float) -> None:
+    """As weights that come in the middle of a step do."""
+    factor = np.full(worker.plan.layout.numel, by, np.float32)
+    monkeypatch.setattr(worker._exchange.decoder, "decode", lambda *_: factor)
     header = Header(MessageType.WEIGHTS, flags=Flags.MEAN, codec=1, version=4, shard=0)
-    exchange.decode(header, memoryview(b""))
-    exchange.decode(header, memoryview(b""))
-    exchange.restore(0)
+    worker._exchange.decode(header, memoryview(b""))
+
+
+def what_was_said(worker: psq.torch.Worker) -> np.ndarray:
+    said = np.empty(worker.plan.layout.numel, np.float32)
+    worker._compressor.codec(0, 0).decode(worker._client.said(0), said)
+    return said
+
+
+def test_what_comes_back_after_the_units_have_changed_is_rescaled_with_them(join, monkeypatch):
+    """Under a quorum a rejected push may be of the units before: e + d becomes f (e + d)."""
+    worker = an_open_round_under_a_quorum(join)
+    worker._exchange.say(0)
+    residual = worker._compressor.state_arrays()["residual"]
+    expected = 4.0 * (residual + what_was_said(worker))
+    change_units(worker, monkeypatch, 2.0)
+    change_units(worker, monkeypatch, 2.0)
+    worker._exchange.restore(0)
+    np.testing.assert_allclose(residual, expected, rtol=1e-6)
+    assert residual.any()
+
+
+def test_what_was_said_after_the_units_have_changed_comes_back_as_it_is(join, monkeypatch):
+    worker = an_open_round_under_a_quorum(join)
+    change_units(worker, monkeypatch, 2.0)
+    worker._exchange.say(0)
+    residual = worker._compressor.state_arrays()["residual"]
+    expected = residual + what_was_said(worker)
+    worker._exchange.restore(0)
     np.testing.assert_allclose(residual, expected, rtol=1e-6)
     assert residual.any()
