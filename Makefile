@@ -48,8 +48,8 @@ bench: $(STAMP) ## measure everything and write docs/performance.md (half an hou
 bars: $(STAMP) ## measure every bar briefly: name, measured, target, holds (6 minutes)
 	@$(BIN)/python bench/bars.py $(BARS)
 
-results: $(STAMP) ## train every recipe with several seeds and write docs/results.md (long)
-	$(BIN)/python bench/results.py
+results: $(STAMP) ## train every recipe on three tasks, write docs/results.md (many hours; RESULTS="--budget 30m --page")
+	$(BIN)/python bench/results.py $(RESULTS)
 
 theory: $(STAMP) ## show what theory says on small problems, write docs/theory.md's numbers and pictures (2 minutes)
 	@$(BIN)/python bench/theory.py $(THEORY)
