@@ -329,6 +329,12 @@ class AggregateRule(_Rule):
     ) -> None:
         super().__init__(options, layout, world_size, state)
 
+    @classmethod
+    def copies(cls, world_size: int) -> int:
+        """How many dense copies of the weights it may keep, besides its state vectors."""
+        del world_size
+        return 0
+
     def judge(self, round: RoundView) -> Mapping[int, Judgement]:  # noqa: A002 - the field's word
         """Decide whose messages of a round count; ranks left out count with weight 1."""
         del round

@@ -124,6 +124,11 @@ class Kardam(AggregateRule):
         self._moved_last: _Step | None = None  # the last that is known to have moved the weights
         self._refusals: int = 0
 
+    @classmethod
+    def copies(cls, world_size: int) -> int:
+        """Of the last versions, and of older ones that a gradient was taken at."""
+        return (VERSIONS_PER_WORKER + 1) * world_size + 2
+
     def judge(self, round: RoundView) -> Mapping[int, Judgement]:  # noqa: A002 - the field's word
         """Judge each message against those before it.
 

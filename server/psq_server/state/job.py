@@ -54,7 +54,8 @@ def _bytes_per_value(plan: Plan) -> int:
     apply, aggregate = plan.recipe.apply.part, plan.recipe.aggregate.part
     vectors = 2 + 2 * apply.whole  # the next weights and the means of a server step
     vectors += len(cast("type[ApplyRule]", load_rule(apply)).state_names)
-    vectors += len(cast("type[AggregateRule]", load_rule(aggregate)).state_names)
+    combines = cast("type[AggregateRule]", load_rule(aggregate))
+    vectors += len(combines.state_names) + combines.copies(plan.world_size)
     return max(SERVER_BYTES_PER_VALUE, FLOAT_BYTES * vectors)
 
 

@@ -323,8 +323,15 @@ def test_what_was_said_is_told_apart_by_rank():
     assert (one.weight, one.staleness) == (1, 0)
 
 
-@pytest.mark.parametrize(("bytes_per_value", "fits"), [(20, True), (19, False)])
-def test_the_vectors_of_a_recipes_rules_need_memory(cluster, plan_of, bytes_per_value, fits):
-    plan = plan_of(1, specs=SPECS, recipe=preset("shared-direction"))
-    job = cluster(plan, memory_bytes=bytes_per_value * plan.layout.numel)
-    assert bool(job.connect(0).join().errors) != fits
+@pytest.mark.parametrize(
+    ("recipe", "workers", "bytes_per_value"),
+    [("shared-direction", 1, 20), ("kardam", 4, 4 * (3 + 3 * 4 + 2))],
+)
+def test_the_vectors_of_a_recipes_rules_need_memory(
+    cluster, plan_of, recipe, workers, bytes_per_value
+):
+    plan = plan_of(workers, specs=SPECS, recipe=preset(recipe))
+    enough = bytes_per_value * plan.layout.numel
+    for memory_bytes, fits in ((enough, True), (enough - 1, False)):
+        job = cluster(plan, memory_bytes=memory_bytes)
+        assert bool(job.connect(0).join().errors) != fits
