@@ -60,6 +60,7 @@ def costs_of(recipe: Recipe, workers: int = LISTED_WORKERS) -> Costs:
     shared = _bytes_of(apply.state_arrays().values()) if recipe.downlink.kind == "mean" else 0.0
     worker = _bytes_of(direction.state_arrays().values()) + shared
     server = _bytes_of([*aggregate.state_arrays().values(), *apply.state_arrays().values()])
+    server += _F32_BYTES * aggregate.copies(workers)
     apart = recipe.direction.local_steps > 1 or direction.looks_ahead
     rounds = 1.0 / (recipe.direction.local_steps * recipe.uplink.every)
     return Costs(
