@@ -37,6 +37,7 @@ __all__ = [
     "RuleOptions",
     "Said",
     "Segments",
+    "is_apart",
     "is_linear",
     "make_aggregate",
     "make_apply",
@@ -122,6 +123,12 @@ def make_apply(
         state=state,
     )
     return cast("ApplyRule", made)
+
+
+def is_apart(recipe: Recipe) -> bool:
+    """Whether workers compute at other weights than the job's between two rounds."""
+    looks_ahead = bool(load_rule(recipe.direction.part).looks_ahead)
+    return looks_ahead or recipe.direction.local_steps > 1
 
 
 def is_linear(recipe: Recipe) -> bool:

@@ -22,9 +22,10 @@ CHECKED_STEPS: Final = 10_000
 _log = logging.getLogger("psq.torch")
 
 
-def config_of(
+def config_of(  # noqa: PLR0913 - a worker's arguments
     *,
     lr: float | Callable[[int], float] | None,
+    optimizer: object | None,
     recipe: Recipe | str | None,
     adam: AdamConfig | str | None,
     connect: str | Sequence[str] | None,
@@ -32,6 +33,8 @@ def config_of(
     **said: float | str | None,
 ) -> WorkerConfig:
     """The settings, given a `Worker`'s arguments; what is None there others may say.
+
+    An optimizer has a learning rate of its own, so nobody else may say one.
 
     Raises:
         ConfigError: an argument, a variable or a file says what cannot be.
@@ -41,7 +44,7 @@ def config_of(
         "recipe": recipe if isinstance(recipe, str) else None,
         "adam": adam if isinstance(adam, str) else None,
     }
-    settled = ["lr"] if callable(lr) else []
+    settled = ["lr"] if callable(lr) or optimizer is not None else []
     if isinstance(recipe, Recipe):
         if options is not None:
             msg = "options: a recipe given as a value has its own; use recipe.with_options"

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from psq import kernels
 from psq.config import DEFAULT_LR
 from psq.errors import UsageError
-from psq.parts import load_rule
 from psq.recipe import AdamConfig, Recipe
+from psq.rules import is_apart
 from psq.timeline import Timeline, check_writable
 from psq.torch.asked import Asked, check_weight
 from psq.torch.averaging import make_averaging
@@ -170,6 +170,7 @@ class Worker:
     ) -> None:
         config = config_of(
             lr=lr,
+            optimizer=optimizer,
             recipe=recipe,
             options=options,
             adam=adam,
@@ -187,7 +188,7 @@ class Worker:
         made = recipe_of(config, recipe, adam)
         check_overlap(made, overlap=config.overlap)
         grouping = group_up(model, groups)
-        self._table = ParameterTable(model, grouping, apart=_is_apart(made))
+        self._table = ParameterTable(model, grouping, apart=is_apart(made))
         made, self.choice = settle_codecs(config, self._table.specs, made, recipe)
         warn_of_schedule(config, made, lr)
         self.plan = plan_of(config, self._table.specs, made, grouping)
@@ -567,12 +568,6 @@ def close_workers(reason: Reason, text: str = "") -> None:
     for worker in tuple(_open):
         if worker.in_this_process:
             worker.close(reason, text)
-
-
-def _is_apart(recipe: Recipe) -> bool:
-    """Whether the model's weights depart from the job's between two rounds."""
-    looks_ahead = bool(load_rule(recipe.direction.part).looks_ahead)
-    return looks_ahead or recipe.direction.local_steps > 1
 
 
 def _reason_of(error: BaseException | None) -> tuple[Reason, str]:

@@ -404,3 +404,21 @@ def test_the_demo_leaves_a_picture_and_numbers(folder):
     assert abs(numbers["score_difference"]) < 1e-4
     assert numbers["psq"]["samples"] == numbers["baseline"]["samples"]
     assert len(numbers["curves"]["psq"]["scores"]) == 2
+    assert numbers["learning_rates"] is None
+
+
+def test_the_demo_of_a_recipe_without_adam_says_both_learning_rates(folder):
+    flags = ["--task", "tiny:Tiny", "--steps", "8", "--eval-every", "4", "--json"]
+    result = run(folder, "demo", *flags, "--recipe", "sign-majority", "--output", "seen")
+    assert result.returncode == 0, result.stderr
+    assert "for Adam; what recipe sign-majority wants: lr about a tenth" in result.stderr
+    numbers = json.loads(result.stdout)
+    assert numbers["learning_rates"] == {"psq": 1e-3, "baseline": 1e-3}
+    assert numbers["psq"]["samples"] == numbers["baseline"]["samples"]
+    flags += ["--lr", "0.25"]
+    result = run(folder, "demo", *flags, "--recipe", "sign-majority", "--output", "seen")
+    assert "for Adam" not in result.stderr
+    typed = json.loads(result.stdout)
+    assert typed["learning_rates"] == {"psq": 0.25, "baseline": 1e-3}
+    assert typed["baseline"]["score"] == numbers["baseline"]["score"]
+    assert typed["psq"]["score"] != numbers["psq"]["score"]

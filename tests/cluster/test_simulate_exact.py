@@ -72,6 +72,7 @@ RECIPES = {
     "local-adam": {"local_steps": 3},
     "shared-direction": {},
     "dqgan": {},
+    "average": {},
 }
 
 

@@ -37,6 +37,16 @@ def test_a_flag_for_adam_is_refused_where_the_script_settles_it():
         psq.torch.Worker(make_model(), adam=AdamConfig())
 
 
+def test_a_flag_for_the_rate_is_refused_where_the_scripts_own_optimizer_has_it():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        use_given(Given({"lr": "0.5"})),
+        pytest.raises(UsageError, match=r"--lr 0\.5 would have no effect"),
+    ):
+        psq.torch.Worker(model, recipe="average", optimizer=optimizer)
+
+
 def test_a_recipe_may_be_a_value_and_then_has_its_own_settings(join):
     recipe = preset("server-adam").with_codecs(uplink="sign", downlink="weights:bf16")
     assert join(make_model(), recipe=recipe).plan.recipe == recipe

@@ -209,9 +209,9 @@ def _model(config: AdviseConfig) -> tuple[Specs, str, float]:
         specs: Specs = [("value", (numel,))]
         about, compute_s = f"{numel:,} values", 0.0
     else:
-        from psq_worker.tasks import get_task  # noqa: PLC0415 - imports torch
+        from psq_worker.tasks import find_task  # noqa: PLC0415 - imports torch
 
-        task = get_task(config.task)
+        task = find_task(config.task)
         model = task.model(0)
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         specs = [(name, tuple(parameter.shape)) for name, parameter in named]

@@ -1,7 +1,9 @@
 """`psq demo`: the same job twice, through psq and by plain Adam, side by side.
 
 Both see the same samples in the same steps from the same initial weights. The workers' number does
-not change the job: W workers share each global batch, plain Adam takes it whole.
+not change the job: W workers share each global batch, plain Adam takes it whole. It has the same
+learning rate, unless the recipe is none of Adam's: then plain Adam has the one that the task gives
+it, and the page says both.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import dataclasses
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +27,7 @@ from psq_worker.display import make_view
 from psq_worker.doctor import cores
 from psq_worker.launch import Commands, cast_words, child_env, launch, run_one, threads_words
 from psq_worker.picture import Curve, curve_of, draw
+from psq_worker.recipes import recipe_of, takes_adams_rate
 from psq_worker.report import comparison_table
 
 __all__ = ["run_demo", "verdict"]
@@ -59,19 +63,48 @@ def run_demo(  # noqa: PLR0913 - one keyword for each thing that is typed
     data = _data_words(told)
     timeline, worker_words = told.timeline_filename, (*words, *data)
     commands = Commands(told.world_size, servers, timeline=timeline, worker_words=worker_words)
+    rates = _rates(told)
     psq = _run_psq(told, commands)
-    baseline = _run_baseline(told, (*plain_words, *data))
-    numbers = _numbers(psq, baseline)
+    plain = (*plain_words, *data, *(("--lr", str(rates.baseline)) if rates else ()))
+    baseline = _run_baseline(told, plain)
+    numbers = _numbers(psq, baseline, rates)
     (folder / NUMBERS).write_text(json.dumps(numbers, indent=2) + "\n")
-    picture = _draw(folder / PICTURE, numbers["psq"], psq, baseline)
+    picture = _draw(folder / PICTURE, numbers, psq, baseline)
     if as_json:
         click.echo(json.dumps(numbers, indent=2))
         return
     console = Console()
     console.print()
-    console.print(comparison_table(numbers["psq"], numbers["baseline"]))
+    note = rates.words if rates else ""
+    console.print(comparison_table(numbers["psq"], numbers["baseline"], note))
     console.print(verdict(numbers), style="bold", soft_wrap=True)
     console.print(f"\nPicture: {picture}\nNumbers: {(folder / NUMBERS).resolve()}", soft_wrap=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Learning rates of two jobs that cannot have the same, at their first step."""
+
+    psq: float
+    baseline: float
+
+    @property
+    def words(self) -> str:
+        """What to know of the comparison."""
+        return (
+            f"The recipe is none of Adam's: psq's learning rate is {self.psq:g}, plain Adam's "
+            f"{self.baseline:g}, the task's own."
+        )
+
+
+def _rates(told: WorkerConfig) -> Rates | None:
+    """Both learning rates, where one that suits Adam does not suit the recipe."""
+    if takes_adams_rate(recipe_of(told)):
+        return None
+    from psq_worker.tasks import find_task, job_defaults  # noqa: PLC0415 - imports torch
+
+    own = job_defaults(find_task(told.task, told.data)).lr
+    return Rates(own if told.lr is None else told.lr, own)
 
 
 def _data_words(told: WorkerConfig) -> tuple[str, ...]:
@@ -99,7 +132,7 @@ def _run_baseline(told: WorkerConfig, words: tuple[str, ...]) -> Board:
         return run_one("baseline", command, view, env)
 
 
-def _numbers(psq: Board, baseline: Board) -> dict[str, Any]:
+def _numbers(psq: Board, baseline: Board, rates: Rates | None) -> dict[str, Any]:
     ours, plain = psq.summary(), baseline.summary()
     difference = None
     if ours.get("score") is not None and plain.get("score") is not None:
@@ -110,6 +143,7 @@ def _numbers(psq: Board, baseline: Board) -> dict[str, Any]:
         "psq": ours,
         "baseline": plain,
         "score_difference": difference,
+        "learning_rates": dataclasses.asdict(rates) if rates else None,
         "curves": {
             "psq": dataclasses.asdict(curve_of("psq", psq)),
             "baseline": dataclasses.asdict(curve_of("plain Adam", baseline)),
@@ -129,12 +163,15 @@ def verdict(numbers: dict[str, Any]) -> str:
     return f"{words}; {metric_words(ours['metric'])} differs by {shown}."
 
 
-def _draw(path: Path, ours: dict[str, Any], psq: Board, baseline: Board) -> str:
+def _draw(path: Path, numbers: dict[str, Any], psq: Board, baseline: Board) -> str:
     """Draw the picture; where it is, or why it is not."""
+    ours, rates = numbers["psq"], numbers["learning_rates"]
     wire = ours["wire"]
     title = f"{ours['task']}: psq with {ours['workers']} workers, beside plain fp32 Adam"
     subtitle = (
-        f"recipe {ours['recipe']}\n{ours['numel']:,} parameters, "
+        f"recipe {ours['recipe']}"
+        + (f", lr {rates['psq']:g} (plain Adam: {rates['baseline']:g})" if rates else "")
+        + f"\n{ours['numel']:,} parameters, "
         f"{wire['bits_per_parameter_up']:.2f} bits per parameter up and "
         f"{wire['bits_per_parameter_down']:.2f} down, counted on the wire with headers"
     )

@@ -14,7 +14,7 @@ from psq.plan import Plan
 from psq.presets import asked_recipe
 from psq.recipe import Recipe
 
-__all__ = ["check_comparison", "check_job", "recipe_of"]
+__all__ = ["check_comparison", "check_job", "recipe_of", "takes_adams_rate"]
 
 
 def recipe_of(told: WorkerConfig) -> Recipe:
@@ -48,16 +48,18 @@ def check_comparison(recipe: Recipe) -> None:
     Raises:
         ConfigError: it names the setting.
     """
-    if recipe.adam is None:
-        msg = (
-            f"recipe: {recipe.name} has no Adam, so plain Adam is nothing to compare it with: "
-            "psq launch trains without a comparison"
-        )
-        raise ConfigError(msg)
-    missing = missing_in_torch(recipe.adam)
+    missing = "" if recipe.adam is None else missing_in_torch(recipe.adam)
     if missing:
         msg = (
             f"adam: torch.optim.Adam has no {missing}, so there is nothing to compare with: "
             "psq launch trains without a comparison"
         )
         raise ConfigError(msg)
+
+
+def takes_adams_rate(recipe: Recipe) -> bool:
+    """Whether a learning rate that suits Adam suits this recipe: it has Adam, or a task brings it.
+
+    The rates of others, from votes to SGD, differ by orders of magnitude.
+    """
+    return recipe.adam is not None or recipe.apply.kind == "return"

@@ -57,12 +57,12 @@ def summary_table(summary: Summary) -> RenderableType:
     return Group(title, _table(["psq"], [summary]))
 
 
-def comparison_table(psq: Summary, baseline: Summary) -> RenderableType:
-    """A psq job beside the same job in plain single-process Adam."""
+def comparison_table(psq: Summary, baseline: Summary, more: str = "") -> RenderableType:
+    """A psq job beside the same job in plain single-process Adam; `more` is said below it."""
     title = Text(f"{psq['task']}: {_who(psq)}", style="bold")
     note = Text(
         "Plain Adam is one process and sends nothing: its bytes are what dense fp32 gradients and "
-        "weights would take.",
+        f"weights would take. {more}".rstrip(),
         style="dim",
     )
     return Group(title, _table(["psq", "plain Adam, fp32"], [psq, baseline]), note)

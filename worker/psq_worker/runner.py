@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import os
 import runpy
 import signal
 import sys
@@ -28,16 +27,19 @@ import psq.torch
 from psq import kernels
 from psq.adam_text import parse_adam
 from psq.config import Given, WorkerConfig, use_given
+from psq.presets import find_preset
 from psq.recipe import AdamConfig, Recipe
 from psq.theory import privacy_words, recipe_release, schedule_warning
+from psq.torch.decoder import RETURN
+from psq_worker.averaged import AdamSteps, own_adam
 from psq_worker.baseline import PlainAdam
 from psq_worker.board import Board
 from psq_worker.events import Evaluation, Event, Progress, Started, Summary, format_event
 from psq_worker.job import Job, Record, job_for
 from psq_worker.loop import Stepper, train
-from psq_worker.recipes import recipe_of
+from psq_worker.recipes import recipe_of, takes_adams_rate
 from psq_worker.reporter import Reporter
-from psq_worker.tasks import Task, get_task
+from psq_worker.tasks import Task, find_task
 
 __all__ = ["run_baseline", "run_script", "run_task"]
 
@@ -57,18 +59,22 @@ def run_task(given: Given, config: WorkerConfig) -> None:
     """
     with _process(config) as emit:
         emit(Started(rank=config.rank, world_size=config.world_size, task=config.task))
-        task = _task_of(config)
-        job = _in_rounds(_job_of(task, config), recipe_of(config).direction.local_steps)
+        task, recipe = find_task(config.task, config.data), recipe_of(config)
+        job = _in_rounds(_job_of(task, config), recipe.direction.local_steps)
         model = task.model(job.seed)
+        optimizer = own_adam(model, job) if recipe.apply.kind == RETURN else None
         # The loop's schedule starts from the rate that was typed: the worker must not see it twice.
         rest = {key: value for key, value in given.values.items() if key != "lr"}
         with use_given(Given(rest, given.file)):
-            worker = psq.torch.Worker(model, lr=job.lr_at)
+            lr = job.lr_at if optimizer is None else None
+            worker = psq.torch.Worker(model, lr=lr, optimizer=optimizer)
         job = dataclasses.replace(job, start_step=min(worker.steps, job.steps))
         _say_theory(worker, job)
+        _say_rate(config, recipe, job)
         watch = _Watch(config, emit, task.name, job, _description(task))
         with worker, watch.installed():
-            train(task, model, worker, job, watch.on_record(task.metric))
+            stepper = worker if optimizer is None else AdamSteps(worker, optimizer, job)
+            train(task, model, stepper, job, watch.on_record(task.metric))
         watch.end()
 
 
@@ -94,7 +100,7 @@ def run_script(given: Given, config: WorkerConfig, script: str, arguments: tuple
 def run_baseline(config: WorkerConfig) -> None:
     """Train a task by plain Adam on the batches of `config.world_size` workers together."""
     with _process(config) as emit:
-        task = _task_of(config)
+        task = find_task(config.task, config.data)
         job = _job_of(task, config)
         job = dataclasses.replace(job, batch_size=config.world_size * job.batch_size)
         model = task.model(job.seed)
@@ -227,10 +233,11 @@ def _say_privacy(recipe: Recipe, steps: int, when: str) -> None:
         _log.info("%s: %s", when, privacy_words(release))
 
 
-def _task_of(config: WorkerConfig) -> Task:
-    if os.getcwd() not in sys.path:  # noqa: PTH109 - sys.path holds texts; a user's task lies here
-        sys.path.insert(0, os.getcwd())  # noqa: PTH109 - as above
-    return get_task(config.task, data_dir=Path(config.data) if config.data else None)
+def _say_rate(config: WorkerConfig, recipe: Recipe, job: Job) -> None:
+    """That a task's own learning rate is Adam's, where the recipe is none of Adam's."""
+    if config.lr is None and not takes_adams_rate(recipe) and config.rank == 0:
+        words = "lr: %g is the task's, for Adam; what recipe %s wants: %s"
+        _log.warning(words, job.lr, recipe.name, find_preset(config.recipe).suggested)
 
 
 def _description(task: Task) -> str:

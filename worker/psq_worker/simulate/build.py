@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from psq.parts import load_rule
 from psq.plan import Plan
 from psq.recipe import Recipe
 from psq.rules import make_apply
@@ -27,7 +26,6 @@ __all__ = [
     "averaging_of",
     "gradients_of",
     "initial_of",
-    "is_apart",
     "is_shared",
     "job_of",
     "samples_of",
@@ -43,12 +41,6 @@ def averaging_of(plan: Plan, table: Table, lr: float) -> Averaging | None:
     flat, tensors = torch.from_numpy(table.whole), plan.layout.tensors
     own = [nn.Parameter(flat[t.offset : t.offset + t.numel].view(t.shape)) for t in tensors]
     return Averaging(plan, torch.optim.Adam(own, lr=lr), own)
-
-
-def is_apart(recipe: Recipe) -> bool:
-    """Whether workers compute at other weights than the replica's between two rounds."""
-    looks_ahead = bool(load_rule(recipe.direction.part).looks_ahead)
-    return looks_ahead or recipe.direction.local_steps > 1
 
 
 def is_shared(plan: Plan) -> bool:

@@ -14,13 +14,13 @@ from psq.config import WorkerConfig
 from psq.errors import GaveUpError
 from psq.plan import Plan
 from psq.presets import preset
+from psq.rules import is_apart
 from psq_worker.simulate.attacks import Liars, spoil
 from psq_worker.simulate.build import (
     Pause,
     averaging_of,
     gradients_of,
     initial_of,
-    is_apart,
     is_shared,
     job_of,
     samples_of,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +31,7 @@ from psq_worker.simulate.report import (
 )
 from psq_worker.simulate.settings import config_of
 from psq_worker.simulate.trace import Point, Score, Usage
-from psq_worker.tasks import get_task
+from psq_worker.tasks import find_task
 
 __all__ = ["run_simulate"]
 
@@ -49,9 +47,7 @@ def run_simulate(told: WorkerConfig, wanted: SimulateConfig) -> None:
         StateError: a file cannot be written.
         GaveUpError: workers wait for somebody who never comes, in virtual time.
     """
-    if os.getcwd() not in sys.path:  # noqa: PTH109 - sys.path holds texts; a user's task lies here
-        sys.path.insert(0, os.getcwd())  # noqa: PTH109 - as above
-    task = get_task(told.task, data_dir=Path(told.data) if told.data else None)
+    task = find_task(told.task, told.data)
     config = config_of(told, wanted, task)
     console = Console(stderr=True)
     with _quiet_log(), _lines(wanted.save_report) as lines, _Progress(console) as progress:

@@ -1,7 +1,7 @@
 """Task `fashion-resnet`: a residual network of 175 thousand parameters on pictures of clothing.
 
-The shape of residual networks for small images: a convolution, then three stages of two blocks, each
-block two 3 x 3 convolutions around a shortcut; from stage to stage images halve and channels
+The shape of residual networks for small images: a convolution, then three stages of two blocks,
+each block two 3 x 3 convolutions around a shortcut; from stage to stage images halve and channels
 double. Group norm instead of batch norm: a step depends on its samples alone, so W workers make the
 same step as one with a W-fold batch, and there are no buffers to keep equal.
 """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -14,10 +16,21 @@ from psq_worker.tasks.char_lm import CharLm
 from psq_worker.tasks.fashion_mnist import FashionMnist
 from psq_worker.tasks.fashion_resnet import FashionResNet
 
-__all__ = ["TASK_NAMES", "check_model", "get_task"]
+__all__ = ["TASK_NAMES", "check_model", "find_task", "get_task"]
 
 TASK_NAMES: Final = (FashionMnist.name, FashionResNet.name, CharLm.name)
 _NEEDED: Final = ("name", "metric", "model", "loss", "batches", "evaluate")
+
+
+def find_task(spec: str, data: str | None = None) -> Task:
+    """The task that somebody typed: modules in the working folder are found as well.
+
+    Raises:
+        ConfigError: as `get_task`.
+    """
+    if os.getcwd() not in sys.path:  # noqa: PTH109 - sys.path holds texts; a user's task lies here
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109 - as above
+    return get_task(spec, data_dir=Path(data) if data else None)
 
 
 def get_task(spec: str, *, data_dir: Path | None = None, subset: bool = False) -> Task:
