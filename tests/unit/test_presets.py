@@ -6,7 +6,7 @@ import pytest
 
 from psq.codec import get_codec
 from psq.config import WorkerConfig
-from psq.costs import LISTED_WORKERS, costs_of
+from psq.costs import LISTED_STEPS, LISTED_WORKERS, costs_of
 from psq.errors import ConfigError
 from psq.presets import PRESETS, asked_recipe, find_preset, preset
 from psq.recipe import AdamConfig, Choice, Power
