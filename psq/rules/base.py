@@ -16,6 +16,7 @@ The defaults here are what most rules want: no state, the mean, nothing to tell.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psq.codec import ShardCodec
+from psq.errors import UsageError
 from psq.kernels import Buffer, Floats, Residual
 from psq.kernels.reference import expand
 from psq.layout import Layout, Shard
@@ -265,10 +267,20 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What an aggregate decides of one worker's round: its weight, or why it is refused."""
+    """What an aggregate decides of one worker's round: its weight, or why it is refused.
+
+    Raises:
+        UsageError: the weight is no finite number >= 0.
+    """
 
     weight: float = 1.0
     refused: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what no mean can be made with, where the rule that says so is still on the way."""
+        if not (math.isfinite(self.weight) and self.weight >= 0.0):
+            msg = f"a judgement's weight must be a finite number >= 0, got {self.weight!r}"
+            raise UsageError(msg)
 
 
 class RoundView(Protocol):
@@ -343,7 +355,8 @@ class AggregateRule(_Rule):
     def combine(self, shard: int, said: Sequence[Said], out: Floats) -> None:
         """Write the aggregate of at least one contribution to out, f32[shard.numel].
 
-        By ascending rank; with weights of 1 these are the bits of the kernel's mean.
+        By ascending rank; with weights of 1 these are the bits of the kernel's mean. Where all
+        weights are 0 nobody has said anything: zeros.
 
         Cost: one decode per contribution; a shard of scratch where weights differ from 1.
         """
@@ -359,7 +372,9 @@ class AggregateRule(_Rule):
             one.codec.decode(one.payload, part)
             np.multiply(part, np.float32(one.weight), out=part)
             np.add(out, part, out=out)
-        np.multiply(out, np.float32(1.0 / sum(one.weight for one in said)), out=out)
+        total = sum(one.weight for one in said)
+        if total > 0.0:
+            np.multiply(out, np.float32(1.0 / total), out=out)
 
 
 class ApplyRule(_Rule):

@@ -3,7 +3,7 @@ import pytest
 
 from psq import kernels
 from psq.codec import ShardCodec, get_codec
-from psq.errors import ConfigError
+from psq.errors import ConfigError, UsageError
 from psq.kernels import ServerStep
 from psq.layout import cut
 from psq.parts import Part, load_rule
@@ -11,6 +11,7 @@ from psq.presets import preset
 from psq.recipe import Choice, Downlink, Uplink
 from psq.rules import (
     AggregateRule,
+    Judgement,
     Said,
     is_linear,
     make_aggregate,
@@ -67,6 +68,19 @@ def test_a_weighted_mean_counts_each_by_its_weight():
         one.codec.decode(one.payload, part)
         expected += one.weight * part / sum(weights)
     np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+def test_a_mean_of_messages_that_count_nothing_is_nothing():
+    out = np.full(SHARD.numel, np.nan, np.float32)
+    rule = AggregateRule({}, layout=LAYOUT, world_size=2)
+    rule.combine(0, said_by(2, weights=[0.0, 0.0]), out)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_judgement_with_which_no_mean_can_be_made_is_refused(weight):
+    with pytest.raises(UsageError, match="weight must be a finite number >= 0"):
+        Judgement(weight)
 
 
 def test_messages_of_different_codecs_have_one_mean():
