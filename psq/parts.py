@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from psq.catalogue import CATALOGUE
 from psq.errors import ConfigError
 from psq.slots import MAX_OPTIONS, MAX_TEXT_CHARS, SLOTS, Option, Options, Part, Value, options
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint, EntryPoints
 
 __all__ = [
     "GROUPS",
@@ -125,7 +127,7 @@ def load_rule(made: Part) -> Any:
 
 def entry_names(group: str) -> tuple[str, ...]:
     """The names of a group's entry points, sorted."""
-    return tuple(sorted({point.name for point in entry_points(group=group)}))
+    return tuple(sorted({point.name for point in _entry_points(group)}))
 
 
 def entry(group: str, name: str, expected: type[EntryT]) -> tuple[EntryT, str] | None:
@@ -134,7 +136,7 @@ def entry(group: str, name: str, expected: type[EntryT]) -> tuple[EntryT, str] |
     Raises:
         ConfigError: it cannot be imported, or is something else than expected.
     """
-    points = entry_points(group=group, name=name)
+    points = _entry_points(group, name=name)
     if not points:
         return None
     point = next(iter(points))
@@ -147,6 +149,12 @@ def entry(group: str, name: str, expected: type[EntryT]) -> tuple[EntryT, str] |
         )
         raise ConfigError(msg)
     return made, package
+
+
+def _entry_points(group: str, **chosen: str) -> EntryPoints:
+    from importlib.metadata import entry_points  # noqa: PLC0415 - 15 ms; psq's own need none
+
+    return entry_points(group=group, **chosen)
 
 
 def _import(point: EntryPoint, package: str) -> Any:

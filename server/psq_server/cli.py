@@ -30,7 +30,7 @@ from psq.errors import ConfigError
 from psq.link import ServerLink
 from psq.metrics import CONTENT_TYPE, Metrics, Totals
 from psq.presets import preset
-from psq.process import watch_parent
+from psq.process import keep_freed_memory, watch_parent
 from psq.timeline import Process, Timeline, write_part
 from psq.timeline import check_writable as check_timeline
 from psq_server.health import Health, HealthServer, by_rank, health_page, status_page
@@ -65,6 +65,7 @@ def serve(given: Given) -> int:
     Every option is also a PSQ_* variable and a key of the [server] table in --config's TOML file.
     """
     watch_parent()
+    keep_freed_memory()
     config = given.resolve(ServerConfig).config
     _check_place(config)
     save = Path(config.save) if config.save else None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -94,3 +95,40 @@ def test_on_linux_a_leaked_pipe_does_not_keep_an_orphan_alive(pipe):
         assert select.select([parent.stdout], [], [], DEADLINE_S)[0]
         assert parent.stdout.read() == b""
     assert writer
+
+
+FRAMES = """
+import resource
+def frames():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        [bytearray(1 << 20) for _ in range(8)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+"""
+
+
+def page_faults(before, environ):
+    code = (
+        f"{FRAMES}\nfrom psq.process import keep_freed_memory\n{before}\nframes(); print(frames())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environ,
+        check=True,
+        capture_output=True,
+        timeout=DEADLINE_S,
+    )
+    return int(done.stdout)
+
+
+def test_freed_memory_that_is_kept_costs_no_page_faults():
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("this libc keeps memory as it likes")
+    assert page_faults("", environ) > 20 * 8 * 100
+    assert page_faults("assert keep_freed_memory()", environ) < 100
+
+
+def test_who_has_set_malloc_himself_is_not_overruled():
+    environ = {**os.environ, "MALLOC_ARENA_MAX": "2"}
+    assert page_faults("assert not keep_freed_memory()", environ) > 20 * 8 * 100
