@@ -340,6 +340,14 @@ class AggregateRule(_Rule):
         state: Mapping[str, Floats] | None = None,
     ) -> None:
         super().__init__(options, layout, world_size, state)
+        self.setup()
+
+    def setup(self) -> None:
+        """What a rule needs besides, made when options and layout are there.
+
+        Raises:
+            ConfigError: it cannot run with these options, or with so few workers.
+        """
 
     @classmethod
     def copies(cls, world_size: int) -> int:

@@ -54,8 +54,7 @@ import numpy as np
 from psq.codec import ShardCodec
 from psq.errors import ConfigError
 from psq.kernels import Floats
-from psq.layout import Layout
-from psq.rules.base import AggregateRule, Judgement, RoundView, RuleOptions, Said
+from psq.rules.base import AggregateRule, Judgement, RoundView, Said
 from psq.rules.packed import distances
 from psq.rules.robust import scaled_sum
 
@@ -99,27 +98,19 @@ class Kardam(AggregateRule):
 
     whole: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        options: RuleOptions,
-        *,
-        layout: Layout,
-        world_size: int,
-        state: Mapping[str, Floats] | None = None,
-    ) -> None:
-        super().__init__(options, layout=layout, world_size=world_size, state=state)
-        self._hostile: Final = int(options["f"])
-        if self._hostile < 0 or world_size < 3 * self._hostile + 1:
+    def setup(self) -> None:  # noqa: D102 - as the base class
+        self._hostile = int(self.options["f"])
+        if self._hostile < 0 or self.world_size < 3 * self._hostile + 1:
             msg = (
                 f"kardam with f={self._hostile} needs {3 * self._hostile + 1} workers or more, "
-                f"there are {world_size}: lower f or start more"
+                f"there are {self.world_size}: lower f or start more"
             )
             raise ConfigError(msg)
-        self._dampen: Final = DAMPENING[str(options["dampening"])]
-        self._window: Final = int(options["window"])
-        self._workers: Final[dict[int, _Worker]] = {}
-        self._versions: Final[dict[int, Weights]] = {}
-        self._accepted: Final[deque[int]] = deque(maxlen=2 * self._hostile)
+        self._dampen = DAMPENING[str(self.options["dampening"])]
+        self._window = int(self.options["window"])
+        self._workers: dict[int, _Worker] = {}
+        self._versions: dict[int, Weights] = {}
+        self._accepted: deque[int] = deque(maxlen=2 * self._hostile)
         self._accepted_last: _Step | None = None
         self._moved_last: _Step | None = None  # the last that is known to have moved the weights
         self._refusals: int = 0

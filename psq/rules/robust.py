@@ -30,8 +30,7 @@ from numpy.typing import NDArray
 
 from psq.errors import ConfigError
 from psq.kernels import Floats
-from psq.layout import Layout
-from psq.rules.base import AggregateRule, Judgement, RoundView, RuleOptions, Said
+from psq.rules.base import AggregateRule, Judgement, RoundView, Said
 from psq.rules.packed import distances
 from psq.rules.windows import Windows
 
@@ -79,17 +78,9 @@ class TrimmedMean(Median):
 
     whole: ClassVar[bool] = True  # only to count a round's messages before any shard is reduced
 
-    def __init__(
-        self,
-        options: RuleOptions,
-        *,
-        layout: Layout,
-        world_size: int,
-        state: Mapping[str, Floats] | None = None,
-    ) -> None:
-        super().__init__(options, layout=layout, world_size=world_size, state=state)
-        self._hostile: Final = int(options["f"])
-        _check_count("trimmed-mean", world_size, self._hostile, 2 * self._hostile + 1)
+    def setup(self) -> None:  # noqa: D102 - as the base class
+        self._hostile = int(self.options["f"])
+        _check_count("trimmed-mean", self.world_size, self._hostile, 2 * self._hostile + 1)
 
     def judge(self, round: RoundView) -> Mapping[int, Judgement]:  # noqa: A002 - the field's word
         """Refuse a round with fewer than n - f messages; all weights are 1."""
@@ -157,22 +148,14 @@ class Krum(AggregateRule):
 
     whole: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        options: RuleOptions,
-        *,
-        layout: Layout,
-        world_size: int,
-        state: Mapping[str, Floats] | None = None,
-    ) -> None:
-        super().__init__(options, layout=layout, world_size=world_size, state=state)
-        self._hostile: Final = int(options["f"])
-        self._chosen: Final = int(options["m"])
-        self._neighbours: Final = world_size - self._hostile - 2
-        _check_count("krum", world_size, self._hostile, 2 * self._hostile + 3)
+    def setup(self) -> None:  # noqa: D102 - as the base class
+        self._hostile = int(self.options["f"])
+        self._chosen = int(self.options["m"])
+        self._neighbours = self.world_size - self._hostile - 2
+        _check_count("krum", self.world_size, self._hostile, 2 * self._hostile + 3)
         if not 1 <= self._chosen <= self._neighbours:
             msg = (
-                f"krum with f={self._hostile} cannot choose m={self._chosen} of {world_size} "
+                f"krum with f={self._hostile} cannot choose m={self._chosen} of {self.world_size} "
                 f"workers: m is 1 to {self._neighbours}"
             )
             raise ConfigError(msg)
@@ -200,16 +183,8 @@ class Clip(AggregateRule):
 
     whole: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        options: RuleOptions,
-        *,
-        layout: Layout,
-        world_size: int,
-        state: Mapping[str, Floats] | None = None,
-    ) -> None:
-        super().__init__(options, layout=layout, world_size=world_size, state=state)
-        self._norm: Final = float(options["norm"])
+    def setup(self) -> None:  # noqa: D102 - as the base class
+        self._norm = float(self.options["norm"])
         if not (math.isfinite(self._norm) and self._norm > 0.0):
             msg = f"clip to a norm of {self._norm!r}: it must be finite and above 0"
             raise ConfigError(msg)
