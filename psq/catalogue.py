@@ -232,7 +232,7 @@ APPLIES: Final = (
         rule="psq.rules.applies:Ef21",
         summary="a step of SGD along the sum of all differences said",
         takes=_GRADIENT,
-        needs=("direction=ef21",),
+        needs=("direction=ef21", "aggregate=mean"),
     ),
     Part(
         "onebit",

@@ -263,6 +263,11 @@ def _partner_fault(recipe: Recipe) -> str:
             where, _, kind = need.partition("=")
             if there[where].kind != kind:
                 return f"{slot}={each.kind} needs {need}, got {where}={there[where].kind}"
+    if recipe.aggregate.part.says == "vote" and recipe.uplink.error_feedback:
+        return (
+            f"aggregate={recipe.aggregate.kind} counts votes, which have no size, so what workers "
+            "feed back would not be what it left out: set uplink.error_feedback=false"
+        )
     up, down = recipe.uplink.choice, recipe.downlink.choice
     if recipe.apply.part.in_step and up != down:
         return (

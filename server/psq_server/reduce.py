@@ -356,7 +356,7 @@ class Reducer:
         ]
         self._aggregate.combine(shard, messages, out)
         if self._apply.counts_absent:
-            share = sum(one.weight for one in messages) / self._plan.world_size
+            share = len(messages) / self._plan.world_size
             np.multiply(out, np.float32(share), out=out)
 
     def _encode(

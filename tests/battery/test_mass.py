@@ -293,3 +293,16 @@ def test_a_server_that_answers_with_its_weights_keeps_them_exactly(name):
             ]
             twin.step(shard.index, counted, lr)
         assert twin.state_arrays()["x"].tobytes() == cluster.server.state_arrays()["x"].tobytes()
+
+
+def test_weights_that_are_all_alike_leave_ef21s_mean_as_it_is():
+    cluster, problem = started("ef21", WORKERS)
+    this = cluster.step(RATES[0])
+    twin = Reducer(cluster.plan)
+    for shard in cluster.shards:
+        at = slice(shard.offset, shard.offset + shard.numel)
+        twin.init(shard.index, 0, problem.x[at].tobytes())
+        pushes = [this.pushes[rank, shard.index] for rank in range(WORKERS)]
+        twin.step(shard.index, [one._replace(weight=600) for one in pushes], RATES[0])
+    heard, wanted = (r.state_arrays()["h"] for r in (twin, cluster.server))
+    np.testing.assert_allclose(heard, wanted, rtol=1e-6)
