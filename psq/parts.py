@@ -136,7 +136,7 @@ def entry(group: str, name: str, expected: type[EntryT]) -> tuple[EntryT, str] |
     Raises:
         ConfigError: it cannot be imported, or is something else than expected.
     """
-    points = _entry_points(group, name=name)
+    points = _entry_points(group).select(name=name)
     if not points:
         return None
     point = next(iter(points))
@@ -151,10 +151,10 @@ def entry(group: str, name: str, expected: type[EntryT]) -> tuple[EntryT, str] |
     return made, package
 
 
-def _entry_points(group: str, **chosen: str) -> EntryPoints:
+def _entry_points(group: str) -> EntryPoints:
     from importlib.metadata import entry_points  # noqa: PLC0415 - 15 ms; psq's own need none
 
-    return entry_points(group=group, **chosen)
+    return entry_points(group=group)
 
 
 def _import(point: EntryPoint, package: str) -> Any:
