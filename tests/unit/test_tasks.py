@@ -17,7 +17,7 @@ from psq_worker.tasks.char_lm import CONTEXT, CharLm
 from psq_worker.tasks.fashion_mnist import FashionMnist
 from psq_worker.tasks.make_data import gzip_bytes
 
-PARAMETERS = {"fashion-mnist": 1_227_274, "fashion-resnet": 174_778, "char-lm": 623_824}
+PARAMETERS = {"fashion-mnist": 1_227_274, "fashion-resnet": 695_658, "char-lm": 623_824}
 
 
 @pytest.fixture(scope="module", params=sorted(PARAMETERS))

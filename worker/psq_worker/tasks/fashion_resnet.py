@@ -1,9 +1,9 @@
-"""Task `fashion-resnet`: a residual network of 175 thousand parameters on pictures of clothing.
+"""Task `fashion-resnet`: a residual network of 0.7 million parameters on pictures of clothing.
 
-The shape of residual networks for small images: a convolution, then three stages of two blocks,
-each block two 3 x 3 convolutions around a shortcut; from stage to stage images halve and channels
-double. Group norm instead of batch norm: a step depends on its samples alone, so W workers make the
-same step as one with a W-fold batch, and there are no buffers to keep equal.
+The usual shape: a convolution and a pooling, then three stages of two blocks, each block two 3 x 3
+convolutions around a shortcut; from stage to stage images halve and channels double. Group norm
+instead of batch norm: a step depends on its samples alone, so W workers make the same step as one
+with a W-fold batch, and there are no buffers to keep equal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from psq_worker.tasks.fashion_mnist import FashionMnist, ImageBatch
 __all__ = ["FashionResNet", "ResNet"]
 
 CLASSES: Final = 10
-STAGES: Final = (16, 32, 64)
+STAGES: Final = (32, 64, 128)
 BLOCKS: Final = 2
 GROUPS: Final = 8
 
@@ -53,7 +53,7 @@ class FashionResNet:
         return self._images.description
 
     def model(self, seed: int) -> nn.Module:
-        """A new network, 174,778 parameters."""
+        """A new network, 695,658 parameters."""
         with seeded(seed):
             return ResNet()
 
@@ -95,7 +95,8 @@ class ResNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Scores of the classes."""
-        hidden = self.blocks(functional.relu(self.norm(self.stem(images))))
+        hidden = functional.relu(self.norm(self.stem(images)))
+        hidden = self.blocks(functional.max_pool2d(hidden, 3, stride=2, padding=1))
         scores: torch.Tensor = self.head(hidden.mean(dim=(2, 3)))
         return scores
 
