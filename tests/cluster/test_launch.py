@@ -413,6 +413,7 @@ def test_the_demo_of_a_recipe_without_adam_says_both_learning_rates(folder):
     assert result.returncode == 0, result.stderr
     assert "for Adam; what recipe sign-majority wants: lr about a tenth" in result.stderr
     numbers = json.loads(result.stdout)
+    assert numbers["psq"]["recipe"].endswith(", aggregate majority")
     assert numbers["learning_rates"] == {"psq": 1e-3, "baseline": 1e-3}
     assert numbers["psq"]["samples"] == numbers["baseline"]["samples"]
     flags += ["--lr", "0.25"]

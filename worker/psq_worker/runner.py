@@ -270,6 +270,8 @@ def _in_rounds(job: Job, local_steps: int) -> Job:
 def _recipe_words(recipe: Recipe, choice: str) -> str:
     up, down = recipe.uplink.codec, recipe.downlink
     words = f"{recipe.name} ({up} up, {down.kind} {down.codec} down)"
+    if recipe.aggregate.kind != "mean":
+        words += f", aggregate {recipe.aggregate.kind}"
     if recipe.direction.local_steps > 1:
         words += f", {recipe.direction.local_steps} local steps a round"
     if recipe.uplink.every > 1:
