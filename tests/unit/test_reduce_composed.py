@@ -309,6 +309,17 @@ def test_what_waits_is_worth_the_same_when_the_rate_changes():
             np.testing.assert_allclose(state["x"] - lr * state["residual"], exact, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["ef-sgd", "sign-majority"])
+def test_where_the_server_has_a_rate_of_its_own_no_push_decides_how_far_it_goes(name):
+    plan = make_plan(preset(name).with_options("apply.rate=0.05"))
+    weights = []
+    for lr in (LR, 1e300):
+        reducer, x = started(plan)
+        round_of(plan, reducer, 1, lr=lr)
+        weights.append(reducer.state_arrays()["x"].tobytes())
+    assert weights[0] == weights[1] != x.tobytes()
+
+
 @pytest.mark.parametrize("lr", [1e-20, 5e-324])
 def test_a_rate_next_to_0_leaves_what_waits_alone(lr):
     plan = make_plan(sgd_with_means())
