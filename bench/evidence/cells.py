@@ -2,7 +2,8 @@
 
 A cell's file is found by a digest of everything that its numbers follow from: the task and its job,
 the recipe with all its parts and options, workers, seed, conditions, the versions of psq and torch,
-and `REVISION`. Change a recipe, and its cells are run again; the old files are in nobody's way.
+and `REVISION`. Change a recipe, and its cells are run again; the old files are in nobody's way. Its
+name does not matter: two names for the same parts are one cell.
 """
 
 from __future__ import annotations
@@ -74,12 +75,13 @@ class Cell:
     def key(self) -> dict[str, Any]:
         """Everything that its numbers follow from, as plain data."""
         subject, method = self.subject, self.how
+        cell = {name: value for name, value in dataclasses.asdict(self).items() if name != "method"}
         job = (subject.steps, subject.batch, subject.schedule, subject.every, method.repeats)
         recipe = None
         if method.recipe:
             recipe = _recipe_plain(self.method, feedback=self.feedback)
         return {
-            "cell": dataclasses.asdict(self),
+            "cell": cell,
             "job": job,
             "recipe": recipe,
             "consistency": method.consistency,
@@ -91,7 +93,8 @@ class Cell:
 
 @cache
 def _recipe_plain(name: str, *, feedback: bool) -> dict[str, Any]:
-    return method_of(name).make(feedback=feedback).to_plain()
+    plain = method_of(name).make(feedback=feedback).to_plain()
+    return {key: value for key, value in plain.items() if key != "name"}
 
 
 @cache
@@ -114,7 +117,7 @@ class Store:
         """The cell's file, whether it is there or not."""
         text = json.dumps(cell.key(), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        return self.folder / f"{cell.name.replace(' ', '_')}-{digest}.json"
+        return self.folder / f"{cell.task}-{digest}.json"
 
     def has(self, cell: Cell) -> bool:
         """Whether it is finished, or has failed."""
@@ -134,7 +137,7 @@ class Store:
         path = self.path(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        text = json.dumps({"key": cell.key(), **result}, allow_nan=False)
+        text = json.dumps({"name": cell.name, "key": cell.key(), **result}, allow_nan=False)
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
 

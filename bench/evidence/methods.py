@@ -24,6 +24,7 @@ class Method:
         name: in files and tables.
         recipe: the preset; empty for what is none.
         options: changes to it, as for --with.
+        uplink: another codec than the preset's.
         base, factor: of the learning rate.
         rank: PowerSGD's.
         consistency: what the recipe is made for.
@@ -34,6 +35,7 @@ class Method:
     name: str
     recipe: str = ""
     options: tuple[str, ...] = ()
+    uplink: str | None = None
     base: Base = "adam"
     factor: float = 1.0
     rank: int = 0
@@ -43,7 +45,7 @@ class Method:
 
     def make(self, *, feedback: bool = True) -> Recipe:
         """The recipe, or the same without error feedback."""
-        recipe = preset(self.recipe).with_options(*self.options)
+        recipe = preset(self.recipe).with_options(*self.options).with_codecs(uplink=self.uplink)
         return recipe if feedback else without_feedback(recipe)
 
     @property
@@ -98,8 +100,19 @@ _GIVEN: Final[dict[str, Method]] = {
     )
 }
 RECIPES: Final = tuple(_GIVEN.get(name) or Method(name, name) for name in PRESETS)
-METHODS: Final = (ADAM, *RECIPES, *POWER)
-MAIN: Final = ("server-adam", "qadam-1bit", "shared-direction")
+FINE: Final = Method(
+    "shared-direction-4bit",
+    "shared-direction",
+    tuple(
+        f"{side}.choice.{option}"
+        for side in ("uplink", "downlink")
+        for option in ("first=8", "period=128", "codec=lloyd-max:bits=3")
+    ),
+    uplink="lloyd-max:bits=4,block=256",
+    note="4 bits up, units renewed in 3 bits every 128 rounds",
+)
+METHODS: Final = (ADAM, *RECIPES, FINE, *POWER)
+MAIN: Final = ("server-adam", "qadam-1bit", "shared-direction", FINE.name)
 
 
 def method_of(name: str) -> Method:

@@ -12,7 +12,7 @@ from itertools import product
 from typing import Final
 
 from evidence.cells import RATE_SEED, SEEDS, Cell, Store
-from evidence.methods import ADAM, MAIN, POWER, RECIPES, Method, method_of
+from evidence.methods import ADAM, MAIN, METHODS, POWER, RECIPES, Method, method_of
 from evidence.scores import score_of
 from evidence.subjects import SUBJECTS, Subject
 
@@ -32,7 +32,7 @@ class Wanted:
     """What was asked for; everything by default."""
 
     tasks: tuple[str, ...] = tuple(subject.task for subject in SUBJECTS)
-    methods: tuple[str, ...] = tuple(method.name for method in (ADAM, *RECIPES, *POWER))
+    methods: tuple[str, ...] = tuple(method.name for method in METHODS)
     seeds: tuple[int, ...] = SEEDS
 
     def takes(self, cell: Cell) -> bool:

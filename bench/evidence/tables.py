@@ -9,7 +9,7 @@ from typing import Any
 
 from evidence import order
 from evidence.cells import Cell, Store
-from evidence.methods import ADAM, POWER, RECIPES, Method, method_of
+from evidence.methods import ADAM, METHODS, RECIPES, Method, method_of
 from evidence.scores import Interval, interval, score_of
 from evidence.subjects import Subject
 from reporting.tables import markdown
@@ -115,7 +115,7 @@ def recipes_table(store: Store, subject: Subject) -> str:
     """A row for each method."""
     head = ("", subject.score, "minus Adam", "without feedback, minus Adam", "bits up", "bits down")
     head = (*head, "lr", "best lr", "at it, minus Adam at its best")
-    rows = [_recipe_row(store, subject, method) for method in (ADAM, *RECIPES, *POWER)]
+    rows = [_recipe_row(store, subject, method) for method in METHODS]
     return markdown(head, rows)
 
 

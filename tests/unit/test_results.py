@@ -103,6 +103,7 @@ def test_a_cells_file_follows_from_all_that_its_numbers_do(e, store, monkeypatch
         {"way": "processes"},
     )
     assert {field.name for field in dataclasses.fields(cell)} == {k for c in changes for k in c}
+    assert store.path(cell).parent == store.folder
     paths = {store.path(dataclasses.replace(cell, **change)) for change in changes}
     assert len(paths | {store.path(cell)}) == 1 + len(changes)
     before = store.path(cell)
@@ -118,6 +119,13 @@ def test_a_recipe_that_changes_has_its_cells_run_again(e, store, monkeypatch):
     assert store.path(cell) != before
 
 
+def test_two_names_of_the_same_parts_are_one_cell(e, store, monkeypatch):
+    other = dataclasses.replace(e.methods.method_of("server-adam"), name="other")
+    monkeypatch.setattr(e.methods, "METHODS", (*e.methods.METHODS, other))
+    one, same = (e.cells.Cell("char-lm", name, 4, 0, 1e-3) for name in ("server-adam", "other"))
+    assert store.path(one) == store.path(same)
+
+
 def test_a_task_that_is_trained_longer_is_trained_again(e, store, monkeypatch):
     cell = e.cells.Cell("char-lm", "adam", 1, 0, 1e-3, way="plain")
     before = store.path(cell)
@@ -131,7 +139,8 @@ def test_what_is_kept_comes_back_and_says_what_it_is_of(e, store):
     assert store.get(cell) is None
     store.put(cell, result(2.0))
     assert store.get(cell)["scores"] == [[480, 2.0]]
-    assert store.get(cell)["key"]["cell"] == dataclasses.asdict(cell)
+    assert store.get(cell)["key"]["cell"]["lr"] == 1e-3
+    assert store.get(cell)["name"] == "char-lm server-adam W4 lr0.001 s0"
     assert [path.suffix for path in store.folder.iterdir()] == [".json"]
 
 
