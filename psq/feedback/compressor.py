@@ -187,15 +187,10 @@ class Compressor:
             round_t = self._round(shard, t)
             self._direct(self._rule, shard, gradients, lr, round_t, weights, shared, clear=clear)
             index = self._say(self._rule, shard, round_t, payload, takes_part=takes_part)
-        elif self._adams is None:
-            seed = self._payloads.seed(shard, self._steps[shard])
-            residual = self._residual_of(shard) if takes_part else None
-            codec = self._payloads.codecs(shard)[0]
-            codec.encode_segments(gradients, residual, payload, seed=seed, clear=clear)
+        else:
+            self._step(shard, gradients, lr, payload, weights, clear=clear, takes_part=takes_part)
             if self._rates is not None:
                 self._payloads.note(shard, has_residual=takes_part)
-        else:
-            self._step(shard, gradients, lr, payload, weights, clear=clear)
         self._steps[shard] += 1
         return index
 
@@ -452,18 +447,19 @@ class Compressor:
         weights: Segments | None,
         *,
         clear: bool = False,
+        takes_part: bool = True,
     ) -> None:
         """One pass over a shard: its direction, then its payload or its residual."""
         codec, cut = self._payloads.codecs(shard)[0], self._shards[shard]
-        for values in (gradients, weights):
-            if values is not None:
-                check_segments(cut, values)
+        check_segments(cut, gradients)
+        if self._adams is not None and weights is not None:
+            check_segments(cut, weights)
         step = WorkerStep(
             uplink=codec.codec.format,
             gradients=gradients,
             starts=codec.starts(self._payloads.seed(shard, self._steps[shard])),
             payload=payload,
-            residual=self._residual_of(shard),
+            residual=self._residual_of(shard) if takes_part else None,
             clear=clear,
         )
         if self._adams is not None:
