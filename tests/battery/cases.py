@@ -34,6 +34,7 @@ class Case:
 
     Attributes:
         options: what is set.
+        theta: of its Adam.
         local_steps: of a worker, where the recipe has them.
         settings: what its reference is told besides.
         faulty: it has an option f, aggregate.f: as many as so many workers allow.
@@ -43,6 +44,7 @@ class Case:
     """
 
     options: tuple[str, ...] = ()
+    theta: float = 0.999
     local_steps: int = 0
     settings: dict = field(default_factory=dict)
     faulty: bool = False
@@ -58,7 +60,7 @@ CASES = {
     "qadam-1bit": Case(),
     "local-adam": Case(local_steps=3, settings={"steps": 3}),
     "efficient-adam": Case(),
-    "server-amsgrad": Case(),
+    "server-amsgrad": Case(theta=0.5, settings={"theta": 0.5}),  # so that v falls now and then
     "shared-direction": Case(SHARED, settings={"first": 3, "period": 8}),
     "onebit-adam": Case(("uplink.choice.steps=12",), settings={"steps": 12}),
     "diloco": Case(local_steps=3, settings={"steps": 3}),
@@ -103,6 +105,7 @@ def recipe_of(name, workers):
     case = CASES[name]
     faulty = (f"aggregate.f={tolerated(workers)}",) if case.faulty else ()
     recipe = preset(name).with_options(*case.options, *faulty)
+    recipe = recipe.with_adam(theta=case.theta) if recipe.adam else recipe
     return recipe.with_rhythm(local_steps=case.local_steps) if case.local_steps else recipe
 
 
@@ -114,20 +117,24 @@ def plan_of(recipe, workers, **job):
 
 
 class Problem:
-    """Quadratics, one for each worker, of curvatures that differ; and noise."""
+    """Quadratics, one for each worker, of curvatures that differ; and noise.
+
+    Some values have next to no gradient, as where a unit of a network is off.
+    """
 
     def __init__(self, numel, workers, seed=0):
         rng = np.random.default_rng(seed)
         self.x = rng.normal(0, 0.5, numel).astype(np.float32)
         self.targets = rng.standard_normal((workers, numel)).astype(np.float32)
         self.curves = np.exp(rng.uniform(-1.0, 1.0, numel)).astype(np.float32)
+        self.loud = np.where(rng.random(numel) < 0.05, np.float32(1e-6), np.float32(1.0))
         self.seed = seed
 
     def gradient(self, rank, step, x):
         """As a worker computes it."""
         rng = np.random.default_rng([self.seed, rank, step])
         noise = rng.standard_normal(x.size, np.float32)
-        return self.curves * (x - self.targets[rank]) + np.float32(0.3) * noise
+        return self.loud * (self.curves * (x - self.targets[rank]) + np.float32(0.3) * noise)
 
 
 RATES = (0.004, 0.008, 0.016, 0.016, 0.016, *[0.016 * 0.97**t for t in range(27)])

@@ -4,11 +4,11 @@ from reference.adam import Adam
 from reference.common import Job, Weights, mean
 
 
-def train(job: Job, *, amsgrad: bool = False) -> Weights:
+def train(job: Job, theta: float = 0.999, *, amsgrad: bool = False) -> Weights:
     """Yield everybody's weights."""
     x, server_e = job.x, job.zeros
     e = [job.zeros for _ in job.ranks]
-    adam = Adam(amsgrad=amsgrad)
+    adam = Adam(theta=theta, amsgrad=amsgrad)
     for t, lr in job.rounds():
         said = []
         for i in job.ranks:

@@ -4,6 +4,6 @@ from reference.common import Job, Weights
 from reference.server_adam import train as train_adam
 
 
-def train(job: Job) -> Weights:
+def train(job: Job, theta: float = 0.999) -> Weights:
     """Yield everybody's weights."""
-    return train_adam(job, amsgrad=True)
+    return train_adam(job, theta, amsgrad=True)
