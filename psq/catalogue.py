@@ -138,7 +138,13 @@ AGGREGATES: Final = (
         takes=("gradient", "vote"),
         family="sign",
     ),
-    Part("median", rule="psq.rules.robust:Median", summary="the coordinate's median", takes=_ANY),
+    Part(
+        "median",
+        rule="psq.rules.robust:Median",
+        summary="the coordinate's median",
+        takes=_ANY,
+        counts_heads=True,
+    ),
     Part(
         "trimmed-mean",
         options=(_FAULTY,),
@@ -146,6 +152,7 @@ AGGREGATES: Final = (
         summary="the coordinate's mean without its f largest and f smallest values",
         takes=_ANY,
         whole=True,
+        counts_heads=True,
     ),
     Part(
         "krum",
@@ -157,6 +164,7 @@ AGGREGATES: Final = (
         summary="the messages nearest to their neighbours; not with error feedback",
         takes=_ANY,
         whole=True,
+        counts_heads=True,
     ),
     Part(
         "clip",
@@ -165,6 +173,7 @@ AGGREGATES: Final = (
         summary="the mean of messages scaled down to a norm",
         takes=_ANY,
         whole=True,
+        counts_heads=True,
     ),
     Part(
         "kardam",
@@ -182,6 +191,7 @@ AGGREGATES: Final = (
         summary="messages whose growth fits the others', late ones dampened",
         takes=_GRADIENT,
         whole=True,
+        counts_heads=True,
     ),
     Part(
         "coded",

@@ -138,6 +138,7 @@ class Part:
         replicable: applies: every node can run it on the same bytes, with a downlink of means.
         replicated: applies: it runs only so.
         keeps_weights: applies: the server's weights are those of the workers.
+        counts_heads: aggregates: every worker counts once, whatever weight it asks for.
         family: aggregates: the only family of codecs that it can read; empty for all.
         needs: other parts it works with only, as "apply=ef21" or "choice=first" (the uplink's).
         in_step: applies: which round it is follows from the choice of codecs, so that both ways
@@ -161,6 +162,7 @@ class Part:
     replicable: bool = False
     replicated: bool = False
     keeps_weights: bool = True
+    counts_heads: bool = False
     family: str = ""
     needs: tuple[str, ...] = ()
     in_step: bool = False

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from psq.errors import UsageError
+from psq.plan import Plan
 from psq_proto.messages import U32_MAX
 
 __all__ = ["MAX_WEIGHT", "Asked", "check_weight"]
@@ -33,16 +34,24 @@ class Asked:
         return self.rate * self.ratios[group] if self.ratios else self.rate
 
 
-def check_weight(weight: int) -> int:
+def check_weight(weight: int, plan: Plan) -> int:
     """The weight itself.
 
     Raises:
-        UsageError: it is no whole number from 1 to `MAX_WEIGHT`.
+        UsageError: it is no whole number from 1 to `MAX_WEIGHT`, or the job counts every worker
+            once.
     """
     if type(weight) is not int or not 1 <= weight <= MAX_WEIGHT:
         msg = (
             f"weight must be a whole number 1..{MAX_WEIGHT}, such as the samples of this worker, "
             f"got {weight!r}; a worker that is to count nothing sits out"
+        )
+        raise UsageError(msg)
+    aggregate = plan.recipe.aggregate
+    if weight != 1 and aggregate.part.counts_heads:
+        msg = (
+            f"weight={weight}: aggregate={aggregate.kind} counts every worker once, whatever "
+            "weight it asks for: leave weight out, or choose aggregate=mean"
         )
         raise UsageError(msg)
     return weight

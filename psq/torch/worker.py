@@ -202,7 +202,7 @@ class Worker:
             len(self.plan.groups),
             is_inside=made.direction.meaning == "update",
         )
-        self._weight = check_weight(weight)
+        self._weight = check_weight(weight, self.plan)
         self._report = StepReport(0, 0, applied=False)
         self._empty_steps = 0
         self._samples = 0
@@ -297,7 +297,7 @@ class Worker:
 
     @weight.setter
     def weight(self, value: int) -> None:
-        self._weight = check_weight(value)
+        self._weight = check_weight(value, self.plan)
 
     @property
     def optimizer(self) -> Optimizer:

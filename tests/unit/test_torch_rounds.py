@@ -212,6 +212,13 @@ def test_a_weight_that_is_no_count_is_refused(join, weight):
         worker.weight = weight
 
 
+def test_a_weight_is_refused_where_every_worker_counts_once(join):
+    worker = join(make_model(), recipe=preset("ef-sgd").with_options("aggregate=median"))
+    worker.weight = 1
+    with pytest.raises(UsageError, match="aggregate=median counts every worker once"):
+        worker.weight = 2
+
+
 def dense_sgd():
     return (
         preset("dist-ef-sgdm")
