@@ -10,7 +10,7 @@ from pathlib import Path
 from evidence import tables
 from evidence.bars import bars_table
 from evidence.cells import RATE_SEED, SEEDS, Store
-from evidence.order import MIDDLE
+from evidence.order import ALPHA, MIDDLE, conditions
 from evidence.subjects import SUBJECTS, Subject
 
 ABOUT = f"""Made by `make results` ([`bench/results.py`](../bench/results.py)); do not edit.
@@ -63,10 +63,14 @@ def _section(store: Store, subject: Subject, picture: str | None) -> list[str]:
 
 
 def _hard(store: Store, subject: Subject) -> list[str]:
+    split = any(alpha is not None for alpha, _ in conditions(subject))
     words = (
-        "Hard conditions, beside dense fp32 (`fp32`) under the same: classes dealt to the workers "
-        "by a Dirichlet distribution with alpha 0.3, and half of the workers in each round:"
+        f"classes dealt to the workers by a Dirichlet distribution with alpha {ALPHA}, and half of "
+        "the workers in each round"
+        if split
+        else "half of the workers in each round (text has no classes that could be dealt out)"
     )
+    words = f"Hard conditions, beside dense fp32 (`fp32`) under the same: {words}."
     return [words, tables.hard_table(store, subject)]
 
 

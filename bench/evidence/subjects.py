@@ -74,7 +74,7 @@ SUBJECTS: Final = (
         batch=64,
         steps=480,
         adam=1e-3,
-        sgd=(0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
+        sgd=(0.0125, 0.025, 0.05, 0.1, 0.2, 0.4),
     ),
     Subject(
         task="char-lm",
