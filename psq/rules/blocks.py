@@ -8,10 +8,12 @@ from typing import Final
 
 from psq.errors import UsageError
 
-__all__ = ["BLOCK_NUMEL", "blocks", "check_rate", "is_worth_nothing"]
+__all__ = ["BLOCK_NUMEL", "MAX_RATE", "blocks", "check_rate", "is_worth_nothing"]
 
 BLOCK_NUMEL: Final = 1 << 14
 """Values that are worked on at once: with a scratch of as many, they stay in a core's cache."""
+MAX_RATE: Final = 1e6
+"""The largest learning rate of a push: times the largest message it still is a number in f32."""
 MAX_RATIO: Final = 2.0**32
 """Of two learning rates, between which what waits still changes its unit."""
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from psq.errors import UsageError
 from psq.plan import Plan
+from psq.rules.blocks import MAX_RATE
 from psq.torch.optimizer import Optimizer, TakeStep
 from psq.torch.parameters import ParameterTable
 
@@ -146,8 +147,8 @@ def _out_of_proportion(group: RateGroup, rate: float, base: float) -> str:
 
 def _checked(value: float, step: int) -> float:
     value = float(value)
-    if not (math.isfinite(value) and value >= 0.0):
-        msg = f"lr must be a finite number >= 0, got {value!r} for step {step}"
+    if not 0.0 <= value <= MAX_RATE:
+        msg = f"lr must be a number from 0 to {MAX_RATE:g}, got {value!r} for step {step}"
         raise UsageError(msg)
     return value
 

@@ -184,13 +184,13 @@ def test_the_learning_rate_may_be_a_function_and_may_be_set(join):
     assert worker.step().lr == worker.lr == 0.02
 
 
-@pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("rate", [-0.1, 1e7, float("nan"), float("inf")])
 def test_a_learning_rate_that_is_none_is_refused_and_nothing_is_sent(join, rate):
     model = make_model()
     worker = join(model)
     worker.lr = rate
     loss_of(model, 0).backward()
-    with pytest.raises(UsageError, match="lr must be a finite number >= 0"):
+    with pytest.raises(UsageError, match="lr must be a number from 0 to"):
         worker.step()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from psq import clock
 from psq.errors import RemotePayloadError, RemoteProtocolError
+from psq.rules.blocks import MAX_RATE
 from psq_proto.frames import Header
 from psq_proto.messages import (
     MAX_LIST_ITEMS,
@@ -304,8 +305,14 @@ def _check_rate(world: World, member: Member, header: Header) -> None:
     """Refuse a learning rate that is not the contribution's, or the round's where it has one.
 
     Raises:
-        RemoteProtocolError: another rank, or this one before, has named another one.
+        RemoteProtocolError: another rank, or this one before, has named another one; or it is so
+            large that weights would be no numbers any more.
     """
+    if header.rate > MAX_RATE:
+        msg = (
+            f"{_who(member, header)}: learning rate {header.rate!r}, expected {MAX_RATE:g} or less"
+        )
+        raise RemoteProtocolError(msg)
     mine, named = world.round.get(member.rank), world.round.rate
     if mine is not None and mine.rate is not None:
         named = (member.rank, mine.rate)

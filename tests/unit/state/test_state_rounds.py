@@ -441,6 +441,7 @@ def test_a_rank_that_leaves_within_a_round_takes_back_what_is_not_reduced(cluste
         (0, {"seq": 3}, "names a contribution), got seq 3, version 0"),
         (0, {"version": 3}, "names a contribution), got seq 0, version 3"),
         (0, {"rate": 0.5}, "learning rate 0.5, but rank 0 pushes with 0.1"),
+        (0, {"rate": 1e7}, "learning rate 10000000.0, expected 1e+06 or less"),
     ],
 )
 def test_a_push_that_shows_a_broken_job_ends_the_conversation(cluster, round_, fields, words):
