@@ -112,7 +112,7 @@ FINE: Final = Method(
     note="4 bits up, units renewed in 3 bits every 128 rounds",
 )
 METHODS: Final = (ADAM, *RECIPES, FINE, *POWER)
-MAIN: Final = ("server-adam", "qadam-1bit", "shared-direction", FINE.name)
+MAIN: Final = ("server-adam", FINE.name, "qadam-1bit", "shared-direction")
 
 
 def method_of(name: str) -> Method:

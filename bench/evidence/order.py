@@ -214,8 +214,8 @@ def _other_workers(store: Store) -> Iterator[Cell]:
 
 
 STAGES: Final[tuple[tuple[str, Stage], ...]] = (
-    ("SGD's own rate", _rates),
     ("main recipes", _main),
+    ("SGD's own rate", _rates),
     ("the same by processes", _checks),
     ("PowerSGD", _power),
     ("other recipes, first task", _others),

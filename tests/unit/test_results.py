@@ -183,10 +183,11 @@ def test_plain_sgds_rate_is_the_best_of_those_tried_and_not_known_before_all_are
     assert e.order.sgd_rate(text, store) == text.sgd[2]
 
 
-def test_rates_come_first_and_what_needs_them_waits(e, store):
-    wanted = e.order.Wanted()
-    first = e.order.next_cell(store, wanted, frozenset())
-    assert (first.method, first.seed) == ("fp32-sgd", e.cells.RATE_SEED)
+def test_plain_adam_comes_first_and_what_needs_sgds_rate_waits_for_it(e, store):
+    first = e.order.next_cell(store, e.order.Wanted(), frozenset())
+    assert (first.method, first.seed) == ("adam", 0)
+    first = e.order.next_cell(store, e.order.Wanted(methods=("fp32-sgd",)), frozenset())
+    assert first.seed == e.cells.RATE_SEED
     subject = first.subject
     assert e.order.cells_of(e.methods.method_of("ef-sgd"), subject, 4, store) == []
     fill_sgd(e, store)
