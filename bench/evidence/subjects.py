@@ -84,7 +84,7 @@ SUBJECTS: Final = (
         scale=1,
         digits=4,
         batch=16,
-        steps=400,
+        steps=480,
         adam=1e-3,
         sgd=(0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
     ),
