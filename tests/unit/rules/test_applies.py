@@ -32,7 +32,7 @@ class Marks(ChoiceRule):
         super().__init__({}, codecs=("sign", "fp32"), layout=LAYOUT)
         self.marked = marked
 
-    def choose(self, shard, t, norm):
+    def choose(self, shard, t, norm):  # noqa: ARG002 - the signature of a choice
         return int(self.marked(t))
 
 
