@@ -237,12 +237,14 @@ def draw_images(path: Path) -> None:
             pictures = np.array(at["pictures"], np.uint8).reshape(-1, 28, 28)
             words = f"{cell.method.name}\nstep {at['step']:,}: {at['distance']:.0f}"
             grids.append((words, pictures))
-    figure, axes = plt.subplots(1, len(grids), figsize=(2.6 * len(grids), 3.1), squeeze=False)
-    for place, (words, pictures) in zip(axes[0], grids, strict=True):
+    rows = -(-len(grids) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(9.0, 3.3 * rows), squeeze=False)
+    for place in axes.flat:
+        place.axis("off")
+    for place, (words, pictures) in zip(axes.flat, grids, strict=False):
         tiles = pictures.reshape(8, 8, 28, 28).transpose(0, 2, 1, 3).reshape(224, 224)
         place.imshow(tiles, cmap="gray", vmin=0, vmax=255)
         place.set_title(words, fontsize=9)
-        place.axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
