@@ -42,7 +42,7 @@ _M_MMAP_THRESHOLD: Final = -3
 MAPPED_BYTES: Final = 4 << 20
 """From here on malloc maps memory for each block of its own: above any frame, below any vector."""
 KEPT_BYTES: Final = 8 << 20
-"""How much freed memory malloc may keep at the end of each of its heaps. (64 MiB: hardly faster.)"""
+"""How much freed memory malloc may keep at the end of each of its heaps. (64 MiB: no faster.)"""
 
 
 def watch_parent(environ: MutableMapping[str, str] | None = None) -> bool:
