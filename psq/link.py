@@ -56,7 +56,8 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 MIN_LIBZMQ: Final = (4, 3, 5)
 # Below this a copy is cheaper than lending: what is lent comes back by way of a thread of pyzmq's,
-# which takes the GIL for each frame. (Measured: frames of 131 KiB lent cost a step 0.1 of its CPU.)
+# which takes the GIL for each frame. (Measured with frames of 131 KiB: 0.02 to 0.1 of the CPU of a
+# step, the more the busier the cores are; its time is the same.)
 # Far above it malloc may map fresh pages for each copy (see `process.keep_freed_memory`).
 ZERO_COPY_BYTES: Final = 256 * 1024
 DRAIN_LIMIT: Final = 64  # messages taken in one go, before the loop looks at its clock again
