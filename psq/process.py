@@ -84,8 +84,8 @@ def keep_freed_memory() -> bool:
     """Let malloc keep the memory of frames for the next ones; first of all in psq's own processes.
 
     glibc by default gives it back to the kernel with each frame, and for the next one the kernel
-    clears its pages again: up to a tenth of the CPU of a step. Whoever has set glibc's own variables
-    has decided otherwise.
+    clears its pages again: up to a tenth of the CPU of a step. Whoever has set glibc's own
+    variables has decided otherwise.
 
     Returns:
         Whether this libc can be told, and was.
