@@ -83,6 +83,7 @@ SUMMARY_SCHEMA = {
         "consistency": {"const": "bsp"},
         "staleness": {"const": {"mean": 0.0, "max": 0}},
         "exposed_s": {"type": "number", "exclusiveMinimum": 0},
+        "payload_bits": {"const": 104.0},  # a scale and 512 codes of 4 bits, for 20 values
         "steps": {"const": 12},
         "numel": {"const": 20},
         "samples": {"const": 2 * 12 * 8},
