@@ -16,7 +16,7 @@ from psq import kernels
 
 LEVELS = ",".join(level for level in kernels.available() if level != "reference") or "reference"
 TOP = kernels.available()[0]
-EVERY = "psq,psq-default,psq-qadam"
+EVERY = "psq,psq-bf16,psq-default,psq-qadam"
 LEAN = "psq,psq-default,ddp-fp32,ddp-bf16,powersgd-1"
 PEERS = "ddp-fp32,gloo-fp32,ddp-bf16,ddp-fp16,powersgd-1"  # all that run at once must fit memory
 OTHERS = "psq,powersgd-2,powersgd-4,mxnet-2bit,ray,onebit-adam"

@@ -139,6 +139,7 @@ def test_leaves_may_push_before_the_weights_have_come_down(cluster, raw, plan_of
     aggregator = cluster.server("--parent", root.endpoint, "--children", "0,1")
     leaves = [raw(aggregator.endpoint, plan, rank).join() for rank in (0, 1)]
     leaves[0].init(whole(plan, 0)).push_all(whole(plan, 1), 0)
+    aggregator.wait_line("event=weights", err=True)  # the leaves' frames come by two connections
     leaves[1].pull()
     leaves[1].push_all(whole(plan, 2), 0)
     root.start(plan)
