@@ -20,11 +20,11 @@ def test_five_workers_in_twos_have_two_levels():
     ]
 
 
-@pytest.mark.parametrize("fanout", [2, 3, 4, 7])
-@pytest.mark.parametrize("workers", [5, 8, 9, 16, 31])
+@pytest.mark.parametrize(
+    ("workers", "fanout"),
+    [(w, f) for w in (5, 8, 9, 16, 31) for f in (2, 3, 4, 7) if w > f],
+)
 def test_every_worker_has_one_place_and_nobody_hears_too_many(workers, fanout):
-    if workers <= fanout:
-        pytest.skip("needs no aggregators")
     tree = plan_tree(workers, fanout)
     ranks = [rank for one in tree.aggregators for rank in one.ranks]
     assert sorted([*ranks, *tree.ranks]) == list(range(workers))

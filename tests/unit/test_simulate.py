@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional
 
 from psq.errors import ConfigError, GaveUpError
-from psq.parts import load_rule
 from psq.presets import PRESETS, preset
 from psq_worker.simulate import Crash, Faults, Network, SimConfig, simulate
 from psq_worker.simulate.attacks import Attack
@@ -83,21 +82,8 @@ def flat(result) -> bytes:
     return b"".join(values.tobytes() for values in result.weights.values())
 
 
-def is_there(name: str) -> bool:
-    """Whether all parts of a recipe can run here."""
-    recipe = preset(name)
-    try:
-        for part in (recipe.direction.part, recipe.aggregate.part, recipe.apply.part):
-            load_rule(part)
-    except ConfigError:
-        return False
-    return True
-
-
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_recipe_runs(name):
-    if not is_there(name):
-        pytest.skip("a part of it is not there")
     rule = "asp" if name == "kardam" else "bsp"
     result = simulate(config(recipe=name, consistency=rule, steps=24))
     assert len(result.points) == result.job.steps
