@@ -24,6 +24,7 @@ from psq.errors import ConfigError, UsageError
 from psq.kernels import Floats
 from psq.recipe import schedule_value
 from psq.rules.base import DirectionRule, Segments
+from psq.rules.blocks import BLOCK_NUMEL, blocks
 from psq.rules.directions import gather
 
 __all__ = ["OneBit", "Shared"]
@@ -38,16 +39,23 @@ class _Replicated(DirectionRule):
             msg = "this direction needs Adam settings and an uplink whose codec follows the round"
             raise ConfigError(msg)
         self._beta, self._choice = self.adam.beta, self.choice
+        self._part = np.empty(BLOCK_NUMEL, np.float32)
 
     def _is_marked(self, t: int) -> bool:
         """Whether round t is one of the warm-up, or a refresh."""
         return self._choice.choose(0, t, _no_norm) > 0
 
-    def _blend(self, t: int, out: Floats, before: Floats) -> None:
-        """Out := beta before + (1 - beta) out."""
+    def _blend(self, t: int, out: Floats, before: Floats, unit: Floats | None = None) -> None:
+        """Out := beta before + (1 - beta) out, which is divided by its unit first."""
         beta = schedule_value(self._beta, t)
-        np.multiply(out, np.float32(1.0 - beta), out=out)
-        np.add(out, np.float32(beta) * before, out=out)
+        kept, rest = np.float32(beta), np.float32(1.0 - beta)
+        for at in blocks(out.size):
+            said, part = out[at], self._part[: at.stop - at.start]
+            if unit is not None:
+                np.divide(said, unit[at], out=said)
+            np.multiply(said, rest, out=said)
+            np.multiply(before[at], kept, out=part)
+            np.add(said, part, out=said)
 
 
 class OneBit(_Replicated):
@@ -97,8 +105,8 @@ class Shared(_Replicated):
         del shard, lr, weights
         gather(gradients, out)
         if not self._is_marked(t):
-            np.divide(out, _of(shared, "s"), out=out)
-            self._blend(t, out, _of(shared, "d"))
+            unit = _of(shared, "s")
+            self._blend(t, out, _of(shared, "d"), unit)
 
 
 def _of(shared: Mapping[str, Floats], name: str) -> Floats:
