@@ -8,8 +8,21 @@ business.
 
 from psq.client.client import Client
 from psq.client.hooks import Hooks
+from psq.client.identity import Attempt, Identity, Kept, Pending
 from psq.client.probe import LinkRates, ask_job, probe_link
 from psq.client.round import RoundResult
 from psq.client.waits import Patience
 
-__all__ = ["Client", "Hooks", "LinkRates", "Patience", "RoundResult", "ask_job", "probe_link"]
+__all__ = [
+    "Attempt",
+    "Client",
+    "Hooks",
+    "Identity",
+    "Kept",
+    "LinkRates",
+    "Patience",
+    "Pending",
+    "RoundResult",
+    "ask_job",
+    "probe_link",
+]

@@ -16,7 +16,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Final, Literal
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from psq.client.channel import Channel
 from psq.client.hooks import Hooks
+from psq.client.identity import Attempt, Identity
 from psq.client.machine import Machine
 from psq.client.offset import ClockOffset
 from psq.client.pulse import Pulse
@@ -165,12 +166,28 @@ class Client:
         return sum(machine.resets for machine in self._machines)
 
     @property
+    def identities(self) -> list[Identity]:
+        """Who this worker is to each server: what the next process is to offer."""
+        return [machine.identity() for machine in self._machines]
+
+    def already_said(self) -> Iterator[tuple[int, bool]]:
+        """(shard, whether with a payload) of what a process before has said in the open step."""
+        for machine in self._machines:
+            if machine.round is not None:
+                yield from ((shard, True) for shard in sorted(machine.round.pushed))
+                yield from ((shard, False) for shard in sorted(machine.round.skipped))
+
+    @property
     def clock_offsets(self) -> list[ClockOffset | None]:
         """How far each server's clock is from this machine's; None before its first answer."""
         return [machine.offset.best for machine in self._machines]
 
-    def join(self) -> int:
+    def join(self, attempts: Sequence[Attempt] = ()) -> int:
         """Join the job and take the weights; blocks until every server has some.
+
+        Args:
+            attempts: whom to go on as, the best first; the first that fits every server is loaded.
+                If none does, the worker begins anew, which is logged and counted (`resets`).
 
         Returns:
             The version of the weights: how many rounds the job has behind it.
@@ -182,9 +199,32 @@ class Client:
             FencedError: another process has this rank.
         """
         with self._lock:
+            if attempts:
+                self._take_up(attempts)
             self._pump(self._ready, self._patience)
         self._pulse.start()
         return self.version
+
+    def _take_up(self, attempts: Sequence[Attempt]) -> None:
+        """Go on as the first of these that fits, or as nobody."""
+        for attempt in attempts:
+            for machine, identity in zip(self._machines, attempt.identities, strict=True):
+                machine.offer(identity)
+            self._pump(lambda: all(each.welcomed for each in self._machines), self._patience)
+            faults = [(each.name, each.machine.misfit()) for each in self._channels]
+            fault = next((": ".join(filter(None, pair)) for pair in faults if pair[1]), "")
+            if not fault:
+                attempt.load()
+                for machine in self._machines:
+                    machine.take_up()
+                _log.info("rank %d goes on from %s", self.rank, attempt.name)
+                return
+            _log.warning("rank %d cannot go on from %s: %s", self.rank, attempt.name, fault)
+        words = "rank %d begins with a residual of zeros: nothing that it has kept fits this job"
+        _log.warning(words, self.rank)
+        for machine in self._machines:
+            machine.resets += 1
+            machine.offer(None)
 
     def begin(self, rate: float, weight: int = 1) -> int:
         """Open the next step, with the learning rate this worker asks for.
@@ -332,7 +372,7 @@ class Client:
     # ---- waiting
 
     def _ready(self) -> bool:
-        return all(machine.joined and machine.settled for machine in self._machines)
+        return all(machine.ready for machine in self._machines)
 
     def _over(self) -> bool:
         return all(machine.settled for machine in self._machines)

@@ -53,6 +53,15 @@ class PushFrames:
         """Note which of the plan's codecs for a shard its payload is written in."""
         self._buffers[shard].codec = codec
 
+    def codec(self, shard: int) -> int:
+        """The number of that codec."""
+        return self._buffers[shard].codec
+
+    def fill(self, shard: int, codec: int, payload: NDArray[np.uint8]) -> None:
+        """Put back what was said of a shard before, u8[nbytes of that codec]."""
+        self.use(shard, codec)
+        self.payload(shard)[: payload.size] = payload
+
     def wire_id(self, shard: int) -> int:
         """The codec of a shard's payload, as it is named on the wire."""
         buffer = self._buffers[shard]

@@ -29,21 +29,23 @@ number of shards.
 from __future__ import annotations
 
 import math
-import os
-import platform
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-import psq
 from psq.client.frames import Frame, PushFrames
 from psq.client.hooks import Hooks
+from psq.client.identity import Identity, Welcomed
+from psq.client.initial import InitialWeights
 from psq.client.offset import OffsetEstimate
+from psq.client.pending import pending_of, say_as_before
 from psq.client.replica import ReplicaVersions
 from psq.client.round import Round
+from psq.client.speech import Speech
+from psq.client.standing import Standing
 from psq.client.turns import Turns
-from psq.client.waits import Backoff, name_ranks
+from psq.client.waits import name_ranks
 from psq.clock import may_apply, parse_consistency
 from psq.errors import (
     ConfigError,
@@ -58,7 +60,6 @@ from psq.layout import PART_NUMEL, part_count
 from psq.plan import Plan
 from psq_proto.frames import Header
 from psq_proto.messages import (
-    NO_SHARD,
     NO_VERSION,
     NONE,
     Bye,
@@ -68,8 +69,6 @@ from psq_proto.messages import (
     ErrorCode,
     Flags,
     Heartbeat,
-    Hello,
-    Join,
     Leave,
     MessageType,
     StaleEpoch,
@@ -79,14 +78,10 @@ from psq_proto.messages import (
 )
 from psq_proto.session import State, WorkerSession
 
-__all__ = ["ALONE_S", "FAREWELL_BEAT_S", "INITIAL_WINDOW", "Machine"]
+__all__ = ["ALONE_S", "FAREWELL_BEAT_S", "Machine"]
 
 FAREWELL_BEAT_S: Final = 0.1
 """Between two heartbeats of a worker that has said goodbye: their answer lets it go."""
-INITIAL_WINDOW: Final = 4
-"""Frames of initial weights that the link may still be reading: 4 MiB, not the whole model."""
-INITIAL_PAUSE_S: Final = 0.002
-"""Until the link is asked again whether it has read the oldest of them."""
 ALONE_S: Final = 0.5
 """Without a connection for so long after its goodbye, a worker takes it that the server ended: one
 that is still there would have been found again."""
@@ -131,26 +126,21 @@ class Machine:
         self.notes: deque[str] = deque(maxlen=64)
         self.offset = OffsetEstimate()
         self.damaged_frames = 0
-        self.resent_frames = 0
         self.resets = 0
         self._plan = plan
         self._hooks = hooks
         self._heartbeat_s = heartbeat_s
-        self._rng = rng
         self._rule = parse_consistency(plan.consistency)
-        self._lineage = rng.getrandbits(64)
-        self._nonce = rng.getrandbits(64)
-        self._backoff = Backoff(rng)
-        self._resolved = NONE
+        self._standing = Standing(rng)
         self._shards = tuple(shard.index for shard in plan.owned)
         self._receives_only = not all(group.pushed for group in plan.groups)
-        self._outbox: deque[Frame] = deque()
-        self._initial: Iterator[bytearray] | None = None
-        self._initial_sent: deque[bytearray] = deque()
-        self._initial_at_s = 0.0
-        self._is_lent = is_lent
-        self._hello_at_s = self._beat_at_s = 0.0
-        self._beats = self._answers = 0  # heartbeats sent, and those answered, since WELCOME
+        self._speech = Speech(self.session, self.frames)
+        self._outbox = self._speech.outbox
+        self._initial = InitialWeights(is_lent)
+        self._known = NONE  # what the server had when an identity was taken up
+        self._holds = False  # the round that was taken up, until `begin`
+        self._beat_at_s = 0.0
+        self._answers = 0  # of the heartbeats sent since WELCOME
         self.turns = Turns(plan)
         self._pull = self._pull_whole = False
         self._gap_version = NONE
@@ -163,7 +153,12 @@ class Machine:
     @property
     def joined(self) -> bool:
         """Whether the server has welcomed this worker, on the connection there is now."""
-        return self.session.joined
+        return self.session.joined and not self._standing.again
+
+    @property
+    def resent_frames(self) -> int:
+        """Frames sent again because a connection lost them."""
+        return self._speech.resent_frames
 
     @property
     def due_s(self) -> float:
@@ -172,16 +167,21 @@ class Machine:
             return math.inf
         if self._alone_since_s is not None:
             return self._alone_since_s + ALONE_S
-        if self._initial is not None and self.joined:
-            return min(self._initial_at_s, self._beat_at_s)
-        return self._beat_at_s if self.joined else self._hello_at_s
+        return (
+            min(self._initial.due_s, self._beat_at_s) if self.joined else self._standing.hello_at_s
+        )
 
     @property
     def settled(self) -> bool:
         """Whether nothing is waited for: weights are there, and the round, if any, is over."""
         if self.round is None:
-            return self.replica.version != NONE
+            return self.replica.version != NONE and self.replica.version >= self._known
         return bool(self.round.outcome) and self.replica.version >= self.round.target
+
+    @property
+    def ready(self) -> bool:
+        """Whether the worker can compute: it has joined, and has the weights to compute from."""
+        return self.joined and not self._standing.is_trial and (self._holds or self.settled)
 
     @property
     def at_rest(self) -> bool:
@@ -200,21 +200,87 @@ class Machine:
         """A new wait begins: what the server last said about an earlier one is old."""
         self._status = None
 
+    # ---- who it is
+
+    @property
+    def welcomed(self) -> bool:
+        """Whether the server has answered to the identity that was offered."""
+        return self._standing.was_welcomed and self.joined
+
+    def offer(self, identity: Identity | None) -> None:
+        """Join as this identity, on trial: nothing else is said or taken before `take_up`.
+
+        None begins a new history.
+        """
+        self._standing.offer(identity)
+        self.round, self._holds = None, False
+        self._outbox.clear()
+
+    def misfit(self) -> str:
+        """Why this server and what was offered do not go together, in words; empty if they do."""
+        return self._standing.misfit()
+
+    def take_up(self) -> None:
+        """Go on as what was offered: with its weights, and with the round that was under way.
+
+        Of that round the worker may have to say more, computed from the weights it began with: so
+        no others are taken before the next `begin`.
+        """
+        identity, version = self._standing.take_up()
+        self.replica.take_up(identity.versions)
+        pending = identity.pending
+        if pending is None:
+            self._known = version
+            self._pull = True
+            return
+        self.round = self._make_round(pending.number, pending.rate, pending.weight)
+        say_as_before(self.round, pending, self.frames)
+        self._holds = True
+
+    def identity(self) -> Identity:
+        """Who this worker is now: what a process that comes after it is to offer."""
+        current = self.round
+        return Identity(
+            self.session.run_id,
+            self._standing.lineage,
+            self._standing.resolved,
+            self.replica.version if current is None else current.number,
+            self.replica.versions,
+            None if current is None else pending_of(current, self.frames),
+        )
+
     # ---- the worker's own doing
 
     def begin(self, rate: float, weight: int = 1) -> Round:
-        """Open the next round."""
+        """Open the next round, or go on with the one that was taken up."""
+        if self._holds:
+            return self._go_on(rate, weight)
         if self.round is not None or self.replica.version == NONE:
             msg = "a round begins after join, and after the round before has ended"
             raise UsageError(msg)
-        self._drop_pushes()  # copies of a round that is over: their buffers are needed now
+        self._speech.drop_pushes()  # copies of a round that is over: their buffers are needed now
         self._progress = self.turns.jumps = False
-        version = self.replica.version
+        self.round = self._make_round(self.replica.version, rate, weight)
+        return self.round
+
+    def _make_round(self, version: int, rate: float, weight: int) -> Round:
         due: Sequence[int] = self._plan.due_shards(version)
         if self._receives_only:
             due = [shard for shard in due if self._plan.pushes(shard)]
-        self.round = Round(version, rate, due, weight, fence=self._beats)
-        return self.round
+        return Round(version, rate, due, weight, fence=self._speech.beats)
+
+    def _go_on(self, rate: float, weight: int) -> Round:
+        current = self._open()
+        if (rate, weight) != (current.rate, current.weight):
+            msg = (
+                f"round {current.number} was begun with lr {current.rate!r} and weight "
+                f"{current.weight}, before this process was started again; it cannot end with lr "
+                f"{rate!r} and weight {weight}: start it with the settings it had"
+            )
+            raise UsageError(msg)
+        self._holds = False
+        self._pull = True
+        return current
 
     def push(self, shard: int, codec: int = 0, weight: int | None = None) -> None:
         """Say a shard: what its payload buffer holds now.
@@ -228,14 +294,14 @@ class Machine:
         current.push(shard, weight)
         self.frames.use(shard, codec)
         if not current.outcome:  # else the contribution is rejected already, this shard with it
-            self._queue_push(shard, current)
+            self._speech.push(shard, current)
 
     def skip(self, shard: int | None = None) -> None:
         """Say nothing of a shard, or of every shard that nothing was said of yet."""
         current = self._open()
         new = current.skip(shard)
         if not current.outcome:
-            self._queue_skips(new, current)
+            self._speech.skip(new, current)
 
     def check_said(self) -> None:
         """A round ends only if something was said of every shard.
@@ -287,7 +353,7 @@ class Machine:
         if frame[_TYPE_OFFSET] == MessageType.HEARTBEAT:
             self.offset.asked(now_s)
         if self.session.state is State.GREETED:
-            self._hello_at_s = now_s + self._backoff.next_s()
+            self._standing.wait(now_s)
 
     def not_sent(self, now_s: float) -> None:
         """The link has no room for what `next_frame` gave, or no connection."""
@@ -301,8 +367,8 @@ class Machine:
         if self.session.state in (State.CLOSED, State.FENCED):
             return
         if not self.joined:
-            if now_s >= self._hello_at_s:
-                hello = Hello(self._nonce, software=f"psq {psq.__version__}")
+            if now_s >= self._standing.hello_at_s:
+                hello = self._standing.hello()
                 self._outbox.append(self.session.send(MessageType.HELLO, hello))
             return
         if self.session.state is State.JOINED:
@@ -314,14 +380,17 @@ class Machine:
 
     def _queue_work(self, now_s: float) -> None:
         """Initial weights first, then the wish for weights, then the goodbye."""
-        if self._initial is not None:
-            self._queue_initial(now_s)
-            return
+        if not self._initial.over:
+            frame = self._initial.next(now_s)
+            if frame is not None:
+                self._outbox.append(frame)
+            if not self._initial.over:
+                return
         if self._leave is not None:
             self._outbox.append(self.session.send(MessageType.LEAVE, self._leave))
-            self._leave_fence = self._beats
+            self._leave_fence = self._speech.beats
             self._beat_at_s = 0.0  # a heartbeat follows: its answer says that the goodbye arrived
-        elif self._pull:
+        elif self._pull and not (self._standing.is_trial or self._holds):
             self._pull = False
             self._progress = True  # the answer is under way, until a STATUS shows that it is not
             have = self.replica.version
@@ -330,76 +399,13 @@ class Machine:
             self._pull_whole = False
             self._outbox.append(self.session.send(MessageType.PULL, version=version))
 
-    def _queue_initial(self, now_s: float) -> None:
-        """The next INIT frame, as soon as the link has read enough of those before."""
-        assert self._initial is not None  # noqa: S101 - the caller looked
-        window = self._initial_sent
-        while window and not self._is_lent(window[0]):
-            window.popleft()
-        if len(window) < INITIAL_WINDOW:
-            initial = next(self._initial, None)
-            if initial is not None:
-                window.append(initial)
-                self._outbox.append(initial)
-                return
-            if not window:
-                self._initial = None
-                self._queue_work(now_s)
-                return
-        self._initial_at_s = now_s + INITIAL_PAUSE_S
-
     def _queue_heartbeat(self) -> None:
         beat = Heartbeat(self.replica.version, max(0, self.replica.version))
         self._outbox.append(self.session.send(MessageType.HEARTBEAT, beat))
-        self._beats += 1
-
-    def _queue_push(self, shard: int, current: Round) -> None:
-        """While not joined nothing is queued: after WELCOME a STATUS will call it missing."""
-        current.fence = self._beats
-        if self.session.state is not State.JOINED:
-            return
-        frame, weight = self.frames.to_seal(shard), current.weight_of(shard)
-        self.session.seal(
-            frame,
-            MessageType.PUSH,
-            codec=self.frames.wire_id(shard),
-            seq=current.number,
-            round=current.number,
-            version=current.number,
-            rate=current.rate,
-            shard=shard,
-            part=weight if weight != 1 else 0,
-        )
-        self._outbox.append(frame)
-
-    def _queue_skips(self, shards: Iterable[int], current: Round) -> None:
-        """Say nothing of these shards, each by its name.
-
-        Only a contribution without any payload is skipped in one message: such a SKIP speaks of all
-        shards not said yet, and a shard whose PUSH came damaged would be among them.
-        """
-        current.fence = self._beats
-        if self.session.state is not State.JOINED:
-            return
-        for shard in (NO_SHARD,) if current.skipped_whole else shards:
-            frame = self.session.send(
-                MessageType.PUSH,
-                flags=Flags.SKIP,
-                seq=current.number,
-                round=current.number,
-                version=current.number,
-                rate=current.rate,
-                shard=shard,
-            )
-            self._outbox.append(frame)
-
-    def _drop_pushes(self) -> None:
-        if self._outbox:
-            kept = [frame for frame in self._outbox if frame[_TYPE_OFFSET] != MessageType.PUSH]
-            self._outbox = deque(kept)
+        self._speech.beats += 1
 
     def _initial_frames(self) -> Iterator[bytearray]:
-        """INIT frames of every shard, made one at a time: `INITIAL_WINDOW` at most in memory."""
+        """INIT frames of every shard, made one at a time."""
         for shard in self._plan.owned:
             values = self._hooks.initial(shard.index)
             for part in range(part_count(shard.numel)):
@@ -441,7 +447,7 @@ class Machine:
             case Cookie():
                 self._on_cookie(now_s)
             case Welcome():
-                self._on_welcome(body, now_s)
+                self._on_welcome(header, body, now_s)
             case Status():
                 self.offset.answered(now_s, body.clock_s)
                 self._on_status(body)
@@ -449,32 +455,32 @@ class Machine:
                 self._on_verdict(header, body)
             case StaleEpoch():
                 self._outbox.clear()
-                self._hello_at_s = now_s
+                self._standing.hello_at_s = now_s
             case Error():
                 self._on_error(body)
             case Bye():
                 self._on_bye(body)
 
     def _on_cookie(self, now_s: float) -> None:
-        self._hello_at_s = now_s + self._backoff.next_s()
+        self._standing.wait(now_s)
         said = self.round is not None and (self.round.pushed or self.round.skipped)
         pending = self.round.number if self.round is not None and said else NONE
-        join = Join(self._lineage, self._resolved, pending, platform.node(), os.getpid())
+        join = self._standing.join(pending)
         self._outbox.clear()
         self._outbox.append(self.session.send(MessageType.PLAN, self._plan.body))
         self._outbox.append(self.session.send(MessageType.JOIN, join))
 
-    def _on_welcome(self, welcome: Welcome, now_s: float) -> None:
-        self._backoff.reset()
-        self._nonce = self._rng.getrandbits(64)
+    def _on_welcome(self, header: Header, welcome: Welcome, now_s: float) -> None:
+        self._standing.welcome(Welcomed(self.session.run_id, header.version, welcome))
         self._outbox.clear()
-        self._beats = self._answers = 0
+        self._speech.beats = self._answers = 0
         self.offset.restart()
         self._beat_at_s = now_s  # at once: its answer says what arrived
+        if self._standing.is_trial:
+            return
         self._pull = True
-        self._initial = self._initial_frames() if welcome.init_wanted else None
-        self._initial_sent.clear()
-        if welcome.mode == "reset" and self._resolved != NONE:
+        self._initial.start(self._initial_frames() if welcome.init_wanted else None)
+        if welcome.mode == "reset" and self._standing.resolved != NONE:
             self._hooks.reset(self._shards)
             self.resets += 1
             self.notes.append("the server does not know this residual: it starts again from zero")
@@ -508,32 +514,9 @@ class Machine:
         else:
             over = not may_apply(current.number, status.round, self._rule)
         if over or status.resolved == current.number:
-            self._ask_again(current)
+            self._speech.ask(current)
         else:
-            self._send_again(current, status.missing)
-
-    def _ask_again(self, current: Round) -> None:
-        """There is, or will be, a verdict: anything of the contribution makes the server say it.
-
-        It was lost, or the rounds that may take the contribution are over, and what this server
-        misses now is of another one.
-        """
-        if not current.pushed and not current.skipped:
-            return
-        if current.pushed:
-            self._queue_push(min(current.pushed), current)
-        else:
-            self._queue_skips(sorted(current.skipped)[:1], current)
-        self.resent_frames += 1
-
-    def _send_again(self, current: Round, missing: Iterable[int]) -> None:
-        lost = [shard for shard in missing if shard in current.pushed]
-        skips = [shard for shard in missing if shard in current.skipped]
-        for shard in lost:
-            self._queue_push(shard, current)
-        if skips:
-            self._queue_skips(skips, current)
-        self.resent_frames += len(lost) + (1 if current.skipped_whole and skips else len(skips))
+            self._speech.again(current, status.missing)
 
     def _pull_if_behind(self, status: Status, target: int) -> None:
         """Ask for weights that the server has and that are not under way."""
@@ -546,10 +529,10 @@ class Machine:
         if current is None or header.seq != current.number or current.outcome:
             return  # repeated, or of a round before
         current.take(verdict, header.version)
-        self._resolved = current.number
+        self._standing.resolved = current.number
         lost = current.rejected()
         if verdict.outcome == "rejected":
-            self._drop_pushes()
+            self._speech.drop_pushes()
             self.notes.append(f"round {current.number} rejected: {verdict.reason}")
         elif lost:
             self.notes.append(
@@ -575,6 +558,8 @@ class Machine:
     def take_weights(self, header: Header, body: memoryview) -> None:
         """Put weights into the replica, if it wants them and it is their turn."""
         replica = self.replica
+        if self._standing.is_trial or self._holds:
+            return  # a pull will bring them, when it is their time
         if self.turns.keeps(header, body, replica.version, self.round):
             return
         if replica.wants(header, body.nbytes):

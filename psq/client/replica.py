@@ -9,7 +9,7 @@ and is counted as having the last of these. Pure bookkeeping: no I/O, no arrays.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from psq.codec import get_codec
@@ -56,6 +56,13 @@ class ReplicaVersions:
     def versions(self) -> dict[int, int]:
         """The version of each shard."""
         return dict(self._versions)
+
+    def take_up(self, versions: Mapping[int, int]) -> None:
+        """Begin with these shards at these versions: somebody has put their weights in place."""
+        for shard, version in versions.items():
+            self._versions[shard] = version
+        self._lowest = min(self._versions.values())
+        self._at_lowest = list(self._versions.values()).count(self._lowest)
 
     def wants(self, header: Header, body_bytes: int) -> bool:
         """Whether this WEIGHTS frame is to be applied.

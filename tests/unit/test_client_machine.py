@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from psq.client.hooks import Hooks
-from psq.client.machine import ALONE_S, INITIAL_WINDOW, Machine
+from psq.client.initial import INITIAL_WINDOW
+from psq.client.machine import ALONE_S, Machine
 from psq.client.round import merge
 from psq.codec import get_codec
 from psq.errors import (
@@ -173,7 +174,7 @@ def test_initial_weights_wait_while_the_link_still_reads_the_ones_before():
         talk.machine._hooks, initial=lambda shard: np.ones(plan.layout.shards[shard].numel, "f4")
     )
     lent: list[bytearray] = []
-    talk.machine._is_lent = lambda frame: any(frame is each for each in lent)
+    talk.machine._initial._is_lent = lambda frame: any(frame is each for each in lent)
     taken = talk.machine.sent
 
     def lend(now_s: float) -> None:
