@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
+import zmq
 
 from psq import kernels, link
 from psq.config import Given
@@ -67,7 +68,7 @@ def test_a_recipe_that_does_not_exist_fails():
 
 
 def test_an_old_libzmq_fails(monkeypatch):
-    monkeypatch.setattr(link, "libzmq_version", lambda: (4, 3, 4))
+    monkeypatch.setattr(zmq, "zmq_version_info", lambda: (4, 3, 4))
     check = found()["libzmq"]
     assert (check.verdict, check.found) == ("fail", "4.3.4")
     assert "4.3.5" in check.advice

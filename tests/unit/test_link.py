@@ -4,8 +4,8 @@ import socket
 from collections.abc import Callable, Iterator
 
 import pytest
+import zmq
 
-from psq import link as link_module
 from psq.errors import ConfigError, UsageError
 from psq.link import (
     DRAIN_LIMIT,
@@ -101,7 +101,7 @@ def test_an_ipv6_address_works_where_the_machine_has_one():
 
 
 def test_an_old_libzmq_is_refused(monkeypatch):
-    monkeypatch.setattr(link_module.zmq, "zmq_version_info", lambda: (4, 3, 4))
+    monkeypatch.setattr(zmq, "zmq_version_info", lambda: (4, 3, 4))
     assert libzmq_version() == (4, 3, 4)
     with pytest.raises(ConfigError, match=r"libzmq 4\.3\.4 is too old, psq needs 4\.3\.5"):
         check_libzmq()
