@@ -44,6 +44,7 @@ MAX_FILE_BYTES: Final = 1 << 20
 # own.
 OTHER_VARIABLES: Final = {
     CONFIG_ENV: "TOML file with tables: server, worker, launch, demo, advise, simulate",
+    "PSQ_FAILPOINT": "for tests: where this process kills itself, as in journal.fsync:3",
     "PSQ_KERNEL": "kernel level to use: reference, v2, v3, v4 or neon",
     "PSQ_PARENT_FD": "set by psq launch for the processes it starts",
 }
