@@ -24,6 +24,7 @@ from psq.kernels.reference_optim import (
     adam_update_corrected,
 )
 from psq.kernels.reference_server import compose
+from psq.kernels.reference_worker import Blend, blend
 from psq.kernels.reference_worker import compose as compose_push
 
 try:
@@ -36,6 +37,7 @@ __all__ = [
     "GROUP",
     "WHOLE",
     "AdamCoefficients",
+    "Blend",
     "Buffer",
     "CorrectionCoefficients",
     "Family",
@@ -48,6 +50,7 @@ __all__ = [
     "active",
     "all_finite",
     "available",
+    "blend",
     "get",
     "level",
     "use",

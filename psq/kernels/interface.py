@@ -13,6 +13,7 @@ from typing import Protocol
 from psq.kernels.formats import Format
 from psq.kernels.reference import Buffer, Floats, Residual
 from psq.kernels.reference_optim import AdamCoefficients, CorrectionCoefficients
+from psq.kernels.reference_worker import Blend
 
 __all__ = ["Kernels", "ServerStep", "WorkerStep"]
 
@@ -73,9 +74,12 @@ class WorkerStep:
         m: Adam's first moment, f32[numel], updated.
         v: Adam's second moment, f32[numel], updated.
         third: f32[numel], updated: with a correction s, else vmax (AMSGrad); or None.
+        blend: the direction moves a vector by the gradient instead; not with Adam.
+        before: that vector, f32[numel]; with a blend.
+        unit: what the gradient is divided by in a blend, f32[numel]; or None.
         weights: f32 like the gradients; needed where l2 or decay is not 0.
         scratch: f32, at least as many as the largest segment has; its content means nothing.
-            Needed with Adam.
+            Needed with Adam and with a blend.
         clear: what is finite of the gradients becomes 0; they must then be writable.
         residual_scale: what the residual is multiplied by first, finite: its units have changed.
     """
@@ -90,6 +94,9 @@ class WorkerStep:
     m: Floats | None = None
     v: Floats | None = None
     third: Floats | None = None
+    blend: Blend | None = None
+    before: Floats | None = None
+    unit: Floats | None = None
     weights: Sequence[Floats] | None = None
     scratch: Floats | None = None
     clear: bool = False

@@ -1,6 +1,6 @@
 """A worker's push, one pass after another: what every native level's `worker_step` means.
 
-    u  = Adam's direction on g (reference_optim), or g itself
+    u  = Adam's direction on g (reference_optim), or kept before + rest (g / unit), or g itself
     asked to rescale    e <- s e, 0 where that is not finite
     with a payload      payload = C(u + e);  e <- u + e - decoded      (no e: C(u))
     without             e <- u + e                                     the push waits in e
@@ -20,7 +20,7 @@ up to float32 addition. Where nothing is said, a direction below 2^-9 of the res
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,17 @@ from psq.kernels.reference import Buffer, Floats, Residual, clear_finite, expand
 if TYPE_CHECKING:
     from psq.kernels.interface import Kernels, WorkerStep
 
-__all__ = ["absorb", "compose", "rescale"]
+__all__ = ["Blend", "absorb", "blend", "compose", "rescale"]
+
+CACHED_NUMEL: Final = 1 << 14
+"""Values that are blended at once: they stay in the cache."""
+
+
+class Blend(NamedTuple):
+    """What a vector that all nodes hold is moved by: kept before + rest (g / unit). In float32."""
+
+    kept: float
+    rest: float
 
 
 class _Cut(NamedTuple):
@@ -71,6 +81,23 @@ def absorb(u: Floats, residual: Residual) -> None:
         residual[:] = np.where(np.isfinite(c), kept, residual)
 
 
+def blend(numbers: Blend, g: Floats, before: Floats, unit: Floats | None, out: Floats) -> None:
+    """Write kept before + rest (g / unit), all f32[n]; without a unit it is g. `out` may be g."""
+    kept, rest = np.float32(numbers.kept), np.float32(numbers.rest)
+    part = np.empty(min(out.size, CACHED_NUMEL), np.float32)
+    with np.errstate(all="ignore"):  # the payload will tell
+        for start in range(0, out.size, CACHED_NUMEL):
+            at = slice(start, start + CACHED_NUMEL)
+            said, held = out[at], part[: out[at].size]
+            if unit is None:
+                np.multiply(g[at], rest, out=said)
+            else:
+                np.divide(g[at], unit[at], out=said)
+                np.multiply(said, rest, out=said)
+            np.multiply(before[at], kept, out=held)
+            np.add(said, held, out=said)
+
+
 def rescale(residual: Residual, factor: float) -> None:
     """Multiply a residual, f32[n] or bf16[n]; a product that is not finite is given up: 0."""
     with np.errstate(all="ignore"):
@@ -81,6 +108,11 @@ def rescale(residual: Residual, factor: float) -> None:
 
 def _direction(level: Kernels, step: WorkerStep, cut: _Cut) -> Floats:
     g = step.gradients[cut.segment]
+    if step.blend is not None and step.before is not None and step.scratch is not None:
+        u = step.scratch[: g.size]
+        unit = None if step.unit is None else step.unit[cut.values]
+        blend(step.blend, g, step.before[cut.values], unit, u)
+        return u
     if step.adam is None or step.m is None or step.v is None or step.scratch is None:
         return g
     x = None if step.weights is None else step.weights[cut.segment]
@@ -104,7 +136,7 @@ def _cuts(step: WorkerStep) -> Iterator[_Cut]:
 def _check(step: WorkerStep) -> None:
     """Refuse what the kernels, which see one segment, would not notice."""
     total = sum(g.size for g in step.gradients)
-    for name in ("m", "v", "third", "residual"):
+    for name in ("m", "v", "third", "before", "unit", "residual"):
         vector = getattr(step, name)
         if vector is not None and vector.size != total:
             msg = f"{name} has {vector.size} elements, must have {total}: one for each value"
@@ -141,7 +173,10 @@ def _check_payload(step: WorkerStep, payload: Buffer) -> None:
 
 
 def _check_adam(step: WorkerStep) -> None:
-    has = step.adam is not None
+    has, blends = step.adam is not None, step.blend is not None
+    if (step.before is not None) != blends or not (blends or step.unit is None) or (has and blends):
+        msg = "blend and before go together, unit only with them, and none of them with adam"
+        raise ValueError(msg)
     together = [(vector is not None) == has for vector in (step.m, step.v)]
     only = [has or extra is None for extra in (step.third, step.correction)]
     if not all((*together, *only, step.correction is None or step.third is not None)):
@@ -151,7 +186,7 @@ def _check_adam(step: WorkerStep) -> None:
         )
         raise ValueError(msg)
     least = max((g.size for g in step.gradients), default=0)
-    if has and (step.scratch is None or step.scratch.size < least):
+    if (has or blends) and (step.scratch is None or step.scratch.size < least):
         came = 0 if step.scratch is None else step.scratch.size
         msg = f"scratch has {came} elements, must have at least {least}"
         raise ValueError(msg)

@@ -90,10 +90,11 @@ class WorkerCall {
     }
     if (!adam.is_none()) adam_ = adam_coefficients_of(nb::cast<nb::tuple>(adam));
     if (!correction.is_none()) correction_ = correction_coefficients_of(nb::cast<nb::tuple>(correction));
+    read_blend(step);
     if (m_.has_value() != adam_.has_value() || v_.has_value() != adam_.has_value() ||
         ((third_ || correction_) && !adam_) || (correction_ && !third_))
       refuse("adam, m and v go together, third and correction only with them, and correction only with third");
-    if (!adam_) return;
+    if (!adam_ && !blend_) return;
     scratch_.emplace(step.attr("scratch"), "scratch", View::kF32, View::kWrite);
     if (scratch_->numel() >= least_scratch_) return;
     PyErr_Format(PyExc_ValueError, "scratch has %zu elements, must have at least %zu", scratch_->numel(),
@@ -101,10 +102,23 @@ class WorkerCall {
     throw nb::python_error();
   }
 
-  void vector(std::optional<View>& view, nb::handle step, const char* name) {
+  void read_blend(nb::handle step) {
+    const nb::object blend = step.attr("blend");
+    if (!blend.is_none()) {
+      const nb::tuple numbers = nb::cast<nb::tuple>(blend);
+      if (numbers.size() != 2) refuse("a blend has kept and rest");
+      blend_ = PsqBlend{nb::cast<float>(numbers[0]), nb::cast<float>(numbers[1])};
+    }
+    vector(before_, step, "before", View::kRead);
+    vector(unit_, step, "unit", View::kRead);
+    if (before_.has_value() != blend_.has_value() || (unit_ && !blend_) || (blend_ && adam_))
+      refuse("blend and before go together, unit only with them, and none of them with adam");
+  }
+
+  void vector(std::optional<View>& view, nb::handle step, const char* name, View::Access access = View::kWrite) {
     const nb::object object = step.attr(name);
     if (object.is_none()) return;
-    view.emplace(object, name, View::kF32, View::kWrite);
+    view.emplace(object, name, View::kF32, access);
     view->need(numel_, kOneEach);
   }
 
@@ -119,6 +133,9 @@ class WorkerCall {
     step.m = at(m_, from);
     step.v = at(v_, from);
     step.third = at(third_, from);
+    step.blend = blend_ ? &*blend_ : nullptr;
+    step.before = at(before_, from);
+    step.unit = at(unit_, from);
     step.x = weights_.empty() ? nullptr : weights_[index].f32();
     step.half = half_;
     step.residual_scale = residual_scale_;
@@ -140,10 +157,11 @@ class WorkerCall {
   std::deque<View> gradients_, weights_;
   std::vector<uint32_t> starts_;
   size_t numel_ = 0, payload_bytes_ = 0, least_scratch_ = 0;
-  std::optional<View> m_, v_, third_, residual_, payload_, scratch_;
+  std::optional<View> m_, v_, third_, before_, unit_, residual_, payload_, scratch_;
   bool half_ = false;
   std::optional<PsqAdamCoefficients> adam_;
   std::optional<PsqCorrectionCoefficients> correction_;
+  std::optional<PsqBlend> blend_;
 };
 
 void worker_step(const Level& self, nb::handle step) { WorkerCall(step).run(*self.kernels); }

@@ -18,13 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from psq.errors import ConfigError, UsageError
-from psq.kernels import Floats
+from psq.kernels import Blend, Floats, blend
 from psq.recipe import schedule_value
 from psq.rules.base import DirectionRule, Segments
-from psq.rules.blocks import BLOCK_NUMEL, blocks
 from psq.rules.directions import gather
 
 __all__ = ["OneBit", "Shared"]
@@ -39,7 +36,6 @@ class _Replicated(DirectionRule):
             msg = "this direction needs Adam settings and an uplink whose codec follows the round"
             raise ConfigError(msg)
         self._beta, self._choice = self.adam.beta, self.choice
-        self._part = np.empty(BLOCK_NUMEL, np.float32)
 
     def _is_marked(self, t: int) -> bool:
         """Whether round t is one of the warm-up, or a refresh."""
@@ -48,14 +44,7 @@ class _Replicated(DirectionRule):
     def _blend(self, t: int, out: Floats, before: Floats, unit: Floats | None = None) -> None:
         """Out := beta before + (1 - beta) out, which is divided by its unit first."""
         beta = schedule_value(self._beta, t)
-        kept, rest = np.float32(beta), np.float32(1.0 - beta)
-        for at in blocks(out.size):
-            said, part = out[at], self._part[: at.stop - at.start]
-            if unit is not None:
-                np.divide(said, unit[at], out=said)
-            np.multiply(said, rest, out=said)
-            np.multiply(before[at], kept, out=part)
-            np.add(said, part, out=said)
+        blend(Blend(beta, 1.0 - beta), out, before, unit, out)
 
 
 class OneBit(_Replicated):

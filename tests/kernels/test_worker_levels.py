@@ -10,7 +10,7 @@ import pytest
 
 from psq import kernels
 from psq.codec import get_codec
-from psq.kernels import AdamCoefficients, CorrectionCoefficients, WorkerStep
+from psq.kernels import AdamCoefficients, Blend, CorrectionCoefficients, WorkerStep
 from psq.kernels.reference_worker import absorb, compose, rescale
 
 NATIVE = [name for name in kernels.available() if name != kernels.REFERENCE]
@@ -33,6 +33,8 @@ ADAM = AdamCoefficients(
 CORRECTION = CorrectionCoefficients(
     *(float(np.float32(n)) for n in (2.0, 11.0, 0.2, 1.25, 1.0, 30.0, 0.25, 0.75))
 )
+BLEND = Blend(float(np.float32(0.9)), float(np.float32(0.1)))
+MODES = ["gradient", "blend", "units", "adam", "amsgrad", "corrected"]
 RESIDUALS = {"none": None, "f32": np.float32, "bf16": np.uint16}
 
 
@@ -45,7 +47,7 @@ def make_step(spec, mode, residual, *, says=True, seed=0):
         return (rng.standard_normal(TOTAL) * scale).astype(np.float32)
 
     g, x, kept = vector(), vector(), vector(1e-3)
-    adam = mode != "gradient"
+    adam, blends = mode in {"adam", "amsgrad", "corrected"}, mode in {"blend", "units"}
     if residual == "bf16":
         kept = (kept.view(np.uint32) >> 16).astype(np.uint16)
     cuts = np.cumsum(SEGMENTS)[:-1]
@@ -61,8 +63,11 @@ def make_step(spec, mode, residual, *, says=True, seed=0):
         m=vector() if adam else None,
         v=np.abs(vector()) if adam else None,
         third=np.abs(vector()) if mode in {"amsgrad", "corrected"} else None,
+        blend=BLEND if blends else None,
+        before=vector() if blends else None,
+        unit=np.abs(vector()) + np.float32(1e-3) if mode == "units" else None,
         weights=np.split(x, cuts) if adam else None,
-        scratch=np.full(max(SEGMENTS), np.nan, np.float32) if adam else None,
+        scratch=np.full(max(SEGMENTS), np.nan, np.float32) if adam or blends else None,
     )
 
 
@@ -73,7 +78,7 @@ def written(step):
 
 
 @pytest.mark.parametrize("level", NATIVE)
-@pytest.mark.parametrize("mode", ["gradient", "adam", "amsgrad", "corrected"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("spec", SPECS)
 def test_one_pass_has_the_bits_of_the_passes_that_define_it(level, mode, residual, spec):
@@ -84,7 +89,7 @@ def test_one_pass_has_the_bits_of_the_passes_that_define_it(level, mode, residua
 
 
 @pytest.mark.parametrize("level", NATIVE)
-@pytest.mark.parametrize("mode", ["gradient", "adam"])
+@pytest.mark.parametrize("mode", ["gradient", "units", "adam"])
 @pytest.mark.parametrize("residual", ["f32", "bf16"])
 def test_a_push_without_a_payload_waits_in_the_residual_with_the_same_bits(level, mode, residual):
     expected, came = (make_step("sign", mode, residual, says=False) for _ in range(2))
@@ -96,7 +101,7 @@ def test_a_push_without_a_payload_waits_in_the_residual_with_the_same_bits(level
 
 
 @pytest.mark.parametrize("name", kernels.available())
-@pytest.mark.parametrize("mode", ["gradient", "adam", "corrected"])
+@pytest.mark.parametrize("mode", ["gradient", "blend", "units", "adam", "corrected"])
 @pytest.mark.parametrize("says", [True, False])
 def test_a_push_that_clears_its_gradients_changes_nothing_else(name, mode, says):
     for spec, residual in itertools.product(("sign", "lloyd-max:bits=3,block=0"), ("f32", "bf16")):
@@ -111,7 +116,7 @@ def test_a_push_that_clears_its_gradients_changes_nothing_else(name, mode, says)
 
 
 @pytest.mark.parametrize("level", NATIVE)
-@pytest.mark.parametrize("mode", ["gradient", "adam"])
+@pytest.mark.parametrize("mode", ["gradient", "units", "adam"])
 @pytest.mark.parametrize("residual", ["f32", "bf16"])
 @pytest.mark.parametrize("spec", [*SPECS, "sign:block=512", "topk", None])
 def test_a_rescaled_residual_has_the_bits_of_the_reference(level, mode, residual, spec):
@@ -185,6 +190,10 @@ WRONG = {
     "go together": {"m": None},
     "only with third": {"correction": CORRECTION, "third": None},
     "scratch has 10 elements": {"scratch": np.zeros(10, np.float32)},
+    "blend and before go together": {"blend": BLEND},
+    "none of them with adam": {"blend": BLEND, "before": np.zeros(TOTAL, np.float32)},
+    "unit only with them": {"unit": np.ones(TOTAL, np.float32)},
+    "before has 3 elements": {"blend": BLEND, "before": np.zeros(3, np.float32)},
 }
 
 
