@@ -175,13 +175,13 @@ def check_key(text: object, path: Path, name: str) -> str:
     return text
 
 
-def load_server_keys(folder: Path) -> ServerKeys:
-    """A server's keys, of `folder` or of the folder `server` in it.
+def load_server_keys(folder: Path, below: str = "server") -> ServerKeys:
+    """A server's keys, of `folder` or of the folder `below` in it.
 
     Raises:
         ConfigError: there are none, or others may read the secret or change who is let in.
     """
-    place = _place(folder, "server", "server" + SECRET)
+    place = _place(folder, below, "server" + SECRET)
     authorized = place / AUTHORIZED
     _check_folder(authorized)
     _, faults = read_authorized(authorized)
@@ -190,21 +190,25 @@ def load_server_keys(folder: Path) -> ServerKeys:
     return ServerKeys(read_secret(place / ("server" + SECRET)), authorized)
 
 
-def load_worker_keys(folder: Path, rank: int | None = None) -> WorkerKeys:
-    """A worker's keys, of `folder` or of the folder `rankN` in it.
+def load_worker_keys(folder: Path, ranks: Ranks | None = None, below: str = "") -> WorkerKeys:
+    """A worker's keys, of `folder` or of the folder `rankN` in it, or of another one there.
 
     Args:
         folder: where they are.
-        rank: whom the process speaks for; None: the first that there is, for a look at the server.
+        ranks: whom the process speaks for; None: rank 0's will do, for a look at the server.
+        below: that other one's name.
 
     Raises:
         ConfigError: there are none, others may read the secret, or it is another rank's.
     """
-    place = _place(folder, f"rank{rank or 0}", "worker" + SECRET)
+    place = _place(folder, below or f"rank{ranks.first if ranks else 0}", "worker" + SECRET)
     path = place / ("worker" + SECRET)
     own = read_secret(path)
-    if rank is not None and own.ranks is not None and not own.ranks.covers(rank, rank):
-        msg = f"{path} is the key of {own.ranks.words}, and this is rank {rank}: give it its own"
+    if ranks and own.ranks and not own.ranks.covers(ranks.first, ranks.last):
+        msg = (
+            f"{path} is the key of {own.ranks.words}, and this process speaks for {ranks.words}: "
+            "give it its own"
+        )
         raise ConfigError(msg)
     _, server, _ = read_public(place / ("server" + PUBLIC))
     return WorkerKeys(own, server, path)

@@ -34,6 +34,7 @@ from psq.client.round import RoundResult, merge
 from psq.client.waits import Patience, Wait
 from psq.clock import parse_consistency
 from psq.errors import ConfigError, GaveUpError, PsqError
+from psq.keys import WorkerKeys
 from psq.link import WorkerLinks
 from psq.plan import Plan
 from psq.timeline import MIN_WAIT_S, NOWHERE, Phase, Timeline
@@ -64,6 +65,7 @@ class Client:
         rng: jitter, nonces and the lineage come from it.
         clock: seconds, monotonic.
         timeline: records the waits, on the same clock.
+        keys: this worker's and the server's, where links are encrypted.
 
     Raises:
         ConfigError: the rank is not in the plan, an endpoint is no address, or there are not as
@@ -81,9 +83,11 @@ class Client:
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
         timeline: Timeline | None = None,
+        keys: WorkerKeys | None = None,
     ) -> None:
         self.plan = plan
         self.rank = rank
+        self._keys = keys
         self.waited_s = 0.0  # what blocked `join` and `finish`, in all
         self._patience = patience or Patience()
         self._clock = clock
@@ -114,7 +118,7 @@ class Client:
 
     def _open_links(self, addresses: Sequence[str]) -> WorkerLinks:
         """The links to these servers, in order; a simulated worker has others."""
-        return WorkerLinks(addresses)
+        return WorkerLinks(addresses, keys=self._keys)
 
     def _open_channels(self, hooks: Hooks, rng: random.Random) -> list[Channel]:
         channels: list[Channel] = []

@@ -17,6 +17,7 @@ from typing import Final
 import psq
 from psq.client.waits import Backoff, Patience, Wait
 from psq.errors import GaveUpError, RemoteProtocolError, RemoteWireError, StaleFrameError
+from psq.keys import WorkerKeys
 from psq.link import WorkerLink, wire_bytes
 from psq.plan import Plan
 from psq_proto.frames import HEADER_BYTES
@@ -51,13 +52,14 @@ class LinkRates:
     down_mbit_s: float
 
 
-def probe_link(
+def probe_link(  # noqa: PLR0913 - a conversation gets its world as arguments
     endpoint: str,
     rank: int = 0,
     *,
     patience: Patience | None = None,
     rng: random.Random | None = None,
     clock: Callable[[], float] = time.monotonic,
+    keys: WorkerKeys | None = None,
 ) -> LinkRates:
     """Measure the link to a server, in a fraction of a second on a fast one.
 
@@ -67,6 +69,7 @@ def probe_link(
         patience: how long to wait for each answer.
         rng: nonces and jitter.
         clock: seconds, monotonic.
+        keys: of the worker that asks, where links are encrypted.
 
     Raises:
         ConfigError: the endpoint is no address.
@@ -75,7 +78,8 @@ def probe_link(
 
     Cost: two frames of up to 1 MiB each way, `REPEATS` times; on a slow link smaller ones.
     """
-    talk = _Talk(endpoint, rank, patience or Patience(), rng or random.Random(), clock)  # noqa: S311 - no secrets
+    rng = rng or random.Random()  # noqa: S311 - nonces and jitter, no secrets
+    talk = _Talk(endpoint, rank, patience or Patience(), rng, clock, keys=keys)
     try:
         talk.greet()
         return _measure(talk)
@@ -83,13 +87,14 @@ def probe_link(
         talk.link.close(0.0)
 
 
-def ask_job(
+def ask_job(  # noqa: PLR0913 - a conversation gets its world as arguments
     endpoint: str,
     rank: int,
     patience: Patience | None = None,
     *,
     rng: random.Random | None = None,
     clock: Callable[[], float] = time.monotonic,
+    keys: WorkerKeys | None = None,
 ) -> Plan:
     """The plan of the job that a server runs, as that server sees it; waits until there is one.
 
@@ -99,7 +104,8 @@ def ask_job(
         RemotePlanError: its plan cannot be run here.
         RemoteError: it refuses, and says why.
     """
-    talk = _Talk(endpoint, rank, patience or Patience(), rng or random.Random(), clock)  # noqa: S311 - no secrets
+    rng = rng or random.Random()  # noqa: S311 - nonces and jitter, no secrets
+    talk = _Talk(endpoint, rank, patience or Patience(), rng, clock, keys=keys)
     try:
         talk.greet()
         job = talk.exchange(MessageType.PLAN, MessageType.JOB, f"the job of server {endpoint}")
@@ -127,15 +133,17 @@ def _measure(talk: _Talk) -> LinkRates:
 class _Talk:
     """A conversation that says one thing and waits for its answer; it begins again if it breaks."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a conversation gets its world as arguments
         self,
         endpoint: str,
         rank: int,
         patience: Patience,
         rng: random.Random,
         clock: Callable[[], float],
+        *,
+        keys: WorkerKeys | None,
     ) -> None:
-        self.link = WorkerLink(endpoint, linger_s=0.0)
+        self.link = WorkerLink(endpoint, linger_s=0.0, keys=keys)
         self._session = WorkerSession(rank=rank, plan_body=b"")
         self._patience = patience
         self._rng = rng

@@ -98,7 +98,7 @@ class ServerConfig:
         0, "port of /metrics and /healthz; 0 takes a free one", low=0, high=MAX_PORT
     )
     insecure_plaintext: bool = switch(
-        "allow an address other than loopback although nothing is encrypted"
+        "allow an address other than loopback although nothing is encrypted and anybody may join"
     )
     timeline_filename: str | None = setting(
         None,
@@ -108,6 +108,12 @@ class ServerConfig:
     )
     json: bool = switch("end with a summary as one JSON line on stdout")
     debug: bool = switch("show a traceback with an error")
+    keys: str | None = setting(
+        None,
+        "encrypt, and let in only workers whose keys are there: a folder that psq keygen made, or "
+        "the folder server in it",
+        metavar="FOLDER",
+    )
 
     def __post_init__(self) -> None:
         """Types, ranges, and the form of the address."""
@@ -115,11 +121,15 @@ class ServerConfig:
         _check_endpoint("bind", self.bind, allow_any_port=True)
         if self.parent is not None:
             _check_endpoint("parent", self.parent, allow_any_port=False)
-        if not self.insecure_plaintext and not is_loopback(self.bind):
+        _check_elastic(self)
+        if self.insecure_plaintext and self.keys is not None:
+            msg = "insecure_plaintext: with keys nothing is plaintext: leave one of both out"
+            raise ConfigError(msg)
+        if not (self.insecure_plaintext or self.keys or is_loopback(self.bind)):
             msg = (
                 f"bind: {self.bind} can be reached from other machines and nothing is encrypted: "
-                "bind a loopback address, or allow it with --insecure-plaintext on a network you "
-                "trust"
+                "make keys with psq keygen and name their folder with --keys, bind a loopback "
+                "address, or allow it with --insecure-plaintext on a network you trust"
             )
             raise ConfigError(msg)
 
@@ -164,6 +174,12 @@ class WorkerConfig:
         "an option or another kind of a part of the recipe, as in aggregate.f=2 or aggregate=krum; "
         "may be given several times; psq recipes NAME lists what there is",
         key="with",
+    keys: str | None = setting(
+        None,
+        "encrypt, and talk to the server with this key only: a folder that psq keygen made, or the "
+        "folder rank0, rank1 ... in it",
+        metavar="FOLDER",
+    )
         metavar="SLOT.OPTION=VALUE",
         repeat=True,
     )
@@ -355,6 +371,9 @@ class AdviseConfig:
     one_machine: bool = switch("all processes share this machine's cores, whatever the link")
     task: str | None = setting(
         None, "take the model, and the time of forward and backward, from this task", metavar="TASK"
+    keys: str | None = setting(
+        None, "of the worker that measures: a folder that psq keygen made", metavar="FOLDER"
+    )
     )
     numel: int | None = setting(None, "values in the model", low=1, high=MAX_NUMEL)
     compute_ms: float | None = setting(

@@ -40,6 +40,7 @@ from psq.config import WorkerConfig, is_loopback
 from psq.errors import GaveUpError, RemotePlanError
 from psq.plan import Plan
 from psq.recipe import Recipe
+from psq.torch.settings import keys_of
 
 __all__ = ["Choice", "cluster_of", "settle"]
 
@@ -108,7 +109,7 @@ def cluster_of(config: WorkerConfig, found: Sequence[tuple[str, LinkRates]]) -> 
 def _lead(config: WorkerConfig, specs: Specs, recipe: Recipe, patience: Patience) -> Choice:
     """Rank 0's part."""
     found = [
-        (endpoint, probe_link(endpoint, config.rank, patience=patience))
+        (endpoint, probe_link(endpoint, config.rank, patience=patience, keys=keys_of(config)))
         for endpoint in _probed(config.endpoints)
     ]
     trip_s = max(rates.round_trip_s for _, rates in found)
@@ -131,7 +132,7 @@ def _lead(config: WorkerConfig, specs: Specs, recipe: Recipe, patience: Patience
 def _adopt(config: WorkerConfig, specs: Specs, recipe: Recipe, patience: Patience) -> Choice:
     """What the job runs, said by the first server."""
     endpoint = config.endpoints[0]
-    job = ask_job(endpoint, config.rank, patience)
+    job = ask_job(endpoint, config.rank, patience, keys=keys_of(config))
     _check_same_model(job, specs, endpoint)
     taken = _with_codecs_of(recipe, job.recipe)
     return Choice(taken, f"as the job has it: {_codecs(taken)}")

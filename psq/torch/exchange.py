@@ -53,6 +53,7 @@ from psq.torch.averaging import Averaging
 from psq.torch.decoder import Decoder
 from psq.torch.parameters import ParameterTable
 from psq_proto.frames import Header
+from psq.torch.settings import keys_of
 
 __all__ = ["Exchange"]
 
@@ -126,6 +127,7 @@ class Exchange:
         )
 
     def begin(self, asked: Asked) -> None:
+            keys=keys_of(config),
         """Open a step, unless a hook of backward has done so.
 
         Raises:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 from psq.advice.candidates import Specs
 from psq.config import DEFAULT_LR, WorkerConfig, worker_config
 from psq.errors import ConfigError
+from psq.keys import Ranks, WorkerKeys, load_worker_keys
 from psq.plan import Plan
 from psq.presets import asked_recipe
 from psq.recipe import AdamConfig, Recipe
 from psq.theory import schedule_warning
 from psq.torch.groups import Grouping
 
-__all__ = ["config_of", "plan_of", "recipe_of", "settle_codecs", "warn_of_schedule"]
+__all__ = ["config_of", "keys_of", "plan_of", "recipe_of", "settle_codecs", "warn_of_schedule"]
 
 CHECKED_STEPS: Final = 10_000
 """Of a job whose length nobody says."""
@@ -73,6 +75,17 @@ def recipe_of(
             raise ConfigError(msg)
         return recipe
     return asked_recipe(config, adam if isinstance(adam, AdamConfig) else None)
+
+
+def keys_of(config: WorkerConfig) -> WorkerKeys | None:
+    """The keys of this worker, if links are to be encrypted.
+
+    Raises:
+        ConfigError: there are none where they should be, or they are another rank's.
+    """
+    if config.keys is None:
+        return None
+    return load_worker_keys(Path(config.keys), Ranks(config.rank, config.rank))
 
 
 def settle_codecs(

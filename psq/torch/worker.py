@@ -132,6 +132,7 @@ class Worker:
             them, in the same order for every worker.
         rank: this worker's number.
         world_size: how many workers the job has.
+        keys: the folder with this worker's keys, where the server wants some (psq keygen).
         seed: the job's; stochastic codecs draw from it.
         consistency: how many rounds workers may be apart: bsp, ssp:K or asp, see `psq.clock`.
         overlap: push gradients while backward still runs.
@@ -161,6 +162,7 @@ class Worker:
         connect: str | Sequence[str] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
+        keys: str | None = None,
         seed: int | None = None,
         consistency: str | None = None,
         overlap: bool | None = None,
@@ -177,6 +179,7 @@ class Worker:
             connect=connect,
             rank=rank,
             world_size=world_size,
+            keys=keys,
             seed=seed,
             consistency=consistency,
             overlap=overlap,

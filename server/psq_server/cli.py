@@ -27,6 +27,7 @@ from psq import kernels
 from psq.config import Given, ServerConfig, is_loopback, stray_variables
 from psq.config.options import EPILOG, options, run
 from psq.errors import ConfigError
+from psq.keys import Ranks, ServerKeys, WorkerKeys, load_server_keys, load_worker_keys
 from psq.link import ServerLink
 from psq.metrics import CONTENT_TYPE, Metrics, Totals
 from psq.presets import preset
@@ -39,7 +40,7 @@ from psq_server.loop import Ending, Loop
 from psq_server.page import Page
 from psq_server.saving import check_writable, free_bytes
 from psq_server.signals import Signals
-from psq_server.state import ServerState, Settings, parse_branches
+from psq_server.state import Branches, ServerState, Settings, parse_branches
 
 if TYPE_CHECKING:
     from psq_server.tree import Aggregator
@@ -79,7 +80,8 @@ def serve(given: Given) -> int:
     for name, meant in stray_variables(os.environ).items():
         hint = {"meant": meant} if meant else {}
         log.write("warning", "unknown-variable", {"name": name, **hint})
-    link = ServerLink(config.bind, queue_frames=QUEUE_FRAMES)
+    keys = _keys(config)
+    link = ServerLink(config.bind, queue_frames=QUEUE_FRAMES, keys=keys)
     with link, Signals() as signals:
         return _serve(config, link, signals, log, save)
 
@@ -95,7 +97,7 @@ def _serve(
     started_s = time.monotonic()
     state = ServerState(_settings(config), started_s)
     above = _above(config, state, log) if config.parent is not None else None
-    insecure = not is_loopback(link.endpoint)
+    insecure = not link.encrypted and not is_loopback(link.endpoint)
     watcher = _Watcher(config)
     loop = Loop(
         link,
@@ -121,6 +123,9 @@ def _serve(
     if insecure:
         text = f"{link.endpoint} serves other machines without encryption or authentication"
         log.write("warning", "insecure", {"text": text})
+    if not is_loopback(health.url.replace("http://", "tcp://")):
+        text = f"{health.url} tells other machines how the job is, and anybody who asks"
+        log.write("warning", "open-metrics", {"text": text})
     click.echo(
         f"psq-server ready endpoint={link.endpoint} metrics={health.url}/metrics "
         f"kernel={kernels.level()} pid={os.getpid()}"
@@ -195,7 +200,14 @@ def _above(config: ServerConfig, state: ServerState, log: LineLog) -> Aggregator
     assert branches is not None  # noqa: S101 - the configuration was checked
     patience = Patience(give_up_after_s=config.give_up_after_s)
     rng = random.Random()  # noqa: S311 - jitter and names, no secrets
-    uplink = Uplink(config.parent, branches.first, patience=patience, rng=rng, clock=time.monotonic)
+    uplink = Uplink(
+        config.parent,
+        branches.first,
+        patience=patience,
+        rng=rng,
+        clock=time.monotonic,
+        keys=_keys_above(config, branches),
+    )
 
     def note(text: str) -> None:
         log.write("warning", "above", {"text": text})
@@ -205,6 +217,30 @@ def _above(config: ServerConfig, state: ServerState, log: LineLog) -> Aggregator
 
 def _farewell(ending: Ending | None) -> tuple[Literal["done", "error", "interrupted"], str]:
     """What an aggregator that ends says above."""
+def _keys(config: ServerConfig) -> ServerKeys | None:
+    """This server's keys, if links are to be encrypted; an aggregator's are its own."""
+    if config.keys is None:
+        return None
+    branches = parse_branches(config.children) if config.children is not None else None
+    below = _folder(branches) if config.parent is not None and branches is not None else "server"
+    return load_server_keys(Path(config.keys), below)
+
+
+def _keys_above(config: ServerConfig, branches: Branches) -> WorkerKeys | None:
+    """An aggregator's keys as a worker of the server above it."""
+    if config.keys is None:
+        return None
+    return load_worker_keys(Path(config.keys), _leaves(branches), _folder(branches))
+
+
+def _leaves(branches: Branches) -> Ranks:
+    return Ranks(branches.first, branches.items[-1].last)
+
+
+def _folder(branches: Branches) -> str:
+    return f"aggregator{_leaves(branches).text}"
+
+
     if ending is None:
         return "error", "the aggregator failed"
     if ending.reason == "done":
@@ -286,3 +322,4 @@ def _summary(loop: Loop, state: ServerState, ending: Ending, total_s: float) -> 
         "kernel": kernels.level(),
         "saved": ending.saved,
     }
+        "refused_keys": loop.refused_keys,

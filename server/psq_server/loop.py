@@ -253,6 +253,11 @@ class Loop:
                 self._turn()
         except Exception as error:
             self._fail(error)
+    @property
+    def refused_keys(self) -> int:
+        """Handshakes that were refused for their key."""
+        return self._link.refused_keys
+
             raise
         self._outbox.flush()
         self._linger()
@@ -290,7 +295,7 @@ class Loop:
             self.timeline.add(Phase.WAIT, before_s, now_s)
         elsewhere_s = self._phases.elsewhere_s
         for peer, frame in self._link.drain(DRAIN_LIMIT):
-            self._happen(FrameReceived(peer, frame))
+            self._happen(FrameReceived(peer, frame, self._link.key))
         if self._above is not None:
             for news in self._above.turn():
                 if isinstance(news, Broadcast):
@@ -330,9 +335,15 @@ class Loop:
         self._events.append(event)
         self._follow()
 
+            self._tell_notes()
     def _follow(self) -> None:
         """Handle what has happened."""
         while self._events:
+    def _tell_notes(self) -> None:
+        """Log what the link has seen of strangers, revoked keys and the like."""
+        for note in self._link.notes():
+            self._log.write("warning", "link", {"text": note})
+
             event, now_s = self._events.popleft(), self._clock()
             actions = self._state.handle(event, now_s)
             if self.timeline is not None and isinstance(event, FrameReceived):

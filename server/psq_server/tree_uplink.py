@@ -21,6 +21,7 @@ from psq.client import Hooks, Patience
 from psq.client.channel import Channel
 from psq.client.machine import Machine
 from psq.errors import GaveUpError, PsqError
+from psq.keys import WorkerKeys
 from psq.link import WorkerLink
 from psq.plan import Plan
 from psq_proto.messages import Leave, clip_text
@@ -44,12 +45,13 @@ class Uplink:
         patience: how it waits.
         rng: jitter, nonces and the lineage come from it.
         clock: seconds, monotonic.
+        keys: its own as a worker of that server, where links are encrypted.
 
     Raises:
         ConfigError: the endpoint is no address.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a conversation gets its world as arguments
         self,
         endpoint: str,
         rank: int,
@@ -57,10 +59,11 @@ class Uplink:
         patience: Patience,
         rng: random.Random,
         clock: Callable[[], float],
+        keys: WorkerKeys | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.rank = rank
-        self.link = WorkerLink(endpoint)
+        self.link = WorkerLink(endpoint, keys=keys)
         self._patience = patience
         self._rng = rng
         self._clock = clock
@@ -99,6 +102,7 @@ class Uplink:
         Raises:
             PsqError: the server above refused, ended the job, or has been silent for too long.
         """
+        self.link.check()
         if self._channel is None:
             return
         self._channel.take_in()

@@ -98,7 +98,8 @@ def test_a_task_brings_its_model_and_the_time_it_computes(advise):
 def test_a_link_is_measured_where_a_server_is_named(advise, monkeypatch):
     asked = []
 
-    def probe(endpoint):
+    def probe(endpoint, rank, *, keys):
+        assert (rank, keys) == (0, None)
         asked.append(endpoint)
         return LinkRates(round_trip_s=0.002, up_mbit_s=50.0, down_mbit_s=40.0 + len(asked))
 

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -42,6 +43,7 @@ from psq.advice import (
 )
 from psq.config import DEFAULT_ROUND_TRIP_MS, AdviseConfig, is_loopback
 from psq.errors import ConfigError
+from psq.keys import load_worker_keys
 from psq_worker.launch import server_count
 
 if TYPE_CHECKING:  # torch: only with --task, and not before --help
@@ -192,7 +194,9 @@ def _link(config: AdviseConfig) -> Link:
     from psq.client import probe_link  # noqa: PLC0415 - zmq, for this alone
 
     away = [endpoint for endpoint in config.endpoints if not is_loopback(endpoint)]
-    found = [probe_link(endpoint) for endpoint in away or config.endpoints]
+    keys = load_worker_keys(Path(config.keys)) if config.keys is not None else None
+    rank = keys.rank if keys is not None else 0
+    found = [probe_link(endpoint, rank, keys=keys) for endpoint in away or config.endpoints]
     if not away:
         return LOOPBACK
     return link_of_mbit(

@@ -37,17 +37,17 @@ __all__ = ["main", "psq", "worker", "worker_main"]
 # What the launcher itself says to each process.
 SAID_BY_LAUNCHER: Final = ("connect", "rank", "world_size", "progress", "progress_every")
 # What psq launch hands on to the server; the workers get every setting of theirs.
-FOR_SERVER: Final = ("save", "lease", "give_up_after", "metrics_host", "metrics_port")
+FOR_SERVER: Final = ("save", "lease", "give_up_after", "metrics_host", "metrics_port", "keys")
 # What means nothing where there is one process and no server.
 ABOUT_MESSAGES: Final = (
     *("connect", "recipe", "with", "uplink", "downlink"),
     *("consistency", "overlap", "residual", "codec", "give_up_after"),
-    "timeline_filename",
+    *("timeline_filename", "keys"),
 )
 # What a simulated worker has instead of a setting: virtual machines, and one process.
 NOT_SIMULATED: Final = (
     *("connect", "rank", "world_size", "overlap", "codec", "give_up_after"),
-    *("progress", "progress_every", "timeline_filename"),
+    *("progress", "progress_every", "timeline_filename", "keys"),
 )
 TASK_ONLY: Final = ("task", "steps", "batch_size", "schedule", "eval_every", "data")
 NOT_FOR_LAUNCH: Final = (
@@ -143,7 +143,7 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
 
 
 @psq.command(epilog=EPILOG, short_help="Train through psq and by plain Adam, compare.")
-@options(LaunchConfig, DemoConfig, WorkerConfig, skip=(*SAID_BY_LAUNCHER, "tree"))
+@options(LaunchConfig, DemoConfig, WorkerConfig, skip=(*SAID_BY_LAUNCHER, "tree", "keys"))
 def demo(given: Given) -> None:
     """Show what psq does: train a task through it and by plain Adam, compare, draw a picture."""
     need("torch", "rich")
@@ -333,7 +333,8 @@ def merge_timeline(parts: tuple[str, ...], output: str) -> None:
 
 @psq.command(short_help="Say whether this machine can run psq.")
 @options(
-    WorkerConfig, skip=[item.key for item in settings_of(WorkerConfig) if item.key != "connect"]
+    WorkerConfig,
+    skip=[item.key for item in settings_of(WorkerConfig) if item.key not in {"connect", "keys"}],
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(given: Given, *, as_json: bool) -> int:
@@ -423,7 +424,8 @@ def need(*modules: str) -> None:
 def aggregator_words(told: ServerConfig) -> tuple[str, ...]:
     """What aggregators are told of the servers' settings: the rest is the root's alone."""
     waits = ("--lease", str(told.lease_s), "--give-up-after", str(told.give_up_after_s))
-    return (*waits, "--metrics-host", told.metrics_host)
+    keys = ("--keys", told.keys) if told.keys is not None else ()
+    return (*waits, *keys, "--metrics-host", told.metrics_host)
 
 
 def first_metrics_port(told: ServerConfig, servers: int) -> int:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Final, Literal
 
 from psq.config import (
@@ -27,6 +28,7 @@ from psq.config import (
     stray_variables,
 )
 from psq.errors import EXIT_CONFIG, GaveUpError, PsqError
+from psq.keys import load_worker_keys
 
 __all__ = ["Check", "cores", "examine", "exit_code"]
 
@@ -223,16 +225,19 @@ def _servers(environ: Mapping[str, str], given: Given) -> Iterator[Check]:
         return
     if told.origins["connect"] == "default":
         return
-    endpoints = told.config.endpoints
+    endpoints, keys = told.config.endpoints, told.config.keys
     for number, endpoint in enumerate(endpoints):
-        yield _server("server" if len(endpoints) == 1 else f"server {number}", endpoint)
+        yield _server("server" if len(endpoints) == 1 else f"server {number}", endpoint, keys)
 
 
-def _server(name: str, endpoint: str) -> Check:
+def _server(name: str, endpoint: str, folder: str | None) -> Check:
     from psq.client import Patience, probe_link  # noqa: PLC0415 - loads libzmq and numpy
 
+    patience = Patience(give_up_after_s=ANSWER_TIMEOUT_S)
     try:
-        rates = probe_link(endpoint, patience=Patience(give_up_after_s=ANSWER_TIMEOUT_S))
+        keys = load_worker_keys(Path(folder)) if folder is not None else None
+        rank = keys.rank if keys is not None else 0
+        rates = probe_link(endpoint, rank, patience=patience, keys=keys)
     except GaveUpError:
         found = f"{endpoint}: no answer within {ANSWER_TIMEOUT_S:g} s"
         return Check(name, "note", found, _NO_SERVER)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
+from psq.keys import Authorized
 from psq.plan import Plan
 from psq_proto.frames import Buffer
 
@@ -87,6 +88,7 @@ class PeerGone:
 
 
 @dataclass(frozen=True, slots=True)
+    key: Authorized | None = None
 class PeerBehind:
     """The peer reads too slowly: what was queued for it was dropped, and it must pull."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Final, Literal
 
 from psq.errors import FencedError, LocalError, RefusedError, RemotePlanError
+from psq.keys import Ranks
 from psq.plan import Plan
 from psq_proto.messages import NONE, U32_MAX, ErrorCode, Join, MessageType, Welcome
 from psq_proto.session import Message
@@ -38,7 +39,8 @@ def on_hello(world: World, peer: Peer, message: Message) -> None:
     if member is not None:
         member.peer, member.synced, member.pulling = None, False, False
         world.peers.demote(peer)
-    if not _rank_exists(world, peer, message.header.rank):
+    rank = message.header.rank
+    if not _may_speak_for(world, peer, rank) or not _rank_exists(world, peer, rank):
         return
     if world.incarnation == U32_MAX:
         msg = "this server has no incarnation left to hand out: restart it"
@@ -84,7 +86,7 @@ def on_join(world: World, peer: Peer, message: Message) -> None:
     join = message.body
     assert isinstance(join, Join)
     session, rank = peer.session, peer.session.rank
-    if not _take_plan(world, peer):
+    if not _may_speak_for(world, peer, rank) or not _take_plan(world, peer):
         return
     old = world.members.get(rank)
     if old is not None and old.incarnation > session.incarnation:
@@ -118,6 +120,21 @@ def on_join(world: World, peer: Peer, message: Message) -> None:
 
 
 def _rank_exists(world: World, peer: Peer, rank: int) -> bool:
+def _may_speak_for(world: World, peer: Peer, rank: int) -> bool:
+    """Whether a peer's key is that of this rank, and of all below it; if not, the peer is told."""
+    branches = world.settings.branches
+    branch = next((b for b in branches.items if b.rank == rank), None) if branches else None
+    last = rank if branch is None else branch.last
+    if peer.key is None or peer.key.ranks.covers(rank, last):
+        return True
+    text = (
+        f"the key {peer.key.name!r} may speak for {peer.key.ranks.words}, not for "
+        f"{Ranks(rank, last).words}: give each worker its own, see psq keys list"
+    )
+    world.end_conversation(peer, ErrorCode.REFUSED, text)
+    return False
+
+
     """Whether the job has this rank, as far as anybody knows yet; if not, the peer is told."""
     size, branches = world.world_size, world.settings.branches
     if (size is None and branches is None) or rank in world.ranks:

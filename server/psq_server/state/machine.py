@@ -222,7 +222,12 @@ class ServerState:
 
     def _on_frame(self, event: FrameReceived) -> str:
         world = self._world
-        peer = world.peers.get(event.peer) or world.new_peer(event.peer)
+        peer = world.peers.get(event.peer)
+        if peer is not None and peer.key != event.key:
+            # Whoever connects names its connection: another key must not go on with this one's.
+            presence.on_peer_gone(world, PeerGone(event.peer))
+            peer = None
+        peer = peer or world.new_peer(event.peer, event.key)
         try:
             message = peer.session.receive(event.frame)
             presence.note_seen(world, peer)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from psq.keys import Authorized
 from psq_proto.messages import NONE, Join, Leave, Verdict
 from psq_proto.session import ServerSession
 
@@ -36,7 +37,7 @@ STANDINGS: Final = ("joined", "silent", "left", "lost", "absent")
 
 @dataclass(slots=True)
 class Peer:
-    """One connection."""
+    """One connection, and whose key it has, where there are keys."""
 
     name: bytes
     session: ServerSession
@@ -46,6 +47,7 @@ class Peer:
 
 
 @dataclass(frozen=True, slots=True)
+    key: Authorized | None = None
 class Resolved:
     """A rank's last verdict: of which contribution, and after which version."""
 

@@ -13,6 +13,7 @@ from typing import Final, Unpack
 
 from psq.clock import DEADLINE_SAMPLES
 from psq.errors import FencedError, RemoteError, StaleFrameError
+from psq.keys import Authorized
 from psq.plan import Plan
 from psq_proto.frames import Buffer
 from psq_proto.messages import ControlBody, Error, ErrorCode, Fenced, MessageType, clip_text
@@ -136,10 +137,10 @@ class World:
         """The ranks that left with their work done."""
         return frozenset(rank for rank, member in self.members.items() if member.finished)
 
-    def new_peer(self, name: bytes) -> Peer:
+    def new_peer(self, name: bytes, key: Authorized | None = None) -> Peer:
         """Open a conversation with a connection that was not known."""
         session = ServerSession(run_id=self.settings.run_id, epoch=self.settings.epoch)
-        peer = Peer(name, session, self.now_s)
+        peer = Peer(name, session, self.now_s, key)
         self.peers.add_stranger(peer)
         return peer
 

@@ -55,7 +55,7 @@ def _small_world(monkeypatch):
         def stop(self) -> None: ...
 
     monkeypatch.setattr(client_module, "Pulse", NoPulse)
-    monkeypatch.setattr(client_module, "WorkerLinks", lambda wires: wires[0].group)
+    monkeypatch.setattr(client_module, "WorkerLinks", lambda wires, **_: wires[0].group)
 
 
 def plan_of(servers: int, workers: int, consistency: str, every: int = 1) -> Plan:

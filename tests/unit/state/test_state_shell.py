@@ -38,6 +38,11 @@ class Line:
     def wait(self, _):
         return bool(self.came)
 
+    key = None
+
+    def notes(self):
+        return []
+
     def drain(self, limit):
         taken, self.came = self.came[:limit], self.came[limit:]
         yield from taken

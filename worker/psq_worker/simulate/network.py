@@ -293,6 +293,17 @@ class ServerPort:
         for _ in range(min(limit, len(self._inbox))):
             yield self._inbox.popleft()
 
+    key: Final = None
+    refused_keys: Final = 0
+
+    def notes(self) -> list[str]:
+        """Nothing is turned away here."""
+        return []
+
+    def ended(self) -> list[bytes]:
+        """A simulated connection ends without a word: who sends finds out."""
+        return []
+
     @property
     def pending(self) -> bool:
         """Whether anything is left to be read."""
