@@ -17,7 +17,7 @@ INSTALLED_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard psq/n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test lint types check build bench bars results theory gan clean distclean
+.PHONY: help install run test lint types check build bench bars results theory gan fuzz clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +56,9 @@ theory: $(STAMP) ## show what theory says on small problems, write docs/theory.m
 
 gan: $(STAMP) ## train the games of examples/gan and write docs/gan.md (half an hour)
 	$(BIN)/python bench/gan.py
+
+fuzz: $(STAMP) ## fuzz the native decoders, needs clang (FUZZ_SECONDS=600)
+	@$(BIN)/python tests/fuzz/fuzz.py --seconds $(or $(FUZZ_SECONDS),600)
 
 clean: ## remove what was built, drawn and cached; .venv stays
 	rm -rf build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
