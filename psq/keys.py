@@ -2,7 +2,7 @@
 
     keys/                          what `psq keygen` makes; each folder in it is for one machine
         server/                    server.secret  server.pub  authorized_workers/rank0.pub ...
-        aggregator0-3/             server.secret  server.pub  authorized_workers/  worker.secret
+        aggregator0-3/             both: it is a server for rank 0 ... 3, a worker for above.pub
         rank0/                     worker.secret  worker.pub  server.pub
 
 A server knows its workers by the files in `authorized_workers`: whoever has the secret of one may
@@ -196,7 +196,7 @@ def load_worker_keys(folder: Path, ranks: Ranks | None = None, below: str = "") 
     Args:
         folder: where they are.
         ranks: whom the process speaks for; None: rank 0's will do, for a look at the server.
-        below: that other one's name.
+        below: that other one's name: an aggregator's.
 
     Raises:
         ConfigError: there are none, others may read the secret, or it is another rank's.
@@ -210,7 +210,9 @@ def load_worker_keys(folder: Path, ranks: Ranks | None = None, below: str = "") 
             "give it its own"
         )
         raise ConfigError(msg)
-    _, server, _ = read_public(place / ("server" + PUBLIC))
+    # An aggregator has a server.pub of its own: whom it talks to is above.pub.
+    pinned = "above" if below else "server"
+    _, server, _ = read_public(place / (pinned + PUBLIC))
     return WorkerKeys(own, server, path)
 
 
