@@ -212,6 +212,9 @@ class ServerSession(Conversation):
         if header.rank != self.rank:
             msg = f"{describe(header)}, which said HELLO as rank {self.rank}"
             raise RemoteProtocolError(msg)
+        if not self.plan and header.type is MessageType.JOIN:
+            msg = f"{describe(header)} came without its PLAN, which was damaged or lost: join again"
+            raise StaleFrameError(msg, header.incarnation)
         if header.plan != self.plan and header.type not in _BEFORE_THE_PLAN:
             msg = f"{describe(header)} names plan {header.plan:016x}, it sent plan {self.plan:016x}"
             raise RemotePlanError(msg)

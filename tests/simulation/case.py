@@ -1,0 +1,153 @@
+"""What a seed means: the job, and which faults may strike it, and how often.
+
+A case is drawn from its seed alone; options of the command replace single choices, so that a fault
+can be looked at by itself. Faults strike before `calm_s`; after that the job must come to an end.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any, Final
+
+from psq.groups import DEFAULT_GROUP, Group
+from psq.plan import Plan
+from psq.presets import preset
+from psq.recipe import Aggregate
+
+__all__ = ["Case", "plan_of"]
+
+SHARD_NUMEL: Final = 2
+"""A shard is two numbers: its value, and the sum of the tickets of all that made it."""
+
+CONSISTENCIES: Final = (
+    *("bsp",) * 6,
+    *("bsp,quorum=1,mads=1", "bsp,quorum=2", "ssp:1", "ssp:2,quorum=2", "asp"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One job and its faults.
+
+    Attributes:
+        seed: all else that is drawn follows from it.
+        workers, servers, shards, rounds: the job's size.
+        consistency: see `psq.clock`.
+        every: in how many rounds a shard has its turn.
+        downlink: "delta", or "weights" in full.
+        judged: whether rounds are judged, and some contributions refused.
+        skips: whether workers have nothing to say at times.
+        compute_s: how long a step takes, about.
+        slow: which worker takes ten times as long; -1: none.
+        calm_s: when the last fault has struck.
+        cuts, flips, doubles, holds, jumps, stalls: how often, in a run, a connection breaks, a bit
+            of a frame flips, a frame comes twice, nothing passes one way, a clock jumps, and a
+            worker reads nothing.
+        worker_crashes, server_crashes: how often these die, and are started again.
+        takeovers: how often a worker hangs, another takes its rank, and the first wakes up.
+        keeps: how likely a worker that died finds what it had kept.
+        disk_errors: how often the disk refuses for a while.
+        durability: "journal" or "off".
+    """
+
+    seed: int
+    workers: int = 2
+    servers: int = 1
+    shards: int = 2
+    rounds: int = 5
+    consistency: str = "bsp"
+    every: int = 1
+    downlink: str = "delta"
+    judged: bool = False
+    skips: bool = False
+    compute_s: float = 0.1
+    slow: int = -1
+    calm_s: float = 4.0
+    cuts: int = 0
+    flips: int = 0
+    doubles: int = 0
+    holds: int = 0
+    jumps: int = 0
+    stalls: int = 0
+    worker_crashes: int = 0
+    server_crashes: int = 0
+    takeovers: int = 0
+    keeps: float = 0.0
+    disk_errors: int = 0
+    durability: str = "off"
+
+    @classmethod
+    def of(cls, seed: int, given: Mapping[str, Any] | None = None) -> Case:
+        """The case of a seed, with some choices replaced."""
+        drawn = _draw(seed)
+        return replace(drawn, **given) if given else drawn
+
+    @property
+    def whole(self) -> bool:
+        """Whether rounds close as a whole, rather than shard by shard."""
+        return self.judged or self.consistency != "bsp"
+
+    def difference(self) -> str:
+        """What makes this case another one than its seed's, as options of the command."""
+        drawn = _draw(self.seed)
+        return " ".join(
+            f"--set {field.name}={getattr(self, field.name)}"
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(drawn, field.name)
+        )
+
+
+def _draw(seed: int) -> Case:
+    rng = random.Random(seed)  # noqa: S311 - a simulation
+    consistency = rng.choice(CONSISTENCIES)
+    workers = rng.choice((2, 2, 2, 3))
+    servers = rng.choice((1, 1, 1, 2))
+    every = rng.choice((1, 1, 1, 1, 2)) if consistency == "bsp" else 1
+    judged = servers == every == 1 and rng.random() < 0.2
+    case = Case(
+        seed=seed,
+        workers=workers,
+        servers=servers,
+        shards=max(rng.choice((2, 2, 3)), servers * every),
+        rounds=rng.randint(4, 6),
+        consistency=consistency,
+        every=every,
+        downlink=rng.choice(("delta", "delta", "weights")),
+        judged=judged,
+        skips=rng.random() < 0.2,
+        slow=rng.choice((-1, -1, -1, 0, 1)),
+    )
+    names = ("cuts", "flips", "doubles", "holds", "jumps", "stalls", "worker_crashes")
+    faults = {name: rng.choice((0, 0, 1, 2)) for name in names}
+    return replace(case, **faults, keeps=rng.choice((0.0, 0.5, 1.0)))
+
+
+@cache
+def plan_of(  # noqa: PLR0913, PLR0917 - all that a plan is made of
+    workers: int,
+    servers: int,
+    shards: int,
+    consistency: str,
+    every: int,
+    downlink: str,
+    judged: bool,  # noqa: FBT001 - cached by position
+) -> Plan:
+    """A job whose shards are of two values each; groups keep them apart."""
+    recipe = preset("server-adam" if downlink == "delta" else "qadam")
+    recipe = recipe.with_codecs(uplink="fp32", downlink="fp32").with_rhythm(every=every)
+    if judged:
+        recipe = replace(recipe, aggregate=Aggregate("clip"))
+    names = [f"tensor{index}" for index in range(shards)]
+    groups = (DEFAULT_GROUP, *(Group(name) for name in names[1:]))
+    return Plan.of(
+        [(name, (SHARD_NUMEL,)) for name in names],
+        recipe,
+        workers,
+        servers=servers,
+        consistency=consistency,
+        groups=groups,
+        members=tuple(range(shards)),
+    )

@@ -1,0 +1,315 @@
+"""A worker's process without a socket and without a model: machines, channels, integers.
+
+It does what `psq.client.Client` and `psq.torch` do, cut where they would wait: join, then step
+after step a while of computing, each shard said in its turn, the verdicts and the weights, and a
+goodbye at the end. While it computes, only its pulse looks at the links.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psq.client.channel import Channel
+from psq.client.hooks import Hooks
+from psq.client.machine import Machine
+from psq.errors import FencedError, PsqError
+from psq.plan import Plan
+from psq_proto.frames import Buffer, Header
+from psq_proto.messages import Flags, Leave
+
+from .arithmetic import INITIAL, RATE, direction, is_skipped, numbers, pack, split
+from .case import Case
+from .clock import LocalClock, Schedule, Violation
+from .network import Network, WorkerLink
+from .oracle import Oracle
+
+__all__ = ["Worker"]
+
+HEARTBEAT_S: Final = 1.0
+SAY_S: Final = 0.002
+SLOW: Final = 10
+
+Phase = Literal["joining", "computing", "saying", "finishing", "leaving", "gone"]
+
+
+class Worker:
+    """One process of a rank's, from start to end.
+
+    Attributes:
+        phase: what it does.
+        owner: the number of its residual's history, as the oracle knows it.
+        fate: how it ended: "done", "fenced", "dead", or in a server's words.
+        stalled_until_s: it reads nothing before.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - a process gets its world as arguments
+        self,
+        rank: int,
+        owner: int,
+        case: Case,
+        schedule: Schedule,
+        network: Network,
+        oracle: Oracle,
+    ) -> None:
+        self.rank = rank
+        self.owner = owner
+        self.case = case
+        self.schedule = schedule
+        self.oracle = oracle
+        self.phase: Phase = "joining"
+        self.fate = ""
+        self.stalled_until_s = 0.0
+        self.plan: Plan = oracle.plan
+        self.rng = random.Random(f"{case.seed}/{owner}")  # noqa: S311 - a simulation
+        self.clock = LocalClock(schedule, self.rng.uniform(0.0, 1e5))
+        self.values = dict.fromkeys(range(case.shards), (0, 0))
+        self.residual = dict.fromkeys(self.values, 0)
+        self.said: dict[int, int] = {}
+        self._unsaid: list[int] = []
+        self._timer_s = float("inf")
+        self._step = 0
+        oracle.begins(owner)
+        self.links = [
+            WorkerLink(network, rank, server, self._on_arrival) for server in range(case.servers)
+        ]
+        for link in self.links:
+            link.on_sent = self._goes_up
+        self.channels = [self._channel(server, link) for server, link in enumerate(self.links)]
+        self.machines = [channel.machine for channel in self.channels]
+        schedule.after(0.0, self._pump)
+
+    def _channel(self, server: int, link: WorkerLink) -> Channel:
+        plan = self.plan.for_server(server)
+        hooks = Hooks(self._initial, self._weights, self._restore, self._reset)
+        machine = Machine(
+            plan,
+            self.rank,
+            hooks,
+            heartbeat_s=HEARTBEAT_S,
+            rng=self.rng,
+            is_lent=link.is_lent,
+        )
+        return Channel(machine, link, "", len(plan.owned), self.clock.now_s)  # type: ignore[arg-type]
+
+    @property
+    def alive(self) -> bool:
+        """Whether this process runs."""
+        return self.phase != "gone"
+
+    # ---- what the network and the clock bring
+
+    def _on_arrival(self) -> None:
+        if self.phase not in {"computing", "saying", "gone"}:
+            self.schedule.after(0.0, self._pump)
+
+    def _set_timer(self) -> None:
+        """Come back when a machine will have something to do although nothing came."""
+        due_s = min(
+            (
+                channel.machine.due_s
+                for channel in self.channels
+                if not channel.blocked or channel.machine.due_s > self.clock.now_s()
+            ),
+            default=float("inf"),
+        )
+        if due_s == float("inf"):
+            return
+        at_s = self.schedule.now_s + max(0.0, due_s - self.clock.now_s())
+        if at_s < self._timer_s or self._timer_s <= self.schedule.now_s:
+            self._timer_s = at_s
+            self.schedule.at(at_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        if self.schedule.now_s >= self._timer_s:
+            self._timer_s = float("inf")
+        if self.phase in {"computing", "saying"}:
+            self._pulse()
+        else:
+            self._pump()
+
+    def _pulse(self) -> None:
+        """What the client's thread does while the process computes."""
+        for channel in self.channels:
+            if channel.machine.joined:
+                channel.flush()
+                channel.put_aside()
+        self._set_timer()
+
+    def _pump(self) -> None:
+        """Send what is due, take in what came, and go on if nothing more is waited for."""
+        if self.phase in {"computing", "saying", "gone"}:
+            return
+        if self.schedule.now_s < self.stalled_until_s:
+            self.schedule.at(self.stalled_until_s, self._pump)
+            return
+        try:
+            while not self._look():
+                if not any(link.inbox for link in self.links):
+                    self._set_timer()
+                    return
+                for channel in self.channels:
+                    channel.take_in()
+        except PsqError as error:
+            self._fail(error)
+            return
+        self._go_on()
+
+    def _look(self) -> bool:
+        """Whether nothing more is waited for, after all that was put aside and is due."""
+        for channel in self.channels:
+            channel.take_aside()
+        if not self._is_over():
+            for channel in self.channels:
+                channel.flush()
+        return self._is_over()
+
+    def _fail(self, error: PsqError) -> None:
+        fenced = isinstance(error, FencedError)
+        self.schedule.note("worker ends", self.rank, self.owner, error)
+        self.stop("fenced" if fenced else f"{type(error).__name__}: {error}")
+        if not fenced:
+            self.oracle.failed = f"rank {self.rank} ended with {type(error).__name__}: {error}"
+
+    # ---- the training loop
+
+    def _is_over(self) -> bool:
+        if self.phase == "leaving":
+            return all(machine.left for machine in self.machines)
+        if self.phase == "joining":
+            return all(machine.joined and machine.settled for machine in self.machines)
+        return all(machine.settled for machine in self.machines)
+
+    @property
+    def version(self) -> int:
+        """The version of its weights, of the oldest shard."""
+        return min(machine.replica.version for machine in self.machines)
+
+    def _go_on(self) -> None:
+        if self.phase == "leaving":
+            self.stop("done")
+            return
+        if self.phase == "finishing":
+            for machine in self.machines:
+                if machine.round is not None:
+                    self._end_round(machine)
+        if self.version >= self.case.rounds:
+            self.phase = "leaving"
+            for machine in self.machines:
+                machine.leave(Leave("done"))
+            self._pump()
+            return
+        self._begin()
+
+    def _end_round(self, machine: Machine) -> None:
+        ended = machine.end_round()
+        for shard in sorted(ended.pushed):
+            if shard in self.said:  # else it was restored
+                self.oracle.hears(self.said.pop(shard), "applied")
+
+    def _begin(self) -> None:
+        """Begin a step: it computes for a while, then says one shard after the other."""
+        in_step = self.case.consistency.startswith("bsp")
+        self._step = self.version
+        for server, machine in enumerate(self.machines):
+            if machine.replica.version == self._step or not in_step:
+                number = machine.begin(RATE).number
+                self.oracle.computes(self.rank, server, number)
+        self._check_replica()
+        self.phase = "computing"
+        self._unsaid = list(self.values)
+        slow = SLOW if self.case.slow == self.rank else 1
+        self.schedule.after(self.rng.uniform(0.5, 1.5) * self.case.compute_s * slow, self._say)
+        self._set_timer()
+
+    def _check_replica(self) -> None:
+        for machine in self.machines:
+            for shard, version in machine.replica.versions.items():
+                if self.case.every == 1:
+                    self.oracle.check_replica(self.rank, shard, version, self.values[shard])
+
+    def _say(self) -> None:
+        """Say the next shard; after the last one, wait for what becomes of it."""
+        if self.phase not in {"computing", "saying"}:
+            return
+        self.phase = "saying"
+        if self._unsaid:
+            self._say_shard(self._unsaid.pop(0))
+            self.schedule.after(self.rng.uniform(0.0, SAY_S), self._say)
+            return
+        self.phase = "finishing"
+        self._pump()
+
+    def _say_shard(self, shard: int) -> None:
+        channel = self.channels[self.oracle.owners[shard]]
+        machine = channel.machine
+        current = machine.round
+        if current is None:
+            return  # this server is ahead: it has what would be said
+        weight = self.values[shard][0]
+        wants = direction(self.rank, current.number, shard, weight)
+        self.residual[shard] += wants
+        self.oracle.wants(self.owner, shard, wants)
+        if not channel.machine._plan.due(shard, current.number):
+            return
+        if self.case.skips and is_skipped(self.rank, current.number, shard):
+            machine.skip(shard)
+        else:
+            self._encode(machine, shard, current.number)
+            machine.push(shard)
+        channel.flush()
+
+    def _encode(self, machine: Machine, shard: int, base: int) -> None:
+        said, rest = split(self.residual[shard])
+        self.residual[shard] = rest
+        ticket = self.oracle.says(self.rank, self.owner, base, shard, said)
+        self.said[shard] = ticket.number
+        payload = machine.frames.payload(shard)
+        payload[:] = np.frombuffer(pack(said, ticket.number), np.uint8)
+
+    # ---- hooks
+
+    def _initial(self, _: int) -> NDArray[np.float32]:
+        return np.array([INITIAL, 0], np.float32)
+
+    def _weights(self, header: Header, body: memoryview) -> None:
+        came = numbers(body)
+        before = self.values[header.shard] if header.flags & Flags.DELTA else (0, 0)
+        now = self.values[header.shard] = (before[0] + came[0], before[1] + came[1])
+        self.oracle.check_replica(self.rank, header.shard, header.version, now)
+
+    def _restore(self, shard: int) -> None:
+        machine = self.machines[self.oracle.owners[shard]]
+        value, ticket = numbers(machine.frames.said(shard).data)
+        assert self.said.pop(shard) == ticket
+        self.residual[shard] += value
+        self.oracle.hears(ticket, "returned")
+
+    def _reset(self, shards: Sequence[int]) -> None:
+        if self.rank not in self.oracle.contested:
+            msg = f"rank {self.rank} was told to forget its residuals of {shards}"
+            raise Violation(msg)
+        self.oracle.forgets(self.owner)
+        self.residual = dict.fromkeys(self.values, 0)
+
+    def _goes_up(self, frame: Buffer) -> None:
+        if not self.alive:
+            msg = f"rank {self.rank} speaks, although it is {self.fate}"
+            raise Violation(msg)
+        self.oracle.goes_up(self.owner, frame)
+
+    # ---- the end
+
+    def stop(self, fate: str) -> None:
+        """This process is over."""
+        self.phase = "gone"
+        self.fate = fate
+        if fate != "done":
+            self.oracle.loses(self.owner)
+        self.schedule.note("worker is gone", self.rank, self.owner, fate)
+        for link in self.links:
+            link.close()
