@@ -166,8 +166,7 @@ def _lock(path: Path) -> int:
         lock_fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock_fd, 0)
-        os.pwrite(lock_fd, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(lock_fd, f"{os.getpid()}\n".encode().rjust(_PID_BYTES), 0)
     except BlockingIOError:
         holder = os.pread(lock_fd, _PID_BYTES, 0).decode("ascii", "replace").strip() or "unknown"
         os.close(lock_fd)

@@ -29,6 +29,12 @@ NAMES: Final = frozenset(
         "checkpoint.current",  # CURRENT names it
         "checkpoint.prune",  # one is about to be removed
         "checkpoint.pruned",  # one lost its name, its files are still there
+        "commit.durable",  # the journal says that a round is durable, the loop does not know yet
+        "commit.keep",  # a server's checkpoint is about to be written
+        "commit.kept",  # it is there, nobody knows
+        "commit.record",  # a record is about to be handed to the journal
+        "commit.released",  # what waited for a round has left
+        "commit.sync",  # a round's records are handed over, and not asked for
         "directory.made",  # an empty folder, locked
         "directory.epoch",  # a new directory has an epoch, and no FORMAT yet
         "directory.format",  # it has both
@@ -50,6 +56,10 @@ NAMES: Final = frozenset(
         "keeper.closed",  # it says so, its weights are of the round before
         "keeper.weights",  # part of a shard's weights is copied
         "keeper.store",  # a durable copy is about to be written
+        "recovery.loaded",  # a server has read its checkpoint
+        "recovery.replayed",  # and its journal
+        "recovery.round",  # a round is about to be taken again
+        "recovery.served",  # the server that came back is about to listen
     }
 )
 

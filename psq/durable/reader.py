@@ -272,6 +272,13 @@ class JournalReader:
     def _end_at(self, opened: _Opened, offset: int, why: str, stop: int | None) -> None:
         """Whether a segment may end here: only the last one, and only with nothing promised."""
         expected = self.end.number + 1
+        if stop is not None and offset == opened.size:
+            msg = (
+                f"{opened.path} ends with record {self.end.number}, and a later segment goes on "
+                f"after record {stop - 1}: what is between is missing; take the directory from a "
+                "copy"
+            )
+            raise StateError(msg)
         if stop is not None:
             _damaged(opened.path, offset, f"{why}; record {expected} was promised")
         if offset == opened.size:

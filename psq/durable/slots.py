@@ -287,9 +287,8 @@ class Slots:
     # ---- the file
 
     def close(self) -> None:
-        """Let go of the memory; the file stays."""
-        del self._words, self._bytes
-        self._map.close()
+        """Let go of the memory, as soon as nobody looks at it any more; the file stays."""
+        del self._words, self._bytes, self._map
 
     def _open(self) -> mmap.mmap:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
