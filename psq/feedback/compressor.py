@@ -25,7 +25,7 @@ from psq.kernels import Buffer, Floats, Residual, WorkerStep
 from psq.kernels.reference import clear_finite
 from psq.optim import Adam, per_shard
 from psq.plan import Plan
-from psq.rules import DirectionRule, Segments, is_linear, make_direction
+from psq.rules import DirectionRule, Move, Segments, is_linear, make_direction
 
 __all__ = ["Compressor"]
 
@@ -185,8 +185,14 @@ class Compressor:
         index, takes_part = 0, self._follow_rate(shard, gradients, lr)
         if self._rule is not None:
             round_t = self._round(shard, t)
-            self._direct(self._rule, shard, gradients, lr, round_t, weights, shared, clear=clear)
-            index = self._say(self._rule, shard, round_t, payload, takes_part=takes_part)
+            move = None if self._local_steps > 1 else self._rule.move(round_t, shared or _NOTHING)
+            if move is None:
+                self._direct(
+                    self._rule, shard, gradients, lr, round_t, weights, shared, clear=clear
+                )
+                index = self._say(self._rule, shard, round_t, payload, takes_part=takes_part)
+            else:
+                self._say_move(self._rule, shard, move, gradients, payload, clear=clear)
         else:
             self._step(shard, gradients, lr, payload, weights, clear=clear, takes_part=takes_part)
             if self._rates is not None:
@@ -465,6 +471,35 @@ class Compressor:
         if self._adams is not None:
             step = self._with_adam(step, self._adams[shard], lr, weights)
         kernels.active().worker_step(step)
+
+    def _say_move(  # noqa: PLR0913 - as `compress`
+        self,
+        rule: DirectionRule,
+        shard: int,
+        move: Move,
+        gradients: Segments,
+        payload: Buffer,
+        *,
+        clear: bool,
+    ) -> None:
+        """One pass over a shard whose message moves a common vector, in the default codec."""
+        codec = self._payloads.codecs(shard)[0]
+        check_segments(self._shards[shard], gradients)
+        step = WorkerStep(
+            uplink=codec.codec.format,
+            gradients=gradients,
+            starts=codec.starts(self._payloads.seed(shard, self._steps[shard])),
+            payload=memoryview(payload)[: codec.nbytes],
+            residual=self._residual_of(shard),
+            blend=move.blend,
+            before=move.before,
+            unit=move.unit,
+            scratch=self._scratch,
+            clear=clear,
+        )
+        kernels.active().worker_step(step)
+        rule.advance(shard)
+        self._payloads.note(shard, has_residual=self._residuals is not None)
 
     def _with_adam(
         self, step: WorkerStep, adam: Adam, lr: float, weights: Segments | None

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from psq.codec import ShardCodec
 from psq.errors import UsageError
-from psq.kernels import Buffer, Floats, Residual
+from psq.kernels import Blend, Buffer, Floats, Residual
 from psq.kernels.reference import expand
 from psq.layout import Layout, Shard
 from psq.recipe import AdamConfig
@@ -37,6 +37,7 @@ __all__ = [
     "ChoiceRule",
     "DirectionRule",
     "Judgement",
+    "Move",
     "OptionValue",
     "RoundView",
     "RuleOptions",
@@ -136,6 +137,21 @@ class ChoiceRule:
         del steps
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A message that moves a common vector, f32[shard.numel]: kept before + rest (g / unit).
+
+    Attributes:
+        blend: kept and rest.
+        before: the vector; only read.
+        unit: of the gradient, alike; None: as it is.
+    """
+
+    blend: Blend
+    before: Floats
+    unit: Floats | None = None
+
+
 class DirectionRule(_Rule):
     """What a worker wants to say: one object per worker.
 
@@ -217,6 +233,14 @@ class DirectionRule(_Rule):
                 name; only read. Empty elsewhere.
         """
         raise NotImplementedError
+
+    def move(self, t: int, shared: Mapping[str, Floats]) -> Move | None:
+        """What `write` would do in round t, where it only moves a vector that all nodes hold.
+
+        Then one kernel forms the message and its payload, and `write` is not called.
+        """
+        del t, shared
+        return None
 
     def uses_residual(self, t: int) -> bool:
         """Whether the residual is added to the message of round t, and takes what it leaves out."""

@@ -167,14 +167,16 @@ class Shared(_Marked):
     def write(self, shard: int, change: Floats, x: Floats) -> None:
         """Turn the mean gradient, or direction, into a step. Cost: a pass; six with a mark."""
         t, lr = self._steps[shard]
-        d = self.of("d", shard)
+        d, step = self.of("d", shard), np.float32(lr / (1.0 - power(self._beta, t)))
         self._factors.pop(shard, None)
         if self.is_marked(shard, t):
             factor = self._factors[shard] = np.empty(change.size, np.float32)
             self._refresh(shard, t, change, factor)
+            np.multiply(d, step, out=change)
         else:
-            d[:] = change
-        np.multiply(d, np.float32(lr / (1.0 - power(self._beta, t))), out=change)
+            for at in blocks(change.size):
+                d[at] = change[at]
+                np.multiply(change[at], step, out=change[at])
         self._decay(change, x, lr)
 
     def rescale(self, shard: int) -> Floats | None:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from psq.errors import ConfigError, UsageError
 from psq.kernels import Blend, Floats, blend
 from psq.recipe import schedule_value
-from psq.rules.base import DirectionRule, Segments
+from psq.rules.base import DirectionRule, Move, Segments
 from psq.rules.directions import gather
 
 __all__ = ["OneBit", "Shared"]
@@ -41,16 +41,12 @@ class _Replicated(DirectionRule):
         """Whether round t is one of the warm-up, or a refresh."""
         return self._choice.choose(0, t, _no_norm) > 0
 
-    def _blend(self, t: int, out: Floats, before: Floats, unit: Floats | None = None) -> None:
-        """Out := beta before + (1 - beta) out, which is divided by its unit first."""
+    def _move(self, t: int, before: Floats, unit: Floats | None = None) -> Move:
+        """To beta before + (1 - beta) g, which is divided by its unit first."""
         beta = schedule_value(self._beta, t)
-        blend(Blend(beta, 1.0 - beta), out, before, unit, out)
+        return Move(Blend(beta, 1.0 - beta), before, unit)
 
-
-class OneBit(_Replicated):
-    """The gradient during warm-up, then the common momentum moved by it."""
-
-    def write(  # noqa: D102, PLR0913 - as the base class
+    def write(  # noqa: PLR0913 - as the base class
         self,
         shard: int,
         t: int,
@@ -63,8 +59,16 @@ class OneBit(_Replicated):
     ) -> None:
         del shard, lr, weights
         gather(gradients, out)
-        if not self._is_marked(t):
-            self._blend(t, out, _of(shared, "m"))
+        move = self.move(t, shared)
+        if move is not None:
+            blend(move.blend, out, move.before, move.unit, out)
+
+
+class OneBit(_Replicated):
+    """The gradient during warm-up, then the common momentum moved by it."""
+
+    def move(self, t: int, shared: Mapping[str, Floats]) -> Move | None:  # noqa: D102 - as the base
+        return None if self._is_marked(t) else self._move(t, _of(shared, "m"))
 
 
 class Shared(_Replicated):
@@ -80,22 +84,11 @@ class Shared(_Replicated):
     def uses_residual(self, t: int) -> bool:  # noqa: D102 - as the base class
         return not self._is_marked(t)
 
-    def write(  # noqa: D102, PLR0913 - as the base class
-        self,
-        shard: int,
-        t: int,
-        lr: float,
-        gradients: Segments,
-        out: Floats,
-        *,
-        weights: Segments | None,
-        shared: Mapping[str, Floats],
-    ) -> None:
-        del shard, lr, weights
-        gather(gradients, out)
-        if not self._is_marked(t):
-            unit = _of(shared, "s")
-            self._blend(t, out, _of(shared, "d"), unit)
+    def move(self, t: int, shared: Mapping[str, Floats]) -> Move | None:  # noqa: D102 - as the base
+        if self._is_marked(t):
+            return None
+        unit = _of(shared, "s")
+        return self._move(t, _of(shared, "d"), unit)
 
 
 def _of(shared: Mapping[str, Floats], name: str) -> Floats:
