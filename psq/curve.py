@@ -81,6 +81,7 @@ def new_pair() -> SecretKey:
 
 def use_server_keys(socket: Socket, keys: ServerKeys) -> None:
     """Let this socket take encrypted connections only, and none without a doorman."""
+    _grow_frames(socket)
     socket.setsockopt(zmq.CURVE_SERVER, 1)
     socket.setsockopt(zmq.CURVE_SECRETKEY, keys.own.secret.encode())
     socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
@@ -89,9 +90,17 @@ def use_server_keys(socket: Socket, keys: ServerKeys) -> None:
 
 def use_worker_keys(socket: Socket, keys: WorkerKeys) -> None:
     """Let this socket connect encrypted, and to the server with this key only."""
+    _grow_frames(socket)
     socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.own.public.encode())
     socket.setsockopt(zmq.CURVE_SECRETKEY, keys.own.secret.encode())
     socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server.encode())
+
+
+def _grow_frames(socket: Socket) -> None:
+    """The largest frame is to fit once it is encrypted: libzmq looks at what comes off the wire."""
+    largest = int(socket.getsockopt(zmq.MAXMSGSIZE))
+    if largest > 0:
+        socket.setsockopt(zmq.MAXMSGSIZE, largest + CURVE_BYTES)
 
 
 def decide(
