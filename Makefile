@@ -57,8 +57,10 @@ theory: $(STAMP) ## show what theory says on small problems, write docs/theory.m
 gan: $(STAMP) ## train the games of examples/gan and write docs/gan.md (half an hour)
 	$(BIN)/python bench/gan.py
 
-fuzz: $(STAMP) ## fuzz the native decoders, needs clang (FUZZ_SECONDS=600)
+fuzz: $(STAMP) ## fuzz native decoders (FUZZ_SECONDS=600, needs clang), then all that parses (10 minutes more)
 	@$(BIN)/python tests/fuzz/fuzz.py --seconds $(or $(FUZZ_SECONDS),600)
+	$(BIN)/python -m pytest -q --timeout 1800 --hypothesis-profile fuzz tests/fuzz tests/wire \
+		tests/unit/state/test_state_hostile.py --deselect tests/fuzz/test_codec_fuzz.py
 
 clean: ## remove what was built, drawn and cached; .venv stays
 	rm -rf build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

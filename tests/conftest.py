@@ -9,4 +9,5 @@ from hypothesis import settings
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", derandomize=True, print_blob=True, deadline=None)
+settings.register_profile("fuzz", max_examples=2000, deadline=None)  # make fuzz
 settings.load_profile("ci" if os.environ.get("CI") else "local")
