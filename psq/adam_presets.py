@@ -71,6 +71,17 @@ def _efficient_adam(adam: AdamConfig) -> Recipe:
     )
 
 
+def _shared_adam(adam: AdamConfig) -> Recipe:
+    refresh = Choice("periodic", (("first", 8), ("period", 128), ("codec", "lloyd-max:bits=3")))
+    return Recipe(
+        "shared-adam",
+        Direction("shared", adam),
+        Uplink(_FINE, choice=refresh),
+        Apply("shared", adam),
+        Downlink("mean", "sign", choice=refresh),
+    )
+
+
 def _shared_direction(adam: AdamConfig) -> Recipe:
     refresh = Choice("periodic", (("first", 20), ("period", 64), ("codec", "uniform:bits=8")))
     return Recipe(
@@ -183,11 +194,22 @@ ADAM_PRESETS: Final = (
         "Adam's learning rate or a little more",
     ),
     Preset(
+        "shared-adam",
+        _shared_adam,
+        "All nodes hold the same direction d and the same unit sqrt(v). A worker pushes d moved by "
+        "its gradient in that unit, in four bits; the mean comes back in one bit and is the next "
+        "d. In the first 8 steps and every 128th the gradient itself goes both ways in three bits, "
+        "which refreshes v.",
+        "psq's own; relatives are 2102.02888 and 2202.06009",
+        "every node keeps v, sqrt(v) and d, and all must take every step (bsp); where gradients "
+        "grow many times between two refreshes the unit is out of date",
+        "Adam's own learning rate",
+    ),
+    Preset(
         "shared-direction",
         _shared_direction,
-        "All nodes hold the same direction d and the same unit sqrt(v). A worker pushes d moved by "
-        "its gradient in that unit, one bit a value; in the first 20 steps and every 64th it "
-        "pushes the gradient in eight bits, which refreshes v.",
+        "shared-adam in one bit each way; in the first 20 steps and every 64th the gradient itself "
+        "goes both ways in eight bits, which refreshes v.",
         "psq's own; relatives are 2102.02888 and 2202.06009",
         "where gradients grow many times between two refreshes the unit is out of date",
         "Adam's own learning rate; a longer period saves bits, a shorter one follows v closer",

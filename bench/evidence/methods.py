@@ -100,19 +100,8 @@ _GIVEN: Final[dict[str, Method]] = {
     )
 }
 RECIPES: Final = tuple(_GIVEN.get(name) or Method(name, name) for name in PRESETS)
-FINE: Final = Method(
-    "shared-direction-4bit",
-    "shared-direction",
-    tuple(
-        f"{side}.choice.{option}"
-        for side in ("uplink", "downlink")
-        for option in ("first=8", "period=128", "codec=lloyd-max:bits=3")
-    ),
-    uplink="lloyd-max:bits=4,block=256",
-    note="4 bits up, units renewed in 3 bits every 128 rounds",
-)
-METHODS: Final = (ADAM, *RECIPES, FINE, *POWER)
-MAIN: Final = ("server-adam", FINE.name, "qadam-1bit", "shared-direction")
+METHODS: Final = (ADAM, *RECIPES, *POWER)
+MAIN: Final = ("server-adam", "shared-adam", "qadam-1bit", "shared-direction")
 
 
 def method_of(name: str) -> Method:

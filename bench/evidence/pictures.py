@@ -13,10 +13,11 @@ from evidence.methods import method_of
 from evidence.subjects import SUBJECTS, Subject
 from reporting.pictures import DPI, new_figure, tidy
 
-# Colours from Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Colours, but for one, from Okabe and Ito's palette, which colour-blind readers can tell apart.
 LINES: Final = (
     ("adam", "#000000", "--", "plain Adam"),
     ("server-adam", "#0072B2", "-", "server-adam"),
+    ("shared-adam", "#7B3294", "-", "shared-adam"),
     ("qadam-1bit", "#D55E00", "-", "qadam-1bit"),
     ("shared-direction", "#009E73", "-", "shared-direction"),
     ("powersgd-1", "#CC79A7", "-.", "PowerSGD, rank 1"),

@@ -61,6 +61,7 @@ CASES = {
     "local-adam": Case(local_steps=3, settings={"steps": 3}),
     "efficient-adam": Case(),
     "server-amsgrad": Case(theta=0.5, settings={"theta": 0.5}),  # so that v falls now and then
+    "shared-adam": Case(SHARED, settings={"first": 3, "period": 8}),
     "shared-direction": Case(SHARED, settings={"first": 3, "period": 8}),
     "onebit-adam": Case(("uplink.choice.steps=12",), settings={"steps": 12}),
     "diloco": Case(local_steps=3, settings={"steps": 3}),

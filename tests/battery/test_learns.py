@@ -84,6 +84,13 @@ LESSONS = {
     "qadam-1bit": Lesson(2 * ADAM, 0.22, broken=(UP, DOWN), worse=1.5),
     "local-adam": Lesson(ADAM, 0.25, broken=(UP, DOWN), worse=1.2, local_steps=4),
     "server-amsgrad": Lesson(ADAM, 0.12, indifferent="gradients have no early spike here"),
+    "shared-adam": Lesson(
+        ADAM,
+        0.12,
+        ("uplink.choice.first=5", "uplink.choice.period=25"),
+        broken=(DOWN,),
+        worse=1.4,
+    ),
     "shared-direction": Lesson(
         ADAM,
         0.14,

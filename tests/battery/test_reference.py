@@ -45,7 +45,7 @@ def test_kardams_filters_struck():
         assert any(reason.startswith(filter_name) for reason in refused), filter_name
 
 
-@pytest.mark.parametrize("name", ["dq-sgd", "onebit-adam", "shared-direction"])
+@pytest.mark.parametrize("name", ["dq-sgd", "onebit-adam", "shared-adam", "shared-direction"])
 def test_messages_went_out_in_several_codecs(name):
     cluster, _ = started(name, 3)
     rounds = [cluster.step(lr) for lr in RATES]

@@ -262,12 +262,13 @@ NO_FEEDBACK = {
     *("ef21", "sto-sign", "sto-sign-ef", "dp-sign", "sign-majority", "dist-lion", "dq-sgd"),
     *("fp32", "fp32-sgd"),
 }
-IN_STEP = {"shared-direction", "onebit-adam"}
+IN_STEP = {"shared-adam", "shared-direction", "onebit-adam"}
 VOTES = {"sto-sign", "dp-sign", "sign-majority", "dist-lion"}
 WITH_LOCAL_STEPS = {"qadam", "qadam-1bit", "local-adam", "efficient-adam", "diloco"}
 WITH_ADAM = {
     *WITH_LOCAL_STEPS,
-    *("server-adam", "server-amsgrad", "shared-direction", "onebit-adam", "coded", "fp32"),
+    *("server-adam", "server-amsgrad", "shared-adam", "shared-direction", "onebit-adam"),
+    *("coded", "fp32"),
 }
 WHOLE = {"kardam"}
 

@@ -13,6 +13,7 @@ from psq.recipe import AdamConfig, Choice, Power
 
 FAMILY = (
     *("qadam", "server-adam", "server-amsgrad", "efficient-adam", "shared-direction", "ef-sgd"),
+    "shared-adam",
     *("dist-ef-sgdm", "ef21", "sto-sign", "dp-sign", "sign-majority", "dist-lion", "dq-sgd"),
     *("dqgan", "kardam", "coded", "onebit-adam", "diloco", "average"),
 )
@@ -96,6 +97,12 @@ def test_the_one_bit_recipe_with_shared_moments_stays_within_its_budget():
     costs = costs_of(preset("shared-direction"))
     assert costs.up_bits <= 1.4
     assert costs.down_bits <= 1.7
+
+
+def test_the_finer_one_stays_within_its_budget():
+    costs = costs_of(preset("shared-adam"))
+    assert costs.up_bits <= 4.2
+    assert costs.down_bits <= 1.1
 
 
 def test_a_recipe_that_needs_more_workers_says_so():
