@@ -48,6 +48,7 @@ _EVENTS: Final = (
 )
 _HEAD: Final = struct.Struct("=Hi")
 _TCP_INFO_BYTES: Final = 136
+_AT_ONCE: Final = struct.pack("ii", 1, 0)
 _INT: Final = struct.Struct("i")
 _BYTES_RECEIVED: Final = struct.Struct("@Q")
 _BYTES_RECEIVED_AT: Final = 128  # tcpi_bytes_received, Linux 4.1 and later
@@ -134,6 +135,9 @@ class Connections:
     def came(self, fd: int, peer: bytes, key: str, wire_bytes: int) -> None:
         """A frame of `peer` came through this descriptor."""
         connection = self._open.get(fd)
+        if connection is None or connection.peer not in (b"", peer):
+            self.hear()  # this descriptor may have been another connection's a moment ago
+            connection = self._open.get(fd)
         if connection is None:
             return  # it has ended, and this was still unread
         connection.frame_bytes += wire_bytes
@@ -156,6 +160,8 @@ class Connections:
         """End a connection; its socket is libzmq's to close."""
         with contextlib.suppress(OSError), _borrowed(fd) as borrowed:
             if borrowed.getsockname()[1] == self._port:
+                # A reset, not a farewell: whoever sends without end hears of it at once.
+                borrowed.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
                 borrowed.shutdown(socket.SHUT_RDWR)
                 self.hung_up += 1
                 self._note(why)
