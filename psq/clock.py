@@ -155,15 +155,22 @@ def _misnamed(text: str) -> str:
 
 
 def members(
-    ranks: Iterable[int], finished: Collection[int], contributed: Collection[int]
+    ranks: Iterable[int],
+    finished: Collection[int],
+    contributed: Collection[int],
+    absent: Collection[int] = (),
 ) -> tuple[int, ...]:
     """The ranks whose word the open round needs, ascending.
 
     Of `ranks`, which are all that speak to this server: those that have not finished, and those
     that have spoken. A rank that left with its work done owes nothing more; one that was lost is
-    still owed, and waited for.
+    still owed, and waited for, unless it is one of `absent`: those that the job goes on without.
     """
-    return tuple(rank for rank in ranks if rank not in finished or rank in contributed)
+    return tuple(
+        rank
+        for rank in ranks
+        if rank in contributed or (rank not in finished and rank not in absent)
+    )
 
 
 def closes(  # noqa: PLR0913 - the whole of a decision in one place

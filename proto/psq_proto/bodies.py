@@ -10,18 +10,21 @@ from typing import Literal, TypeAlias
 
 from psq_proto import checks
 from psq_proto.errors import UsageError
-from psq_proto.limits import MAJOR, NONE, U32_MAX, U64_MAX
+from psq_proto.limits import MAJOR, MAX_POSITIONS, NONE, U32_MAX, U64_MAX
 
 __all__ = [
     "Bye",
     "ControlBody",
     "Cookie",
+    "Draw",
     "Error",
     "Fenced",
     "Heartbeat",
     "Hello",
     "Join",
+    "Kept",
     "Leave",
+    "Range",
     "StaleEpoch",
     "Status",
     "Verdict",
@@ -194,6 +197,76 @@ class Leave:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """A worker's own copy of a checkpoint (the header's version) is on its disk.
+
+    `digest` is of what it kept, by the worker's own reckoning: servers only compare it with itself.
+    """
+
+    digest: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry."""
+        checks.whole("digest", self.digest, 0, U64_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A worker asks for the range of data that contribution `seq` is computed from.
+
+    `size`, `batch` and `seed` are of the job: all its workers name the same. `epoch` is the one
+    that the worker is at.
+    """
+
+    seq: int
+    epoch: int
+    size: int
+    batch: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry."""
+        for name in ("seq", "epoch", "seed"):
+            checks.whole(name, getattr(self, name), 0, U64_MAX)
+        checks.whole("size", self.size, 1, MAX_POSITIONS)
+        checks.whole("batch", self.batch, 1, U32_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The answer to DRAW: positions [low, high) of the epoch's order, or why there are none.
+
+    "drawn" ranges are bound to the rank's contribution `seq` until its VERDICT. "wait": all that is
+    left is in others' hands. "late": that contribution cannot count any more. "end": this epoch is
+    over, `epoch` is the present one. `left` positions of the epoch are not visited yet.
+    """
+
+    seq: int
+    state: Literal["drawn", "wait", "late", "end"]
+    epoch: int
+    ranges: tuple[tuple[int, int], ...] = ()
+    left: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry: spans ascend and do not overlap."""
+        checks.whole("seq", self.seq, 0, U64_MAX)
+        checks.choice("state", self.state, ("drawn", "wait", "late", "end"))
+        checks.whole("epoch", self.epoch, 0, U64_MAX)
+        at = 0
+        for span in checks.items("ranges", self.ranges):
+            if not isinstance(span, tuple) or len(span) != 2:  # noqa: PLR2004 - a pair
+                msg = f"ranges must hold (low, high) pairs, got {span!r:.80}"
+                raise UsageError(msg)
+            checks.whole("low", span[0], at, MAX_POSITIONS)
+            checks.whole("high", span[1], span[0] + 1, MAX_POSITIONS)
+            at = span[1]
+        if bool(self.ranges) != (self.state == "drawn"):
+            msg = f"ranges belong to state drawn, got {len(self.ranges)} with {self.state!r}"
+            raise UsageError(msg)
+        checks.whole("left", self.left, 0, MAX_POSITIONS)
+
+
+@dataclass(frozen=True, slots=True)
 class Error:
     """The server refuses something; after a fatal one it says no more on this connection."""
 
@@ -249,12 +322,15 @@ ControlBody: TypeAlias = (
     | Join
     | Heartbeat
     | Leave
+    | Kept
+    | Draw
     | Cookie
     | Welcome
     | Verdict
     | Fenced
     | StaleEpoch
     | Status
+    | Range
     | Error
     | Bye
 )

@@ -73,6 +73,7 @@ _ALL_FLAGS: Final = int(Flags.SKIP | Flags.DELTA | Flags.FULL | Flags.MEAN)
 _MEAN: Final = int(Flags.MEAN)
 _KINDS_OF_WEIGHTS: Final = frozenset({Flags.DELTA, Flags.FULL, Flags.MEAN, Flags.MEAN | Flags.SKIP})
 _RUN_ID_BYTES: Final = 16
+_ALWAYS_EMPTY: Final = frozenset({MessageType.PULL, MessageType.CKPT})
 _MAY_BE_EMPTY: Final = frozenset({MessageType.PLAN, MessageType.PROBE, MessageType.ECHO})
 
 
@@ -205,7 +206,7 @@ def _misfit(header: Header, body_len: int) -> str:
     """What is wrong with a body of this length for this header, in words; empty when nothing is."""
     kind = header.type
     limit = MAX_PAYLOAD_BYTES if kind in DATA_TYPES else MAX_CONTROL_BYTES
-    empty = kind is MessageType.PULL or bool(int(header.flags) & _SKIP)
+    empty = kind in _ALWAYS_EMPTY or bool(int(header.flags) & _SKIP)
     if empty and body_len:
         return f"{kind.name} has no body here, got {body_len} bytes"
     if not empty and not 0 < body_len <= limit:

@@ -13,6 +13,7 @@ __all__ = [
     "MAX_CONTROL_BYTES",
     "MAX_LIST_ITEMS",
     "MAX_PAYLOAD_BYTES",
+    "MAX_POSITIONS",
     "MAX_TEXT_BYTES",
     "NONE",
     "NO_SHARD",
@@ -36,6 +37,9 @@ MAX_TEXT_BYTES: Final = 4096
 """The longest string in a control body, in UTF-8 bytes."""
 MAX_LIST_ITEMS: Final = 1024
 """The longest list in a control body; who has more to report reports the first ones."""
+
+MAX_POSITIONS: Final = 1 << 62
+"""The largest data set whose order workers draw ranges of."""
 
 NO_SHARD: Final = U32_MAX
 """The shard of a SKIP that speaks for every shard not said yet."""

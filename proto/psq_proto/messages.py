@@ -1,7 +1,8 @@
 """Message types, flags and control bodies: what psq's processes can say to each other.
 
 This is the module to import from; limits and bodies have files of their own. Data bodies (PLAN,
-INIT, PUSH, WEIGHTS, PROBE, ECHO, JOB) are raw bytes and have no class; PULL has no body at all.
+INIT, PUSH, WEIGHTS, PROBE, ECHO, JOB) are raw bytes and have no class; PULL and CKPT have no body
+at all.
 Nothing here does I/O or keeps state. `proto/README.md` is the specification.
 """
 
@@ -14,12 +15,15 @@ from psq_proto.bodies import (
     Bye,
     ControlBody,
     Cookie,
+    Draw,
     Error,
     Fenced,
     Heartbeat,
     Hello,
     Join,
+    Kept,
     Leave,
+    Range,
     StaleEpoch,
     Status,
     Verdict,
@@ -34,6 +38,7 @@ from psq_proto.limits import (
     MAX_CONTROL_BYTES,
     MAX_LIST_ITEMS,
     MAX_PAYLOAD_BYTES,
+    MAX_POSITIONS,
     MAX_TEXT_BYTES,
     NO_SHARD,
     NO_VERSION,
@@ -53,6 +58,7 @@ __all__ = [
     "MAX_CONTROL_BYTES",
     "MAX_LIST_ITEMS",
     "MAX_PAYLOAD_BYTES",
+    "MAX_POSITIONS",
     "MAX_TEXT_BYTES",
     "NONE",
     "NO_SHARD",
@@ -63,6 +69,7 @@ __all__ = [
     "Bye",
     "ControlBody",
     "Cookie",
+    "Draw",
     "Error",
     "ErrorCode",
     "Fenced",
@@ -70,8 +77,10 @@ __all__ = [
     "Heartbeat",
     "Hello",
     "Join",
+    "Kept",
     "Leave",
     "MessageType",
+    "Range",
     "StaleEpoch",
     "Status",
     "Verdict",
@@ -84,7 +93,7 @@ __all__ = [
 
 
 class MessageType(IntEnum):
-    """What a frame is; 9 and 69 are reserved for checkpoints and refused until they exist."""
+    """What a frame is; types below COOKIE are said by workers."""
 
     HELLO = 1
     PLAN = 2
@@ -94,11 +103,14 @@ class MessageType(IntEnum):
     PULL = 6
     HEARTBEAT = 7
     LEAVE = 8
+    CKPT_OK = 9
     PROBE = 10
+    DRAW = 11
     COOKIE = 65
     WELCOME = 66
     VERDICT = 67
     WEIGHTS = 68
+    CKPT = 69
     FENCED = 70
     STALE_EPOCH = 71
     STATUS = 72
@@ -106,6 +118,7 @@ class MessageType(IntEnum):
     BYE = 74
     ECHO = 75
     JOB = 76
+    RANGE = 77
 
     __hash__ = int.__hash__  # Enum's own is a Python function, and every frame is looked up often
 
@@ -160,12 +173,15 @@ BODY_TYPES: Final[dict[MessageType, type[ControlBody]]] = {
     MessageType.JOIN: Join,
     MessageType.HEARTBEAT: Heartbeat,
     MessageType.LEAVE: Leave,
+    MessageType.CKPT_OK: Kept,
+    MessageType.DRAW: Draw,
     MessageType.COOKIE: Cookie,
     MessageType.WELCOME: Welcome,
     MessageType.VERDICT: Verdict,
     MessageType.FENCED: Fenced,
     MessageType.STALE_EPOCH: StaleEpoch,
     MessageType.STATUS: Status,
+    MessageType.RANGE: Range,
     MessageType.ERROR: Error,
     MessageType.BYE: Bye,
 }

@@ -5,7 +5,8 @@ A type names its sender (workers' types are below 64), so the table need not say
 what.
 
     IDLE -HELLO-> GREETED -COOKIE-> COOKIED -PLAN-> PLANNED -JOIN-> JOINING -WELCOME-> JOINED
-    JOINED -INIT PUSH PULL HEARTBEAT VERDICT WEIGHTS STATUS-> JOINED -LEAVE-> LEAVING -BYE-> CLOSED
+    JOINED -INIT PUSH PULL HEARTBEAT CKPT_OK DRAW VERDICT WEIGHTS CKPT STATUS RANGE-> JOINED
+    JOINED -LEAVE-> LEAVING -BYE-> CLOSED
 
 PROBE and its ECHO measure the link and move nobody, from COOKIED until LEAVING. JOB, which answers
 a PLAN without a body, leaves a COOKIED worker so.
@@ -58,11 +59,15 @@ def _table() -> _Table:
     work: _Table = {
         s.JOINED: {
             **dict.fromkeys((m.INIT, m.PUSH, m.PULL, m.HEARTBEAT), s.JOINED),
-            **dict.fromkeys((m.VERDICT, m.WEIGHTS, m.STATUS), s.JOINED),
+            **dict.fromkeys((m.VERDICT, m.WEIGHTS, m.CKPT, m.STATUS), s.JOINED),
+            **dict.fromkeys((m.CKPT_OK, m.DRAW, m.RANGE), s.JOINED),
             m.LEAVE: s.LEAVING,
         },
         # A worker that left still hears the end of its last round, and proves it lives until BYE.
-        s.LEAVING: dict.fromkeys((m.HEARTBEAT, m.LEAVE, m.VERDICT, m.WEIGHTS, m.STATUS), s.LEAVING),
+        s.LEAVING: {
+            **dict.fromkeys((m.HEARTBEAT, m.LEAVE, m.CKPT_OK), s.LEAVING),
+            **dict.fromkeys((m.VERDICT, m.WEIGHTS, m.CKPT, m.STATUS, m.RANGE), s.LEAVING),
+        },
     }
     table = join | work
     for state in (s.COOKIED, s.PLANNED, s.JOINING, s.JOINED):

@@ -38,7 +38,9 @@ _LEFTOVERS: Final = frozenset(
         MessageType.COOKIE,
         MessageType.VERDICT,
         MessageType.WEIGHTS,
+        MessageType.CKPT,
         MessageType.STATUS,
+        MessageType.RANGE,
         MessageType.ECHO,
         MessageType.JOB,
     }

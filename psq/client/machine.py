@@ -34,6 +34,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+from psq.client.epochs import Epochs
 from psq.client.frames import Frame, PushFrames
 from psq.client.hooks import Hooks
 from psq.client.identity import Identity, Welcomed
@@ -144,6 +145,7 @@ class Machine:
         self.turns = Turns(plan)
         self._pull = self._pull_whole = False
         self._gap_version = NONE
+        self._epochs = Epochs()
         self._progress = False
         self._status: Status | None = None
         self._leave: Leave | None = None
@@ -478,6 +480,8 @@ class Machine:
         self._beat_at_s = now_s  # at once: its answer says what arrived
         if self._standing.is_trial:
             return
+        if self._epochs.enter(self.session.epoch, header.version):
+            self._forget_above(header.version)
         self._pull = True
         self._initial.start(self._initial_frames() if welcome.init_wanted else None)
         if welcome.mode == "reset" and self._standing.resolved != NONE:
@@ -487,8 +491,20 @@ class Machine:
         if self.round is not None:
             self.round.fence = 0
 
+    def _forget_above(self, version: int) -> None:
+        """The server came back: what it had sent of a later version never happened."""
+        forgotten = self.replica.forget_above(version)
+        self.turns.forget_above(version)
+        self._gap_version = NONE
+        if forgotten:
+            self.notes.append(
+                f"the server came back at version {version}: {_name_shards(forgotten)} of a later "
+                "one are taken again, whole"
+            )
+
     def _on_status(self, status: Status) -> None:
         self._status = status
+        self._epochs.heard(status.version)
         self._answers += 1
         if self.session.state is State.LEAVING:
             self.left = self._answers > self._leave_fence
@@ -502,8 +518,8 @@ class Machine:
         """Act on a STATUS that knows of everything this round has sent."""
         if status.round < current.number or status.resolved > current.number:
             msg = (
-                f"the server is at round {status.round} and has resolved {status.resolved} of this "
-                f"rank, this worker is at round {current.number}: "
+                f"ROLLBACK: the server is at round {status.round} and has resolved "
+                f"{status.resolved} of this rank, this worker is at round {current.number}: "
                 "the server came back with an older state; start the job again"
             )
             raise RemoteProtocolError(msg)
@@ -528,6 +544,7 @@ class Machine:
         current = self.round
         if current is None or header.seq != current.number or current.outcome:
             return  # repeated, or of a round before
+        self._epochs.heard(header.version)
         current.take(verdict, header.version)
         self._standing.resolved = current.number
         lost = current.rejected()

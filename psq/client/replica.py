@@ -105,6 +105,22 @@ class ReplicaVersions:
             self._parts[shard] = (header.version, parts)
             self._set(shard, NONE)  # half of one version and half of another is neither
 
+    def forget_above(self, version: int) -> list[int]:
+        """Have no weights of shards that are of a later version; returns which, ascending.
+
+        Of one that some parts of a later version came of, these are forgotten too.
+        """
+        ahead = [
+            shard
+            for shard, have in self._versions.items()
+            if have > self._plan.due_after(shard, version)
+        ]
+        halves = [shard for shard, (of, _) in self._parts.items() if of > version]
+        for shard in {*ahead, *halves}:
+            self._parts.pop(shard, None)
+            self._set(shard, NONE)
+        return sorted({*ahead, *halves})
+
     def _set(self, shard: int, version: int) -> None:
         """Keep the lowest version at hand: it is asked for far more often than it changes."""
         if version != NONE:

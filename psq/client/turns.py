@@ -69,6 +69,10 @@ class Turns:
         held, self._later = self._later, deque()
         return held
 
+    def forget_above(self, version: int) -> None:
+        """Of what waits, let go what is of a later version."""
+        self._later = deque(each for each in self._later if each[0].version <= version)
+
     def is_over(self, number: int, open_number: int) -> bool:
         """Whether a round is so old that the server has nothing to compare it with."""
         return open_number - number > MAX_LAG

@@ -32,7 +32,7 @@ class Patience:
     """
 
     give_up_after_s: float = 900.0
-    heartbeat_s: float = 1.0
+    heartbeat_s: float = 0.5
     report_s: float = 5.0
     farewell_s: float = 5.0
 

@@ -83,8 +83,53 @@ class ServerConfig:
         many=True,
     )
     save: str | None = setting(None, "write the final weights here, as safetensors", metavar="FILE")
+    state_dir: str | None = setting(
+        None,
+        "keep the job here, and go on with the one that is there: a killed server loses nothing",
+        metavar="FOLDER",
+    )
+    durability: Literal["auto", "journal", "checkpoint", "off"] = setting(
+        "auto",
+        "what of the job is in --state-dir: each round before anybody hears of it (journal), or "
+        "checkpoints, and what came after the last one is lost; auto: journal for rounds of up to "
+        "16 MB",
+    )
+    checkpoint_every: int | None = setting(
+        None,
+        "rounds from one checkpoint to the next at most (default: only time says)",
+        low=1,
+        high=MAX_STEPS,
+    )
+    checkpoint_s: float = setting(
+        60.0,
+        "time from one checkpoint to the next at most, s",
+        key="checkpoint_seconds",
+        above=0,
+        high=MAX_WAIT_S,
+    )
+    keep_checkpoints: int = setting(2, "how many checkpoints stay", low=2, high=1000)
+    checkpoint_url: str | None = setting(
+        None,
+        "copy each checkpoint there as well, as in s3://bucket/job; needs psq-train[remote]",
+        metavar="URL",
+    )
     lease_s: float = setting(
         10.0, "silence after which a worker counts as lost, s", key="lease", above=0, high=3600
+    )
+    min_workers: int | None = setting(
+        None,
+        "go on without workers that are lost, as long as so many are there (default: wait for "
+        "every rank, by name)",
+        low=1,
+        high=MAX_WORLD_SIZE,
+    )
+    grace_s: float = setting(
+        10.0,
+        "with --min-workers: how long those that have not come are waited for, from the first "
+        "worker's join after the server's start, s",
+        key="grace",
+        low=0,
+        high=3600,
     )
     give_up_after_s: float = setting(
         900.0,
@@ -92,6 +137,12 @@ class ServerConfig:
         key="give_up_after",
         above=0,
         high=MAX_WAIT_S,
+    )
+    keys: str | None = setting(
+        None,
+        "encrypt, and let in only workers whose keys are there: a folder that psq keygen made, or "
+        "the folder server in it",
+        metavar="FOLDER",
     )
     metrics_host: str = setting("127.0.0.1", "address of /metrics and /healthz", metavar="HOST")
     metrics_port: int = setting(
@@ -108,12 +159,6 @@ class ServerConfig:
     )
     json: bool = switch("end with a summary as one JSON line on stdout")
     debug: bool = switch("show a traceback with an error")
-    keys: str | None = setting(
-        None,
-        "encrypt, and let in only workers whose keys are there: a folder that psq keygen made, or "
-        "the folder server in it",
-        metavar="FOLDER",
-    )
 
     def __post_init__(self) -> None:
         """Types, ranges, and the form of the address."""
@@ -122,6 +167,7 @@ class ServerConfig:
         if self.parent is not None:
             _check_endpoint("parent", self.parent, allow_any_port=False)
         _check_elastic(self)
+        _check_kept(self)
         if self.insecure_plaintext and self.keys is not None:
             msg = "insecure_plaintext: with keys nothing is plaintext: leave one of both out"
             raise ConfigError(msg)
@@ -159,6 +205,12 @@ class WorkerConfig:
         high=MAX_WORLD_SIZE,
         cluster=("WORLD_SIZE", "SLURM_NTASKS"),
     )
+    keys: str | None = setting(
+        None,
+        "encrypt, and talk to the server with this key only: a folder that psq keygen made, or the "
+        "folder rank0, rank1 ... in it",
+        metavar="FOLDER",
+    )
     task: str = setting(
         "fashion-mnist",
         "fashion-mnist, fashion-resnet, char-lm, or MODULE:ATTRIBUTE of your own",
@@ -174,12 +226,6 @@ class WorkerConfig:
         "an option or another kind of a part of the recipe, as in aggregate.f=2 or aggregate=krum; "
         "may be given several times; psq recipes NAME lists what there is",
         key="with",
-    keys: str | None = setting(
-        None,
-        "encrypt, and talk to the server with this key only: a folder that psq keygen made, or the "
-        "folder rank0, rank1 ... in it",
-        metavar="FOLDER",
-    )
         metavar="SLOT.OPTION=VALUE",
         repeat=True,
     )
@@ -252,6 +298,12 @@ class WorkerConfig:
         key="give_up_after",
         above=0,
         high=MAX_WAIT_S,
+    )
+    state_dir: str | None = setting(
+        None,
+        "keep here, and in shared memory, what another process needs to go on when this one is "
+        "killed: residuals, moments, random numbers, what was being sent",
+        metavar="FOLDER",
     )
     progress: Literal["text", "json", "none"] = setting(
         "text", "how to report while training: words on stderr, JSON lines on stdout, or not"
@@ -356,6 +408,9 @@ class AdviseConfig:
         metavar="URL[,URL...]",
         many=True,
     )
+    keys: str | None = setting(
+        None, "of the worker that measures: a folder that psq keygen made", metavar="FOLDER"
+    )
     link: str | None = setting(
         None,
         "the link of each machine: 100mbit, 2.5gbit, or loopback for one machine (default)",
@@ -371,9 +426,6 @@ class AdviseConfig:
     one_machine: bool = switch("all processes share this machine's cores, whatever the link")
     task: str | None = setting(
         None, "take the model, and the time of forward and backward, from this task", metavar="TASK"
-    keys: str | None = setting(
-        None, "of the worker that measures: a folder that psq keygen made", metavar="FOLDER"
-    )
     )
     numel: int | None = setting(None, "values in the model", low=1, high=MAX_NUMEL)
     compute_ms: float | None = setting(
@@ -409,6 +461,49 @@ TABLES: Final[dict[str, type[Any]]] = {
     "advise": AdviseConfig,
     "simulate": SimulateConfig,
 }
+
+
+def _check_elastic(config: ServerConfig) -> None:
+    """What goes with going on without workers that are lost."""
+    least = config.min_workers
+    if least is None:
+        if config.grace_s != ServerConfig.__dataclass_fields__["grace_s"].default:
+            msg = "grace: it matters with --min-workers only, without every rank is waited for"
+            raise ConfigError(msg)
+        return
+    if config.parent is not None or config.children is not None:
+        msg = (
+            "min_workers: in a tree every child is waited for, since a message of an aggregator is "
+            "that of all its workers: leave it out, or connect the workers to one server"
+        )
+        raise ConfigError(msg)
+    if config.world_size is not None and least > config.world_size:
+        msg = f"min_workers: expected 1 to {config.world_size}, the --world-size, got {least}"
+        raise ConfigError(msg)
+
+
+def _check_kept(config: ServerConfig) -> None:
+    """What goes with a state directory, and where there can be none."""
+    names = ("durability", "checkpoint_every", "checkpoint_s", "keep_checkpoints", "checkpoint_url")
+    if config.state_dir is None:
+        for name in names:
+            if getattr(config, name) not in (
+                ServerConfig.__dataclass_fields__[name].default,
+                "off",
+            ):
+                msg = f"{name}: it says how --state-dir is used: name a folder with that"
+                raise ConfigError(msg)
+        return
+    if config.durability == "off":
+        msg = "durability: off keeps nothing: leave --state-dir out, or choose another"
+        raise ConfigError(msg)
+    if config.parent is not None or config.children is not None:
+        msg = (
+            "state_dir: a tree cannot go on after a crash, since what an aggregator has added up "
+            "and not passed on is in its memory alone: leave it out, or connect the workers to one "
+            "server"
+        )
+        raise ConfigError(msg)
 
 
 def _endpoints(connect: str) -> tuple[str, ...]:

@@ -75,6 +75,18 @@ class _Rule:
         """The state vectors by name, not copied."""
         return dict(self._arrays)
 
+    def memory(self) -> tuple[dict[str, NDArray[Any]], Any]:
+        """What else a checkpoint needs, between two rounds.
+
+        Returns:
+            Arrays by name, which are never written to again, and facts: what msgpack can hold.
+        """
+        return {}, None
+
+    def remember(self, arrays: Mapping[str, NDArray[Any]], facts: Any) -> None:
+        """Take what `memory` gave, in a rule that has not worked yet."""
+        del arrays, facts
+
     def of(self, name: str, shard: int) -> Floats:
         """A shard's view of a state vector."""
         cut = self._shards[shard]
@@ -268,6 +280,23 @@ class DirectionRule(_Rule):
     def resume(self, steps: int) -> None:
         """Take the step counter of a saved state, whose arrays were copied into `state_arrays`."""
         self._counts = dict.fromkeys(self._counts, steps)
+
+    def resume_shard(self, shard: int, steps: int) -> None:
+        """The same for one shard, where they have not taken equally many.
+
+        Raises:
+            UsageError: a rule that counts in a way of its own does not say how.
+        """
+        kind = type(self)
+        if kind.resume is not DirectionRule.resume and (
+            kind.resume_shard is DirectionRule.resume_shard
+        ):
+            msg = (
+                f"direction {kind.__name__} has a resume of its own and no resume_shard: a worker "
+                "that was killed amid a step cannot go on from there; it begins anew"
+            )
+            raise UsageError(msg)
+        self._counts[shard] = steps
 
 
 @dataclass(frozen=True, slots=True)

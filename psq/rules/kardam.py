@@ -36,7 +36,7 @@ Memory: the last payload of each worker and the last applied one, packed; and de
 weights, because a distance between versions can be had in no other way: the last 2 n versions, and
 older ones that a worker's last gradient or the last applied one was taken at: 4 numel bytes each,
 12 n numel + 8 numel at most. A gradient older than that leaves its sender's coefficient as it was.
-None of this is saved: after a restart the filter learns anew.
+All of it is in a checkpoint, so a restart changes no judgement.
 """
 
 from __future__ import annotations
@@ -47,13 +47,15 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from psq.codec import ShardCodec
+from psq.codec import ShardCodec, get_codec
 from psq.errors import ConfigError
 from psq.kernels import Floats
+from psq.layout import Shard
 from psq.rules.base import AggregateRule, Judgement, RoundView, Said
 from psq.rules.packed import distances
 from psq.rules.robust import scaled_sum
@@ -145,6 +147,38 @@ class Kardam(AggregateRule):
         del shard
         scaled_sum(said, out)
 
+    def memory(self) -> tuple[dict[str, NDArray[Any]], Any]:
+        """All it knows; what several share (a version's weights) is in it once."""
+        shelf = _Shelf()
+        facts = {
+            "versions": {number: shelf.weights(kept) for number, kept in self._versions.items()},
+            "workers": {rank: _noted(worker, shelf) for rank, worker in self._workers.items()},
+            "accepted": list(self._accepted),
+            "accepted_last": _noted_step(self._accepted_last, shelf),
+            "moved_last": _noted_step(self._moved_last, shelf),
+            "refusals": self._refusals,
+        }
+        return shelf.arrays, facts
+
+    def remember(self, arrays: Mapping[str, NDArray[Any]], facts: Any) -> None:
+        """Take all of it back."""
+        shelf = _Shelf(arrays, {shard.index: shard for shard in self.layout.shards})
+        self._versions = {n: shelf.take_weights(key) for n, key in facts["versions"].items()}
+        self._workers = {
+            rank: _Worker(
+                deque(coefficients, maxlen=self._window),
+                norm,
+                version,
+                shelf.take_gradient(gradient),
+                None if weights is None else shelf.take_weights(weights),
+            )
+            for rank, (coefficients, norm, version, gradient, weights) in facts["workers"].items()
+        }
+        self._accepted.extend(facts["accepted"])
+        self._accepted_last = _taken_step(facts["accepted_last"], shelf)
+        self._moved_last = _taken_step(facts["moved_last"], shelf)
+        self._refusals = facts["refusals"]
+
     def _keep(self, version: int, round: RoundView) -> Weights:  # noqa: A002 - the field's word
         """Copy the weights of a version that is new, return them, and forget the oldest."""
         if version not in self._versions:
@@ -216,6 +250,72 @@ class Kardam(AggregateRule):
         known = sorted(max(w.coefficients) for w in self._workers.values() if w.coefficients)
         count = self.world_size - self._hostile
         return known[count - 1] if len(known) >= count else None
+
+
+class _Shelf:
+    """Weights and gradients as named arrays: what is one object is one entry, here and back.
+
+    Args:
+        arrays: what was put there; none to begin with.
+        shards: of the gradients that are to be taken back.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, NDArray[Any]] | None = None,
+        shards: Mapping[int, Shard] | None = None,
+    ) -> None:
+        self.arrays = dict(arrays or {})
+        self._shards = shards or {}
+        self._keys: dict[int, int] = {}
+        self._taken: dict[int, Weights] = {}
+
+    def weights(self, kept: Weights) -> int:
+        key = self._keys.setdefault(id(kept), len(self._keys))
+        self.arrays |= {f"weights.{key}.{shard}": x for shard, x in kept.items()}
+        return key
+
+    def gradient(self, said: Gradient) -> list[Any]:
+        """[key, {shard: codec}]: its bytes are arrays."""
+        key = self._keys.setdefault(id(said), len(self._keys))
+        self.arrays |= {
+            f"said.{key}.{shard}": np.frombuffer(payload, np.uint8)
+            for shard, (_, payload) in said.items()
+        }
+        return [key, {shard: codec.codec.spec for shard, (codec, _) in said.items()}]
+
+    def take_weights(self, key: int) -> Weights:
+        if key not in self._taken:
+            start = f"weights.{key}."
+            named = {name: x for name, x in self.arrays.items() if name.startswith(start)}
+            self._taken[key] = {int(name[len(start) :]): x for name, x in named.items()}
+        return self._taken[key]
+
+    def take_gradient(self, noted: Sequence[Any]) -> Gradient:
+        key, specs = noted
+        return {
+            shard: (
+                ShardCodec(get_codec(spec), self._shards[shard]),
+                self.arrays[f"said.{key}.{shard}"].tobytes(),
+            )
+            for shard, spec in specs.items()
+        }
+
+
+def _noted(worker: _Worker, shelf: _Shelf) -> list[Any]:
+    weights = None if worker.weights is None else shelf.weights(worker.weights)
+    gradient = shelf.gradient(worker.gradient)
+    return [list(worker.coefficients), worker.norm, worker.version, gradient, weights]
+
+
+def _noted_step(step: _Step | None, shelf: _Shelf) -> list[Any] | None:
+    return None if step is None else [shelf.gradient(step.gradient), shelf.weights(step.weights)]
+
+
+def _taken_step(noted: Sequence[Any] | None, shelf: _Shelf) -> _Step | None:
+    if noted is None:
+        return None
+    return _Step(shelf.take_gradient(noted[0]), shelf.take_weights(noted[1]))
 
 
 def _packed(round: RoundView, rank: int) -> Gradient:  # noqa: A002 - the field's word

@@ -6,8 +6,8 @@ kernel=v4 pid=1234
 
 That ready line is the only one on stdout, but for a JSON summary with --json; the log goes to
 stderr. Exit codes: 0 the job is done, or the server was told to stop; 64 wrong command line; 65 the
-weights could not be saved; 75 a wait lasted longer than --give-up-after; 78 wrong configuration, or
-an address that cannot be used.
+weights could not be saved, or the state directory cannot be used; 75 a wait lasted longer than
+--give-up-after; 78 wrong configuration, or an address that cannot be used.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from psq.timeline import check_writable as check_timeline
 from psq_server.health import Health, HealthServer, by_rank, health_page, status_page
 from psq_server.line_log import LineLog
 from psq_server.loop import Ending, Loop
+from psq_server.opening import Opened, open_state
 from psq_server.page import Page
 from psq_server.saving import check_writable, free_bytes
 from psq_server.signals import Signals
@@ -81,9 +82,10 @@ def serve(given: Given) -> int:
         hint = {"meant": meant} if meant else {}
         log.write("warning", "unknown-variable", {"name": name, **hint})
     keys = _keys(config)
+    opened = open_state(config, _settings(config), log)
     link = ServerLink(config.bind, queue_frames=QUEUE_FRAMES, keys=keys)
     with link, Signals() as signals:
-        return _serve(config, link, signals, log, save)
+        return _serve(config, link, signals, log, save, opened)
 
 
 def main() -> None:
@@ -91,11 +93,16 @@ def main() -> None:
     run(serve, "psq-server")
 
 
-def _serve(
-    config: ServerConfig, link: ServerLink, signals: Signals, log: LineLog, save: Path | None
+def _serve(  # noqa: PLR0913, PLR0917 - what a server is made of
+    config: ServerConfig,
+    link: ServerLink,
+    signals: Signals,
+    log: LineLog,
+    save: Path | None,
+    opened: Opened,
 ) -> int:
     started_s = time.monotonic()
-    state = ServerState(_settings(config), started_s)
+    state, store = opened.state, opened.store
     above = _above(config, state, log) if config.parent is not None else None
     insecure = not link.encrypted and not is_loopback(link.endpoint)
     watcher = _Watcher(config)
@@ -109,6 +116,8 @@ def _serve(
         insecure=insecure,
         timeline=Timeline() if config.timeline_filename else None,
         above=above,
+        store=store,
+        weights=opened.weights,
     )
     watcher.loop = loop
     health = HealthServer(
@@ -137,6 +146,8 @@ def _serve(
         if above is not None:
             above.leave(*_farewell(ending))
         health.close()
+        if store is not None and not store.close():
+            log.write("error", "not-kept", {"text": "not all that was to be kept is on disk"})
         if config.timeline_filename:
             _write_timeline(Path(config.timeline_filename), loop, log)
     if config.json:
@@ -162,6 +173,8 @@ def _settings(config: ServerConfig) -> Settings:
         world_size=config.world_size,
         recipe=config.recipe,
         lease_s=config.lease_s,
+        min_workers=config.min_workers,
+        grace_s=config.grace_s,
         give_up_after_s=config.give_up_after_s,
         memory_bytes=_memory_bytes(),
         disk_bytes=free_bytes(Path(config.save)) if config.save else None,
@@ -215,8 +228,6 @@ def _above(config: ServerConfig, state: ServerState, log: LineLog) -> Aggregator
     return Aggregator(uplink, state.settings, clock=time.monotonic, note=note)
 
 
-def _farewell(ending: Ending | None) -> tuple[Literal["done", "error", "interrupted"], str]:
-    """What an aggregator that ends says above."""
 def _keys(config: ServerConfig) -> ServerKeys | None:
     """This server's keys, if links are to be encrypted; an aggregator's are its own."""
     if config.keys is None:
@@ -241,6 +252,8 @@ def _folder(branches: Branches) -> str:
     return f"aggregator{_leaves(branches).text}"
 
 
+def _farewell(ending: Ending | None) -> tuple[Literal["done", "error", "interrupted"], str]:
+    """What an aggregator that ends says above."""
     if ending is None:
         return "error", "the aggregator failed"
     if ending.reason == "done":
@@ -316,10 +329,11 @@ def _summary(loop: Loop, state: ServerState, ending: Ending, total_s: float) -> 
         "joins": counts.joins,
         "resets": counts.resets,
         "fenced": counts.fenced,
+        "evicted": counts.evicted,
         "cold": counts.cold,
         "refused": dict(counts.refused),
         "dropped_frames": loop.dropped_frames,
+        "refused_keys": loop.refused_keys,
         "kernel": kernels.level(),
         "saved": ending.saved,
     }
-        "refused_keys": loop.refused_keys,

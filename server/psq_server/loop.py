@@ -25,6 +25,7 @@ from psq.rules.coded import MAX_LAG
 from psq.timeline import MIN_WAIT_S, NOWHERE, Phase, Timeline
 from psq_proto.frames import Buffer, glance
 from psq_proto.messages import NO_SHARD, MessageType
+from psq_server.commits import Answer, Commits
 from psq_server.line_log import LineLog
 from psq_server.outbox import Outbox
 from psq_server.saving import metadata_of, part_path, save_weights
@@ -33,6 +34,8 @@ from psq_server.state import (
     Action,
     Adopt,
     Broadcast,
+    Changed,
+    Checkpoint,
     Committed,
     Echo,
     Event,
@@ -49,10 +52,12 @@ from psq_server.state import (
     ServerState,
     ShardReduced,
     Snapshot,
+    Started,
     Stop,
     StopRequested,
     Tick,
 )
+from psq_server.store import Store
 from psq_server.weights import Weights
 
 __all__ = ["FAREWELL_S", "FLUSH_S", "TICK_S", "Above", "Ending", "Loop", "Observer"]
@@ -159,6 +164,8 @@ class Loop:
         clock: monotonic seconds.
         timeline: records what happens when, on the same clock.
         above: the server above, in a tree.
+        store: the disk, where something is to outlive this process.
+        weights: of a job that goes on.
 
     Attributes:
         timeline: that one.
@@ -177,6 +184,8 @@ class Loop:
         clock: Callable[[], float] = time.monotonic,
         timeline: Timeline | None = None,
         above: Above | None = None,
+        store: Store | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self._link = link
         self._above = above
@@ -190,7 +199,13 @@ class Loop:
         self.timeline = timeline
         self._outbox = Outbox(link, lambda shard: self._hold().full(shard))
         self._events: deque[Event] = deque()
-        self._weights: Weights | None = None
+        self._weights = weights
+        self._store = store
+        self._commits = Commits(state, store, self._hold, log, clock=clock)
+        self._outbox.is_paused = lambda: self._commits.is_busy
+        if weights is not None:
+            self._suit(weights.plan)
+            weights.watch(self._is_busy)
         self._phases = _Phases(clock)
         self._committed = 0  # rounds that have ended in the present turn
         self._ending: Ending | None = None
@@ -238,6 +253,11 @@ class Loop:
         """Frames dropped because their peer was too slow."""
         return self._outbox.dropped_frames
 
+    @property
+    def refused_keys(self) -> int:
+        """Handshakes that were refused for their key."""
+        return self._link.refused_keys
+
     def run(self) -> Ending:
         """Work until the state machine says stop.
 
@@ -248,16 +268,13 @@ class Loop:
         self._link.watch(self._signals.fd)
         if self._above is not None:
             self._link.watch(self._above.link)
+        if self._store is not None:
+            self._link.watch(self._store.fd)
         try:
             while self._ending is None:
                 self._turn()
         except Exception as error:
             self._fail(error)
-    @property
-    def refused_keys(self) -> int:
-        """Handshakes that were refused for their key."""
-        return self._link.refused_keys
-
             raise
         self._outbox.flush()
         self._linger()
@@ -294,6 +311,7 @@ class Loop:
         if self.timeline is not None and now_s - before_s >= MIN_WAIT_S:
             self.timeline.add(Phase.WAIT, before_s, now_s)
         elsewhere_s = self._phases.elsewhere_s
+        self._hear()
         for peer, frame in self._link.drain(DRAIN_LIMIT):
             self._happen(FrameReceived(peer, frame, self._link.key))
         if self._above is not None:
@@ -317,8 +335,14 @@ class Loop:
             self._committed = 0
         if after_s >= self._tick_due_s():
             self._tick_s = after_s
+            self._tell_notes()
             self._happen(Tick())
             self._watched = (after_s, self._state.snapshot(after_s))
+
+    def _tell_notes(self) -> None:
+        """Log what the link has seen of strangers, revoked keys and the like."""
+        for note in self._link.notes():
+            self._log.write("warning", "link", {"text": note})
 
     def _patience_s(self, now_s: float) -> float:
         if self._outbox.waiting:
@@ -335,20 +359,14 @@ class Loop:
         self._events.append(event)
         self._follow()
 
-            self._tell_notes()
     def _follow(self) -> None:
         """Handle what has happened."""
         while self._events:
-    def _tell_notes(self) -> None:
-        """Log what the link has seen of strangers, revoked keys and the like."""
-        for note in self._link.notes():
-            self._log.write("warning", "link", {"text": note})
-
             event, now_s = self._events.popleft(), self._clock()
             actions = self._state.handle(event, now_s)
             if self.timeline is not None and isinstance(event, FrameReceived):
                 self._record_push(self.timeline, event.frame, now_s, self._clock())
-            for action in actions:
+            for action in self._commits.admit(actions):
                 if self._above is None or not self._above.take(action):
                     self._do(action)
 
@@ -359,11 +377,26 @@ class Loop:
             shard = NOWHERE if seen.shard == NO_SHARD else seen.shard
             timeline.add(Phase.RECEIVE, start_s, end_s, shard, seen.round, seen.rank, len(frame))
 
+    def _hear(self) -> None:
+        """Take what the disk has answered."""
+        for news in self._commits.hear():
+            if isinstance(news, Answer):
+                self._happen(news)
+            else:
+                self._do(news)
+        failure = self._commits.give_up()
+        if failure is not None:
+            self._failure = failure
+            self._ending = Ending(failure.exit_code, "failed", str(failure), self._saved)
+
     def _report_gone(self) -> None:
+        for peer in self._link.ended():
+            self._outbox.forget(peer)
+            self._happen(PeerGone(peer))
         while self._outbox.gone:
             self._happen(PeerGone(self._outbox.gone.pop()))
 
-    def _do(self, action: Action) -> None:
+    def _do(self, action: Action) -> None:  # noqa: C901 - a case for each kind of action
         match action:
             case Send() | Echo() | Broadcast() | SendFull():
                 self._timed("send", lambda: self._transmit(action))
@@ -375,6 +408,8 @@ class Loop:
                 self._hold().reducer.init(action.shard, action.part, action.values)
             case Adopt():
                 self._weights = self._make_room(action.plan)
+            case Started() | Changed() | Checkpoint():
+                pass  # they are the gate's
             case Log():
                 self._log.write(action.level, action.event, action.fields)
             case Save():
@@ -401,13 +436,17 @@ class Loop:
                 for peer in action.peers:
                     self._outbox.send_full(peer, action.versions)
 
-    def _make_room(self, plan: Plan) -> Weights:
-        settings = self._state.settings
+    def _suit(self, plan: Plan) -> None:
+        """Let the outbox hold as many versions as the job's workers may be apart."""
         staleness = parse_consistency(plan.consistency).max_staleness
         most = MAX_WAITING_VERSIONS
         self._outbox.max_versions = most if staleness is None else min(most, 2 + staleness)
         if plan.replicas > 1:
             self._outbox.max_versions = MAX_LAG + 2
+
+    def _make_room(self, plan: Plan) -> Weights:
+        settings = self._state.settings
+        self._suit(plan)
         try:
             return Weights(plan, settings.run_id, settings.epoch, self._is_busy)
         except MemoryError as error:

@@ -78,6 +78,7 @@ class Outbox:
         gone: peers that were found not to exist any more; the owner empties it.
         dropped_frames: how many frames were dropped because a peer was too slow.
         max_versions: of how many versions weights may wait for one peer.
+        is_paused: whether no whole shard may be made now: what there is now may be taken back.
     """
 
     def __init__(self, link: Sender, make_full: MakeFull) -> None:
@@ -88,6 +89,7 @@ class Outbox:
         self.gone: list[bytes] = []
         self.dropped_frames = 0
         self.max_versions = 2
+        self.is_paused: Callable[[], bool] = lambda: False
 
     @property
     def waiting(self) -> bool:
@@ -186,7 +188,7 @@ class Outbox:
         Behind what waits already, and not when nothing does: a peer that is slow and asks again has
         something waiting for ever, and would never get what it asks for.
         """
-        if not queue.whole:
+        if not queue.whole or self.is_paused():
             return
         if any(queue.has(frame) or self._link.is_lent(frame) for frame in queue.made):
             return

@@ -23,16 +23,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from psq import kernels
 from psq.codec import ShardCodec, get_codec
 from psq.errors import RemotePayloadError, UsageError
 from psq.kernels import Buffer, Floats, ServerStep
 from psq.plan import Plan
-from psq.rules import Judgement, Said, is_linear, make_aggregate, make_apply
+from psq.rules import (
+    AggregateRule,
+    ApplyRule,
+    Judgement,
+    Said,
+    is_linear,
+    make_aggregate,
+    make_apply,
+)
 from psq.rules.applies import AdamStep, Add
 from psq.rules.blocks import is_worth_nothing
 from psq.seeds import SERVER_RANK, stream_seed
@@ -42,8 +51,10 @@ from psq_server.vectors import Vectors
 from psq_server.view import View
 from psq_server.whole import WholeStep
 
-__all__ = ["Answer", "Full", "Reducer"]
+__all__ = ["MEMORY", "Answer", "Full", "Reducer"]
 
+MEMORY: Final = ":"
+"""Between the slot and the name of an array that a rule keeps beside its vectors."""
 NOTHING: Final = np.float32(-0.0)  # unlike +0.0 it changes no bit of what it is added to
 
 
@@ -229,18 +240,43 @@ class Reducer:
     def counts(self) -> dict[int, tuple[int, int, float]]:
         """Of each shard: its rounds, those that moved it, and the rate its residual is in, or 0.
 
-        With `state_arrays` it is the whole state, but for what an aggregate says it does not keep.
+        With `state_arrays` and `memory` it is the whole state.
         """
         return {
             shard: (self._rounds[shard], self._moves[shard], self._rates.get(shard, 0.0))
             for shard in self._rounds
         }
 
+    @property
+    def vectors(self) -> Vectors:
+        """How the weights, and every vector as long as they, are cut and named."""
+        return self._vectors
+
     def resume(self, counts: Mapping[int, tuple[int, int, float]]) -> None:
         """Take the counts of a saved state, whose arrays were copied into `state_arrays`."""
+        self._vectors.fill()
         self._rounds = {shard: each[0] for shard, each in counts.items()}
         self._moves = {shard: each[1] for shard, each in counts.items()}
         self._rates = {shard: each[2] for shard, each in counts.items() if each[2]}
+
+    def memory(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """What the rules keep beside their vectors: arrays that do not change any more, facts."""
+        arrays: dict[str, NDArray[Any]] = {}
+        facts: dict[str, Any] = {}
+        for slot, rule in self._rules():
+            made, facts[slot] = rule.memory()
+            arrays |= {f"{slot}{MEMORY}{name}": array for name, array in made.items()}
+        return arrays, facts
+
+    def remember(self, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
+        """Take what `memory` gave."""
+        for slot, rule in self._rules():
+            start = slot + MEMORY
+            mine = {n.removeprefix(start): a for n, a in arrays.items() if n.startswith(start)}
+            rule.remember(mine, facts[slot])
+
+    def _rules(self) -> tuple[tuple[str, AggregateRule | ApplyRule], ...]:
+        return (("aggregate", self._aggregate), ("apply", self._apply))
 
     # ---- how a shard moves
 

@@ -88,6 +88,28 @@ class Vectors:
         target[:] = came
         self._missing.discard((shard, part))
 
+    def fill(self) -> None:
+        """All initial weights are there: they were copied into x."""
+        self._missing.clear()
+
+    def pieces(self) -> dict[str, tuple[tuple[int, ...], list[tuple[int, int, int]]]]:
+        """Of each parameter, or slice by its name: its shape, and where its values lie, in order.
+
+        That is (shard, first, last + 1) within the shard.
+        """
+        named: dict[str, tuple[tuple[int, ...], list[tuple[int, int, int]]]] = {}
+        for shard in self.layout.shards:
+            for segment in shard.segments:
+                tensor = self.layout.tensors[segment.tensor]
+                key, shape = tensor.name, tuple(tensor.shape)
+                if self._shares:
+                    key = slice_name(key, segment.start, segment.start + segment.numel)
+                    shape = (segment.numel,)
+                named.setdefault(key, (shape, []))[1].append(
+                    (shard.index, segment.offset, segment.offset + segment.numel)
+                )
+        return named
+
     def of(self, vector: Floats, shard: int) -> Floats:
         """A shard's view of a vector, f32[shard.numel]."""
         cut = self.shards[shard]

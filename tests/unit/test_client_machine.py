@@ -97,12 +97,12 @@ class Talk:
     def hear(self, frame) -> None:
         self.machine.receive(memoryview(bytes(frame)), self.now_s)
 
-    def welcome(self, **changes) -> None:
+    def welcome(self, version: int = 0, **changes) -> None:
         """HELLO to WELCOME."""
         self.flush()
         self.hear(self.server.send_cookie(1 + self.server.incarnation))
         self.flush()
-        self.say(MessageType.WELCOME, dataclasses.replace(WELCOME, **changes))
+        self.say(MessageType.WELCOME, dataclasses.replace(WELCOME, **changes), version=version)
 
     def weights(self, version: int, shard: int = 0) -> None:
         header = self.header(version, shard, get_codec("fp32").wire_id, Flags.FULL)
@@ -394,7 +394,7 @@ def test_a_reset_forgets_the_residual_of_a_worker_that_has_one():
     talk.hear(frame)
     talk.server = ServerSession(run_id=b"r" * 16, epoch=1)
     talk.server.incarnation = 5
-    talk.welcome(mode="reset")
+    talk.welcome(version=1, mode="reset")
     assert talk.calls[-1] == "reset [0]"
     assert talk.machine.resets == 1
 

@@ -9,19 +9,23 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from psq_proto.messages import (
+    MAX_POSITIONS,
     NONE,
     U32_MAX,
     U64_MAX,
     Bye,
     Cookie,
+    Draw,
     Error,
     ErrorCode,
     Fenced,
     Heartbeat,
     Hello,
     Join,
+    Kept,
     Leave,
     MessageType,
+    Range,
     StaleEpoch,
     Status,
     Verdict,
@@ -38,6 +42,10 @@ U64_OR_NONE = st.integers(NONE, U64_MAX)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=60)
 SHARDS = st.sets(st.integers(0, U32_MAX - 1), max_size=9).map(lambda some: tuple(sorted(some)))
 SECONDS = st.floats(0, 1e300, allow_nan=False) | st.integers(0, 10**6)
+POSITIONS = st.integers(0, MAX_POSITIONS)
+SPANS = st.sets(POSITIONS, max_size=8).map(
+    lambda ends: tuple(zip(sorted(ends)[::2], sorted(ends)[1::2], strict=False))
+)
 LEAVE_REASONS = st.sampled_from(["done", "error", "interrupted"])
 
 STRATEGIES = {
@@ -74,6 +82,21 @@ STRATEGIES = {
         text=TEXT,
         resolved=U64_OR_NONE,
         clock_s=SECONDS,
+    ),
+    Kept: st.builds(Kept, digest=U64),
+    Draw: st.builds(
+        Draw,
+        seq=U64,
+        epoch=U64,
+        size=st.integers(1, MAX_POSITIONS),
+        batch=st.integers(1, U32_MAX),
+        seed=U64,
+    ),
+    Range: st.builds(
+        Range, seq=U64, state=st.just("drawn"), epoch=U64, ranges=SPANS.filter(bool), left=POSITIONS
+    )
+    | st.builds(
+        Range, seq=U64, state=st.sampled_from(["wait", "late", "end"]), epoch=U64, left=POSITIONS
     ),
     Leave: st.builds(Leave, reason=LEAVE_REASONS, text=TEXT),
     Error: st.builds(

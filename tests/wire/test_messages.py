@@ -170,9 +170,9 @@ def test_clipping_never_cuts_a_character_in_two() -> None:
 
 
 def test_every_message_type_has_one_sender_and_one_kind_of_body() -> None:
-    assert {kind for kind in MessageType if from_worker(kind)} == {*range(1, 9), 10}
+    assert {kind for kind in MessageType if from_worker(kind)} == {*range(1, 12)}
     assert not DATA_TYPES & BODY_TYPES.keys()
-    assert DATA_TYPES | BODY_TYPES.keys() | {MessageType.PULL} == set(MessageType)
+    assert DATA_TYPES | BODY_TYPES.keys() | {MessageType.PULL, MessageType.CKPT} == set(MessageType)
 
 
 @pytest.mark.parametrize("body", BODY_TYPES.values())

@@ -40,6 +40,7 @@ HANDSHAKE_TYPES = [kind for kind in HANDSHAKE if kind in BODY_TYPES]
 LINK_FRAMES = 8
 """Frames on their way in one direction at most; the oldest is lost when there are more."""
 
+ANSWERED = (T.PROBE, T.ECHO, T.JOB)
 ENDINGS = (T.ERROR, T.BYE, T.FENCED)
 
 
@@ -69,7 +70,7 @@ def data_fields(kind: MessageType, skip: bool) -> tuple[bytes, dict[str, Any]]: 
         return b"four", {"part": 0 if skip else 4, "seq": 3}
     if kind is T.PLAN:
         return b"" if skip else b"plan", {}
-    return b"" if kind is T.PULL else b"four", {}
+    return b"" if kind in (T.PULL, T.CKPT) else b"four", {}
 
 
 def identity(who: Header | WorkerSession | ServerSession) -> tuple[object, ...]:
@@ -143,7 +144,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(
         end=st.sampled_from(["worker", "server"]),
-        kind=st.sampled_from([T.PLAN, T.INIT, T.PUSH, T.PULL, T.WEIGHTS, T.PROBE, T.ECHO, T.JOB]),
+        kind=st.sampled_from([T.PLAN, T.INIT, T.PUSH, T.PULL, T.WEIGHTS, T.CKPT, *ANSWERED]),
         skip=st.booleans(),
     )
     def send_data(self, end: str, kind: MessageType, skip: bool) -> None:  # noqa: FBT001

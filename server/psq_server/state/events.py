@@ -17,8 +17,14 @@ from psq_proto.frames import Buffer
 __all__ = [
     "Action",
     "Adopt",
+    "Blocked",
     "Broadcast",
+    "Changed",
+    "Checkpoint",
+    "Checkpointed",
     "Committed",
+    "DurabilityLevel",
+    "Durable",
     "Echo",
     "EndedAbove",
     "Event",
@@ -37,6 +43,7 @@ __all__ = [
     "Send",
     "SendFull",
     "ShardReduced",
+    "Started",
     "Stop",
     "StopRequested",
     "Tick",
@@ -46,6 +53,8 @@ __all__ = [
 
 Level = Literal["info", "warning", "error"]
 Field: TypeAlias = str | int | float
+DurabilityLevel = Literal["off", "checkpoint", "journal"]
+"""What of a job outlives its server: nothing, its checkpoints, every round."""
 
 
 class Pushed(NamedTuple):
@@ -73,11 +82,13 @@ class Pushed(NamedTuple):
 class FrameReceived:
     """One frame came over the connection `peer`.
 
-    A push's payload is kept, as a view of the frame, until its shard is reduced.
+    A push's payload is kept, as a view of the frame, until its shard is reduced. `key` is whose
+    key the connection has; None where nothing is encrypted, and everybody may speak for any rank.
     """
 
     peer: bytes
     frame: Buffer
+    key: Authorized | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +99,6 @@ class PeerGone:
 
 
 @dataclass(frozen=True, slots=True)
-    key: Authorized | None = None
 class PeerBehind:
     """The peer reads too slowly: what was queued for it was dropped, and it must pull."""
 
@@ -152,13 +162,45 @@ class EndedAbove:
 
 
 @dataclass(frozen=True, slots=True)
+class Durable:
+    """A crash takes back neither the round that made `version` nor anything before it."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """The disk refuses what has to be durable, and why; empty: it does not any more."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpointed:
+    """The checkpoint of `version` is on disk, or `text` says why it is not."""
+
+    version: int
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed. A machine that hears nothing for long still has to notice silence."""
 
 
 Above: TypeAlias = WeightsAbove | WaitsAbove | EndedAbove
 Event: TypeAlias = (
-    FrameReceived | PeerGone | PeerBehind | ShardReduced | Judged | StopRequested | Tick | Above
+    FrameReceived
+    | PeerGone
+    | PeerBehind
+    | ShardReduced
+    | Judged
+    | StopRequested
+    | Durable
+    | Blocked
+    | Checkpointed
+    | Tick
+    | Above
 )
 
 
@@ -167,10 +209,14 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send one frame to one peer."""
+    """Send one frame to one peer.
+
+    An `early` one says nothing that a crash could take back, so it need not wait for the disk.
+    """
 
     peer: bytes
     frame: Buffer
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +254,18 @@ class SendFull:
 
 @dataclass(frozen=True, slots=True)
 class Adopt:
-    """This plan is the job: make room for its weights."""
+    """This plan is the job: make room for its weights.
+
+    Attributes:
+        plan: the job.
+        level: what of it is to outlive this process.
+        whole: nothing of a round may leave before all of it is durable. (Where shards go out one
+            by one, they may: with the same members the same bytes come again.)
+    """
 
     plan: Plan
+    level: DurabilityLevel = "off"
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +324,33 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class Started:
+    """The initial weights are whole: nothing that depends on them may leave before they are kept.
+
+    Said, like the three below, only where something is to outlive this process.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """What is known of the ranks has changed outside a commit.
+
+    What leaves from the actions on that it is among waits until that is durable.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Keep this version, as it is now; answer with `Checkpointed`.
+
+    The `last` one is waited for by what follows: the process ends.
+    """
+
+    version: int
+    last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Save:
     """Write the final weights, of this version."""
 
@@ -307,6 +389,9 @@ Action: TypeAlias = (
     | Judge
     | Reduce
     | Committed
+    | Started
+    | Changed
+    | Checkpoint
     | Save
     | Log
     | Stop

@@ -14,7 +14,7 @@ from psq.keys import Ranks
 from psq.plan import Plan
 from psq_proto.messages import NONE, U32_MAX, ErrorCode, Join, MessageType, Welcome
 from psq_proto.session import Message
-from psq_server.state import covers
+from psq_server.state import covers, drawing, elastic, keeping
 from psq_server.state.events import Adopt, Send
 from psq_server.state.job import Job, check_fits
 from psq_server.state.members import Member, Peer, may_continue
@@ -23,7 +23,7 @@ from psq_server.state.round import OpenRound
 from psq_server.state.tree_fit import refusal
 from psq_server.state.world import Settings, World
 
-__all__ = ["MAX_OFFERS", "on_hello", "on_join", "on_plan"]
+__all__ = ["MAX_OFFERS", "adopt", "on_hello", "on_join", "on_plan"]
 
 MAX_OFFERS: Final = 8
 """Different plans kept before the first JOIN decides; the oldest gives way."""
@@ -37,7 +37,7 @@ def on_hello(world: World, peer: Peer, message: Message) -> None:
     """
     member = next((m for m in world.members.values() if m.peer == peer.name), None)
     if member is not None:
-        member.peer, member.synced, member.pulling = None, False, False
+        member.cut(world.now_s)
         world.peers.demote(peer)
     rank = message.header.rank
     if not _may_speak_for(world, peer, rank) or not _rank_exists(world, peer, rank):
@@ -96,6 +96,7 @@ def on_join(world: World, peer: Peer, message: Message) -> None:
         return
     _take_over(world, old, peer)
     member, mode = _admit(world, old, peer, join)
+    elastic.gather(world)
     world.counts.joins += 1
     world.progressed()
     assert world.job is not None
@@ -119,7 +120,6 @@ def on_join(world: World, peer: Peer, message: Message) -> None:
     )
 
 
-def _rank_exists(world: World, peer: Peer, rank: int) -> bool:
 def _may_speak_for(world: World, peer: Peer, rank: int) -> bool:
     """Whether a peer's key is that of this rank, and of all below it; if not, the peer is told."""
     branches = world.settings.branches
@@ -135,6 +135,7 @@ def _may_speak_for(world: World, peer: Peer, rank: int) -> bool:
     return False
 
 
+def _rank_exists(world: World, peer: Peer, rank: int) -> bool:
     """Whether the job has this rank, as far as anybody knows yet; if not, the peer is told."""
     size, branches = world.world_size, world.settings.branches
     if (size is None and branches is None) or rank in world.ranks:
@@ -163,6 +164,9 @@ def _check_offer(world: World, plan: Plan) -> None:
         )
         raise RemotePlanError(msg)
     _check_branches(plan, world.settings)
+    fault = elastic.refusal(plan, world.settings.min_workers)
+    if fault:
+        raise RemotePlanError(fault)
     if world.settings.saves and not plan.recipe.apply.part.keeps_weights:
         msg = (
             f"recipe {plan.recipe.name!r}: this server was started with --save, but the weights "
@@ -204,7 +208,7 @@ def _take_plan(world: World, peer: Peer) -> bool:
         world.end_conversation(peer, ErrorCode.RANK, text)
         return False
     if world.job is None:
-        _adopt(world, plan)
+        adopt(world, plan)
     return True
 
 
@@ -222,14 +226,17 @@ def _plan_of(world: World, peer: Peer) -> Plan:
     return plan
 
 
-def _adopt(world: World, plan: Plan) -> None:
+def adopt(world: World, plan: Plan) -> None:
+    """Make this plan the job; there is none yet."""
     world.job = Job(plan)
+    world.level = keeping.level_of(world.settings, world.job)
     due = plan.due_shards(0)
     world.round = OpenRound(0, due, world.now_s, world.job.owed(due))
     if plan.replicas > 1:
         world.replicas = Replicas(plan.world_size, plan.replicas)
     world.versions = dict.fromkeys(world.job.shards, 0)
-    world.out.append(Adopt(plan))
+    world.job.is_whole = world.job.is_whole or keeping.closes_whole(plan, world.level)
+    world.out.append(Adopt(plan, world.level, world.job.is_whole))
     world.log(
         "job",
         plan=f"{plan.digest:016x}",
@@ -237,6 +244,7 @@ def _adopt(world: World, plan: Plan) -> None:
         world_size=plan.world_size,
         numel=plan.layout.numel,
         shards=len(world.job.shards),
+        durability=world.level,
     )
     for peer in world.peers.strangers():
         _tell_job(world, peer)
@@ -283,6 +291,7 @@ def _drop_unclaimed(world: World, rank: int, join: Join, *, same: bool) -> None:
     if world.replicas is not None:
         covers.drop_unclaimed(world, world.replicas, rank, join, same=same)
     if not same:
+        drawing.replace(world, rank)
         world.round.disown(rank)  # it counts, but its verdict is not this process's
     if mine is None or (same and join.pending == mine.base):
         return
@@ -322,7 +331,9 @@ def _admit(
     if same and old is not None:
         member.last_applied, member.resolved = old.last_applied, old.resolved
         member.base = old.base
+    member.since = elastic.first_round(world, member)
     world.members[rank] = member
+    world.changed()
     world.peers.promote(peer)
     peer.complaints = 0
     if not resumes:

@@ -37,23 +37,33 @@ Invariants, which `validate` checks:
 - a shard is said in one way only: staged, counted, skipped or refused;
 - nobody has a verdict for a contribution that is still open, or one that is not committed;
 - what is staged stays within ranks x payload bytes of this server's shards;
-- at most one peer speaks for a rank, and it bears the rank's incarnation.
+- at most one peer speaks for a rank, and it bears the rank's incarnation;
+- nobody is given up unless rounds may go on without, and nothing partial of those who are is
+  staged;
+- every position of an epoch of the data is in the pool, held by one rank, or visited.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, assert_never
+from typing import Final, Self, assert_never
 
 from psq import clock
 from psq.errors import RemoteError
+from psq.plan import Plan
+from psq_proto.frames import Buffer
 from psq_proto.messages import MessageType
 from psq_proto.session import Message, State
-from psq_server.state import joining, presence, rounds, training
+from psq_server.state import drawing, durable, elastic, joining, keeping, presence, rounds, training
 from psq_server.state.events import (
     Action,
+    Blocked,
+    Changed,
+    Checkpointed,
+    DurabilityLevel,
+    Durable,
     EndedAbove,
     Event,
     FrameReceived,
@@ -84,7 +94,9 @@ _HANDLERS: Final[dict[MessageType, Callable[[World, Peer, Message], None]]] = {
     MessageType.PULL: training.on_pull,
     MessageType.HEARTBEAT: presence.on_heartbeat,
     MessageType.LEAVE: presence.on_leave,
+    MessageType.CKPT_OK: keeping.on_kept,
     MessageType.PROBE: presence.on_probe,
+    MessageType.DRAW: drawing.on_draw,
 }
 
 
@@ -93,7 +105,8 @@ class Snapshot:
     """How the server is at one moment, for those who watch it.
 
     Attributes:
-        status: "waiting" for workers or initial weights, "running", "stalled", or "stopping".
+        status: "waiting" for workers or initial weights, "running", "stalled", "blocked" by the
+            disk, or "stopping".
         version: of the weights; -1 before the first.
         round: the open round.
         text: the present wait in words.
@@ -116,6 +129,58 @@ class ServerState:
         self._world = World(settings, now_s)
         self._story: deque[tuple[float, str, str]] = deque(maxlen=STORY_EVENTS)
         self._checked_version = 0
+        self._recorder = durable.Recorder()
+
+    @classmethod
+    def restore(
+        cls,
+        settings: Settings,
+        captured: Mapping[str, durable.Plain],
+        now_s: float,
+        *,
+        shards: Mapping[int, int],
+        frames: Mapping[int, tuple[Buffer, ...]],
+    ) -> Self:
+        """The state that was captured, between two rounds, without any connection.
+
+        Args:
+            settings: with this start's epoch.
+            captured: by `capture`, and brought up to date by `durable.merge`.
+            now_s: all ranks count as heard now.
+            shards: the version that moved each shard last.
+            frames: what was broadcast last of each shard, sealed for this epoch.
+
+        Raises:
+            StateError: another version of psq wrote it.
+        """
+        made = cls(settings, now_s)
+        durable.restore(made._world, captured, shards, frames)
+        made._checked_version = made._world.version
+        made._recorder.capture(made._world)
+        return made
+
+    def capture(self) -> dict[str, durable.Plain]:
+        """All that outlives this process, but for weights and what an open round holds."""
+        return self._recorder.capture(self._world)
+
+    def changes(self, *, committed: bool) -> dict[str, durable.Plain]:
+        """What of it has changed since this was asked last; for `durable.merge`."""
+        return self._recorder.changes(self._world, committed=committed)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The job, once there is one."""
+        return None if self._world.job is None else self._world.job.plan
+
+    @property
+    def closes_whole(self) -> bool:
+        """Whether rounds close all their shards at once."""
+        return self._world.job is not None and self._world.job.is_whole
+
+    @property
+    def level(self) -> DurabilityLevel:
+        """What of the job outlives this process."""
+        return self._world.level
 
     @property
     def counts(self) -> Counts:
@@ -149,9 +214,11 @@ class ServerState:
         world = self._world
         if world.stopped:
             return []
-        world.now_s, world.out = now_s, []
+        world.now_s, world.out, world.touched = now_s, [], False
         label = self._dispatch(event)
         presence.end_if_due(world)
+        if world.touched and world.is_logged:
+            world.out.insert(0, Changed())
         self._story.append((now_s, label, " ".join(type(action).__name__ for action in world.out)))
         return world.out
 
@@ -194,7 +261,7 @@ class ServerState:
             msg = f"{error}\n{self.story()}"
             raise AssertionError(msg) from error
 
-    def _dispatch(self, event: Event) -> str:
+    def _dispatch(self, event: Event) -> str:  # noqa: C901 - a case for each kind of event
         """Handle one event; returns its name for the story."""
         world = self._world
         match event:
@@ -214,6 +281,8 @@ class ServerState:
                 world.above = event.text
             case EndedAbove():
                 presence.finish(world, event.exit_code, "gave-up", event.text)
+            case Durable() | Blocked() | Checkpointed():
+                keeping.on_disk(world, event)
             case StopRequested():
                 presence.on_stop_requested(world, event.reason)
             case _:
@@ -242,6 +311,8 @@ class ServerState:
         world = self._world
         if world.stopped or world.ending is not None:
             return "stopping"
+        if world.disk:
+            return "blocked"
         if presence.is_stalled(world):
             return "stalled"
         return "running" if world.has_weights else "waiting"
@@ -256,6 +327,8 @@ class ServerState:
             return  # every conversation has ended
         self._check_members()
         self._check_round()
+        elastic.check(world)
+        drawing.check(world)
         strangers = len(world.peers) - sum(1 for _ in world.peers.joined())
         assert strangers <= MAX_STRANGERS, strangers
 

@@ -20,6 +20,7 @@ __all__ = [
     "MAX_STRANGERS",
     "NO_LINEAGE",
     "STANDINGS",
+    "TRANSIENT",
     "Member",
     "Peer",
     "Peers",
@@ -32,6 +33,10 @@ MAX_STRANGERS: Final = 256
 """Connections that speak for no rank; the oldest is forgotten for a new one."""
 NO_LINEAGE: Final = -1
 """Of a rank whose residual nobody can know any more: whoever joins next starts a new one."""
+TRANSIENT: Final = frozenset(
+    {"incarnation", "seen_s", "peer", "synced", "pulling", "noted_silent", "cut_s"}
+)
+"""Of a member what ends with the server's process: connections, times, what waits for either."""
 STANDINGS: Final = ("joined", "silent", "left", "lost", "absent")
 
 
@@ -42,12 +47,12 @@ class Peer:
     name: bytes
     session: ServerSession
     seen_s: float
+    key: Authorized | None = None
     complaints: int = 0
     wants_job: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-    key: Authorized | None = None
 class Resolved:
     """A rank's last verdict: of which contribution, and after which version."""
 
@@ -73,6 +78,11 @@ class Member:
         pulling: it asked for weights before there were any.
         left: its LEAVE, until it joins again.
         noted_silent: its silence has been logged.
+        cut_s: when its connection ended, or was last heard to live on as another one that has not
+            joined yet; None while there is one, and after this server's start.
+        evicted: rounds go on without it, see `elastic`.
+        since: the first round that needs it.
+        kept: the newest checkpoint that it has a copy of its own for, or NONE.
     """
 
     rank: int
@@ -88,6 +98,14 @@ class Member:
     pulling: bool = False
     left: Leave | None = None
     noted_silent: bool = False
+    cut_s: float | None = None
+    evicted: bool = False
+    since: int = 0
+    kept: int = NONE
+
+    def cut(self, now_s: float) -> None:
+        """Nobody speaks for this rank any more, until it joins again."""
+        self.peer, self.synced, self.pulling, self.cut_s = None, False, False, now_s
 
     @property
     def finished(self) -> bool:
@@ -101,11 +119,13 @@ class Member:
 
 
 def standing(member: Member | None, now_s: float, lease_s: float) -> str:
-    """One of STANDINGS: absent (never came), left (done), lost (left otherwise), silent, joined."""
+    """One of STANDINGS: absent (never came), left (done), lost (otherwise, or given up), ..."""
     if member is None:
         return "absent"
     if member.left is not None:
         return "left" if member.finished else "lost"
+    if member.evicted:
+        return "lost"
     if member.peer is None or now_s - member.seen_s > lease_s:
         return "silent"
     return "joined"

@@ -22,7 +22,7 @@ from psq_proto.messages import (
     clip_text,
 )
 from psq_proto.session import Message
-from psq_server.state import covers
+from psq_server.state import covers, drawing, elastic, eviction, keeping
 from psq_server.state.events import Echo, PeerBehind, PeerGone, Save, Send, Stop
 from psq_server.state.members import Member, Peer, standing
 from psq_server.state.replicas import Replicas
@@ -73,16 +73,20 @@ def on_heartbeat(world: World, peer: Peer, message: Message) -> None:
         (rank, max(0.0, world.now_s - _seen_s(world, rank)))
         for rank in (wait.ranks[:MAX_LIST_ITEMS] if wait else ())
     )
+    resolved = NONE if member.resolved is None else member.resolved.seq
+    before = keeping.resolved_before(world, member.rank)
+    version = keeping.durable_version(world)
     status = Status(
-        round=world.round.number,
-        version=world.version,
-        missing=_missing(world, member.rank),
+        round=version,
+        version=version,
+        missing=_missing(world, member.rank) if before is None else (),
         waiting=waiting,
         text=clip_text(wait_text(world)),
-        resolved=NONE if member.resolved is None else member.resolved.seq,
+        resolved=resolved if before is None else before,
         clock_s=max(0.0, world.now_s),
     )
-    world.say(peer, MessageType.STATUS, status, round=world.round.number, version=world.version)
+    early = not member.gone
+    world.say(peer, MessageType.STATUS, status, early=early, round=version, version=version)
 
 
 def _missing(world: World, rank: int) -> tuple[int, ...]:
@@ -104,18 +108,27 @@ def on_leave(world: World, peer: Peer, message: Message) -> None:
     if member.gone:
         return
     member.left = leave
+    world.changed()
     world.progressed()
     level: Literal["info", "warning"] = "info" if leave.reason == "done" else "warning"
     world.log("left", level, rank=member.rank, reason=leave.reason, text=leave.text)
     if not world.round.is_complete(member.rank):
         world.round.drop(member.rank, forget=False)
+    drawing.release(world, member, f"left ({leave.reason})")
     if leave.reason != "done" and _is_aggregator(world, member.rank):
         _end_without(world, member, f"left ({leave.reason}: {leave.text})")
         return
-    if world.job is not None and len(world.finished) == len(world.ranks):
-        finish(world, 0, "done", "every worker is done")
-    else:
+    _go_on(world)
+
+
+def _go_on(world: World) -> None:
+    """Somebody is not there any more: the job is done, or its rounds may be."""
+    if world.job is None or not elastic.is_over(world):
         advance(world)
+        return
+    left = len(world.ranks) - len(world.finished)
+    words = f"every worker that is there is done, {left} did not come back" if left else ""
+    finish(world, 0, "done", words or "every worker is done")
 
 
 def on_peer_gone(world: World, event: PeerGone) -> None:
@@ -124,7 +137,7 @@ def on_peer_gone(world: World, event: PeerGone) -> None:
     if peer is None:
         return
     member = world.member_of(peer)
-    if member is not None:
+    if member is not None and not member.gone:
         world.log("disconnected", rank=member.rank)
     world.release(peer)
     world.peers.forget(event.peer)
@@ -155,11 +168,16 @@ def end_now(world: World) -> None:
     """End as was wished: nothing is half done any more, or it takes too long."""
     assert world.ending is not None
     text, _ = world.ending
-    ahead = [shard for shard, version in world.versions.items() if version > world.version]
+    ahead = _shards_ahead(world)
     if ahead:
-        world.log("half-round", "warning", version=world.version, shards_ahead=len(ahead))
-    abandon_round(world, text)
+        world.log("half-round", "warning", version=world.version, shards_ahead=ahead)
+    if world.level == "off":
+        abandon_round(world, text)  # else who waits for a verdict says it again after a restart
     finish(world, 0, "stopped", text)
+
+
+def _shards_ahead(world: World) -> int:
+    return sum(version > world.version for version in world.versions.values())
 
 
 def end_if_due(world: World) -> None:
@@ -180,12 +198,17 @@ def note_seen(world: World, peer: Peer) -> None:
         if member.noted_silent:
             member.noted_silent = False
             world.log("heard-again", rank=member.rank)
+        if member.evicted:
+            elastic.note_returned(world, member)
 
 
 def on_tick(world: World) -> None:
     """Notice silence: forget strangers, name lost ranks and waits, give up in the end."""
     world.peers.forget_silent(world.now_s - STRANGER_S)
-    advance(world)
+    eviction.look(world)
+    _go_on(world)  # perhaps all were done already when this server went down
+    if world.stopped:
+        return
     for member in world.members.values():
         silent = standing(member, world.now_s, world.settings.lease_s) == "silent"
         if silent and not member.noted_silent:
@@ -251,6 +274,8 @@ def _end_without(world: World, member: Member, how: str) -> None:
 def finish(world: World, exit_code: int, reason: EndReason, text: str) -> None:
     """Save, say BYE to everybody, stop."""
     if world.has_weights:
+        if world.level != "off" and not _shards_ahead(world):
+            keeping.announce(world, last=True)
         world.out.append(Save(world.version))
     byes = _say_bye(world, reason, text)
     world.out.extend(bye for bye, _ in byes)
@@ -288,8 +313,7 @@ def current_wait(world: World) -> Wait | None:
     size = world.world_size
     if size is None:
         return Wait("join", (), number, since_s)
-    there = {rank for rank, m in world.members.items() if not m.gone or m.finished}
-    absent = tuple(rank for rank in world.ranks if rank not in there)
+    absent = _not_come(world)
     if world.replicas is not None and world.version > 0:
         absent = ()  # what matters is whether anybody of a group is there
     if absent:
@@ -297,7 +321,7 @@ def current_wait(world: World) -> Wait | None:
     if not world.has_weights:
         return Wait("weights", (0,), number, since_s)
     complete = frozenset(world.round.complete)
-    owing = clock.members(world.ranks, world.finished, complete)
+    owing = clock.members(world.ranks, world.finished, complete, elastic.absent(world))
     owing = tuple(rank for rank in owing if rank not in complete)
     if world.replicas is not None:
         open_groups = covers.owing(world, world.replicas)
@@ -305,8 +329,24 @@ def current_wait(world: World) -> Wait | None:
     return Wait("push", owing, number, since_s) if owing else None
 
 
+def _not_come(world: World) -> tuple[int, ...]:
+    """The ranks that have to join before anything goes on."""
+    there = {rank for rank, m in world.members.items() if not m.gone or m.finished}
+    if not world.is_elastic:
+        return tuple(rank for rank in world.ranks if rank not in there)
+    there -= {rank for rank, m in world.members.items() if m.evicted}
+    if not elastic.enough(world):
+        return tuple(rank for rank in world.ranks if rank not in there)
+    if not world.has_weights and 0 not in there:
+        return (0,)  # whose weights the job begins with
+    needless = elastic.absent(world)
+    return tuple(rank for rank in world.ranks if rank not in there and rank not in needless)
+
+
 def wait_text(world: World) -> str:
     """The present wait in words; empty when there is none."""
+    if world.disk:
+        return world.disk
     wait = current_wait(world)
     if wait is None:
         return world.above if world.job is not None and world.round.all_closed else ""
@@ -317,6 +357,7 @@ def wait_text(world: World) -> str:
         seen_s={rank: member.seen_s for rank, member in world.members.items()},
         others_left=bool(world.finished),
         branches=world.settings.branches,
+        few=elastic.missing_words(world),
     )
 
 

@@ -24,8 +24,8 @@ Bookkeeping and rules; what is sent because of it is decided in `rounds` and `tr
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Final
+from collections.abc import Collection, Sequence
+from typing import Any, Final
 
 from psq.rules.coded import MAX_LAG
 from psq_server.state.round import Contribution
@@ -85,6 +85,25 @@ class Replicas:
             if other != rank:
                 self.cool(other, f"rank {rank} speaks for the group with a residual of its own")
         self._next[rank] = number
+
+    # ---- what outlives the server
+
+    def capture(self) -> list[object]:
+        """Who is warm, where, and the words that are kept. A late round is said again."""
+        words = {
+            number: [[*key, word] for key, word in kept.items()]
+            for number, kept in self._words.items()
+        }
+        return [dict(self._next), words]
+
+    def restore(self, plain: Sequence[Any]) -> None:
+        """Take what was captured."""
+        following, words = plain
+        self._next = dict(following)
+        self._words = {
+            number: {(group, shard): word for group, shard, word in kept}
+            for number, kept in words.items()
+        }
 
     # ---- words
 

@@ -19,9 +19,10 @@ from functools import partial
 
 from psq import clock
 from psq_proto.messages import MAX_LIST_ITEMS, ErrorCode, MessageType, Verdict, clip_text
-from psq_server.state import covers
+from psq_server.state import covers, elastic, keeping
 from psq_server.state.events import (
     Broadcast,
+    Checkpoint,
     Committed,
     Judge,
     Judged,
@@ -52,7 +53,7 @@ def advance(world: World, shards: Iterable[int] | None = None) -> None:
     """
     if world.job is None or not world.has_weights:
         return
-    if world.round.all_closed or world.round.judging:
+    if world.round.all_closed or world.round.judging or not elastic.enough(world):
         return
     if world.job.is_whole:
         _close_whole(world)
@@ -80,7 +81,8 @@ def _is_said(world: World, shard: int) -> bool:
     if world.replicas is not None:
         return covers.is_covered(world, world.replicas, shard)
     said = world.round.sayers(shard)
-    return clock.closes(clock.members(world.ranks, world.finished, said), said)
+    ranks = clock.members(world.ranks, world.finished, said, elastic.absent(world))
+    return clock.closes(ranks, said)
 
 
 def _reduce(world: World, shard: int, said: tuple[Pushed, ...], rate: float) -> None:
@@ -124,7 +126,7 @@ def _is_time(world: World, complete: tuple[int, ...]) -> bool:
     patience_s = clock.deadline(world.durations_s, job.consistency.deadline_mads)
     closes = partial(
         clock.closes,
-        clock.members(world.ranks, world.finished, complete),
+        clock.members(world.ranks, world.finished, complete, elastic.absent(world)),
         complete,
         _bases(world),
         round=world.round.number,
@@ -151,10 +153,12 @@ def _late(world: World, patience_s: float | None) -> tuple[int, ...]:
 def _bases(world: World) -> dict[int, int]:
     """The version that each rank computes from at least.
 
-    A rank that has left is not among them: who comes in its place gets the newest weights.
+    A rank that has left, or was given up, is not among them: who comes in its place gets the newest
+    weights.
     """
     begun = {rank: mine.base for rank, mine in world.round.items()}
-    at_least = {rank: member.base for rank, member in world.members.items() if not member.gone}
+    there = elastic.present(world)
+    at_least = {rank: member.base for rank, member in world.members.items() if rank in there}
     return at_least | begun
 
 
@@ -204,18 +208,25 @@ def _commit(world: World) -> None:
     due = world.need_job().plan.due_shards(world.version)
     world.round = closed.following(due, world.now_s, world.need_job().owed(due))
     world.counts.rounds += 1
+    world.replay_s += world.server_s
+    is_checkpoint = keeping.announce_if_due(world)
     staleness: list[int] = []
     contributions = sorted(closed.closing.items()) if closed.whole else closed.items()
     if world.replicas is not None:
         contributions = covers.end_round(world.replicas, closed)
+    contributions = list(contributions)
+    keeping.begin_flight(world, {rank: world.members[rank] for rank, _ in contributions})
     for rank, mine in contributions:
         if mine.counts:
             staleness.append(closed.number - mine.base)
         settle(world, world.members[rank], mine, closed.owed, world.version)
+    world.ledger.commit(closed.number)
     world.counts.max_staleness = max([world.counts.max_staleness, *staleness])
     world.server_s = 0.0
     world.note_opened()
     world.out.append(Committed(world.version, tuple(staleness)))
+    if is_checkpoint:
+        world.out.append(Checkpoint(world.version))
     world.progressed()
     if world.replicas is None:
         _reject_stale(world)
@@ -281,6 +292,8 @@ def _refuse_too_many(world: World, member: Member, count: int) -> None:
 
 def resolve(world: World, member: Member, verdict: Verdict, seq: int, version: int) -> None:
     """Say what became of a contribution, and remember it to say it again."""
+    world.changed()
+    world.ledger.settle(member.rank, seq, applied=verdict.outcome == "applied")
     member.resolved = Resolved(seq, verdict, version)
     member.base = max(member.base, version)
     repeat_verdict(world, member)

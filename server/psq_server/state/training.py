@@ -23,7 +23,7 @@ from psq_proto.messages import (
 )
 from psq_proto.session import Message
 from psq_server.state import lateness
-from psq_server.state.events import Broadcast, Initialize, Pushed, SendFull
+from psq_server.state.events import Broadcast, Initialize, Pushed, SendFull, Started
 from psq_server.state.members import NO_LINEAGE, Member, Peer
 from psq_server.state.round import Contribution
 from psq_server.state.rounds import advance, reject_late, repeat_verdict
@@ -73,6 +73,8 @@ def _have_weights(world: World) -> None:
     world.round.opened_s = world.now_s
     world.note_opened()
     world.log("weights", version=world.version, numel=world.need_job().plan.layout.numel)
+    if world.level != "off":
+        world.out.append(Started())
     _serve_parked(world)
 
 
@@ -96,7 +98,7 @@ def on_pull(world: World, peer: Peer, message: Message) -> None:
         return
     if have != NO_VERSION and have > world.version:
         text = (
-            f"rank {member.rank} has version {have}, this server is at {world.version}: "
+            f"ROLLBACK: rank {member.rank} has version {have}, this server is at {world.version}: "
             "the server came back with an older state; start the job again"
         )
         world.end_conversation(peer, ErrorCode.PROTOCOL, text)
@@ -205,8 +207,8 @@ def _check_name(world: World, member: Member, header: Header) -> None:
         raise RemoteProtocolError(msg)
     if header.round > world.round.number:
         msg = (
-            f"{who}: this server is at round {world.round.number}, so it came back with an older "
-            "state; start the job again"
+            f"ROLLBACK: {who}: this server is at round {world.round.number}, so it came back with "
+            "an older state; start the job again"
         )
         raise RemoteProtocolError(msg)
     if header.seq != header.round or header.version != header.round:

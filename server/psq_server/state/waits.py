@@ -45,6 +45,7 @@ def describe(  # noqa: PLR0913 - the parts of a sentence
     seen_s: Mapping[int, float],
     others_left: bool = False,
     branches: Branches | None = None,
+    few: str = "",
 ) -> str:
     """The wait in words.
 
@@ -57,6 +58,7 @@ def describe(  # noqa: PLR0913 - the parts of a sentence
         seen_s: when each rank was last heard; a rank that never was is not in it.
         others_left: some ranks have ended their part, so these may as well.
         branches: who speaks for whom, in a tree.
+        few: that there are too few workers, in words.
     """
     age = f"for {wait.age_s(now_s):.0f} s"
     if world_size is None or not wait.ranks:
@@ -67,6 +69,7 @@ def describe(  # noqa: PLR0913 - the parts of a sentence
     if len(wait.ranks) > len(named):
         ranks += f" and {len(wait.ranks) - len(named)} more"
     seen, need = _seen(named, now_s, seen_s), _need(wait, others_left)
+    need += f": {few}" if few and wait.need == "join" else ""
     return f"waiting for {ranks} of {world_size} {age}, {seen} ({need})"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Unpack
+from typing import ClassVar, Final, Literal, Unpack
 
 from psq.clock import DEADLINE_SAMPLES
 from psq.errors import FencedError, RemoteError, StaleFrameError
@@ -19,8 +19,9 @@ from psq_proto.frames import Buffer
 from psq_proto.messages import ControlBody, Error, ErrorCode, Fenced, MessageType, clip_text
 from psq_proto.session import HeaderFields, ServerSession, State
 from psq_server.state.branches import Branches
-from psq_server.state.events import Action, Field, Level, Log, Send
+from psq_server.state.events import Action, DurabilityLevel, Field, Level, Log, Send
 from psq_server.state.job import Job
+from psq_server.state.ledger import Ledger
 from psq_server.state.members import Member, Peer, Peers
 from psq_server.state.replicas import Replicas
 from psq_server.state.round import OpenRound
@@ -43,12 +44,18 @@ class Settings:
         world_size: accept only jobs of so many workers; None leaves it to the first plan.
         recipe: accept only jobs with a recipe of this name; None leaves it to the first plan.
         lease_s: silence after which a rank counts as lost.
+        min_workers: rounds go on without ranks that are lost, with so many at least; None: every
+            rank is waited for.
+        grace_s: with that, how long after the first JOIN those that have not come are waited for.
         give_up_after_s: a wait that lasts longer ends the server.
         branches: who speaks to this server, in a tree; None: every rank for itself.
         is_root: there is no server above this one.
         memory_bytes: what this machine has; a larger model is refused. None: unknown.
         disk_bytes: what is free where the weights will be saved; likewise. None: not saved.
         saves: whether this server is to save the weights in the end.
+        durability: what of a job outlives this process; "auto" is "journal" for small rounds.
+        checkpoint_every: rounds from one checkpoint to the next; None: only time says.
+        checkpoint_s: seconds from one checkpoint to the next.
     """
 
     run_id: bytes
@@ -56,12 +63,17 @@ class Settings:
     world_size: int | None = None
     recipe: str | None = None
     lease_s: float = 10.0
+    min_workers: int | None = None
+    grace_s: float = 10.0
     give_up_after_s: float = 900.0
     branches: Branches | None = None
     is_root: bool = True
     memory_bytes: int | None = None
     disk_bytes: int | None = None
     saves: bool = False
+    durability: Literal["off", "auto", "checkpoint", "journal"] = "off"
+    checkpoint_every: int | None = None
+    checkpoint_s: float = 60.0
 
 
 @dataclass(slots=True)
@@ -74,6 +86,7 @@ class Counts:
     joins: int = 0
     resets: int = 0
     fenced: int = 0
+    evicted: int = 0
     cold: int = 0
     pushes: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
@@ -82,9 +95,24 @@ class Counts:
 
 
 class World:
-    """See the module's docstring. `version` means nothing before `has_weights`."""
+    """See the module's docstring. `version` means nothing before `has_weights`.
 
-    def __init__(self, settings: Settings, now_s: float) -> None:
+    Attributes:
+        KEPT: what outlives the process beside the plan and the members (see `durable`); the rest
+            is of this process (clocks, connections) or is said again (an open round).
+    """
+
+    KEPT: ClassVar[tuple[str, ...]] = (
+        "version",
+        "counts",
+        "durations_s",
+        "replicas",
+        "ledger",
+    )
+
+    def __init__(  # noqa: PLR0915 - all that a server knows, field by field
+        self, settings: Settings, now_s: float
+    ) -> None:
         self.settings = settings
         self.now_s = now_s
         self.progress_s = now_s
@@ -103,6 +131,7 @@ class World:
         (`Plan.due_after`) its weights are those of every version."""
         self.last_frames: dict[int, tuple[Buffer, ...]] = {}
         """Of each shard, what was broadcast last."""
+        self.ledger = Ledger()
         self.replicas: Replicas | None = None
         """Who speaks for whom, where ranks compute the same."""
         self.above = ""
@@ -118,6 +147,25 @@ class World:
         self.ending: tuple[str, float] | None = None
         """Told to stop while a round is half reduced: why, and until when it may end."""
         self.counts = Counts()
+        self.level: DurabilityLevel = "off"
+        self.touched = False
+        """What is known of the ranks has changed in the present event, outside a commit."""
+        self.in_flight: dict[int, dict[int, int]] = {}
+        """Of each version whose round is not durable yet: the ranks that it resolved something of,
+        and what had been resolved of them before."""
+        self.disk = ""
+        """Why the disk refuses what has to be durable, if it does."""
+        self.checkpoint_version = 0
+        self.checkpoint_due_s = now_s + settings.checkpoint_s
+        self.checkpoint_at_s = now_s
+        self.is_writing = False
+        """Whether a checkpoint is being written."""
+        self.replay_s = 0.0
+        """What reducing the rounds since the last checkpoint took: what a restart would take."""
+        self.gathered = False
+        """Whether those that have not come are no longer waited for: see `elastic`."""
+        self.gather_until_s: float | None = None
+        """Until when they are at most; None before the first JOIN."""
         self.stopped = False
         self.out: list[Action] = []
 
@@ -131,6 +179,11 @@ class World:
         """The ranks that speak to this server: all there are, but for a server of a tree."""
         branches = self.settings.branches
         return range(self.world_size or 0) if branches is None else branches.ranks
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether rounds go on without ranks that are lost."""
+        return self.settings.min_workers is not None
 
     @property
     def finished(self) -> frozenset[int]:
@@ -153,7 +206,7 @@ class World:
         """This peer speaks for nobody from now on; what its rank has staged stays."""
         member = self.member_of(peer)
         if member is not None:
-            member.peer, member.synced, member.pulling = None, False, False
+            member.cut(self.now_s)
         self.peers.demote(peer)
 
     @property
@@ -188,19 +241,41 @@ class World:
             kind = "other"
         self.counts.rejected[rank, kind] += 1
 
+    @property
+    def is_logged(self) -> bool:
+        """Whether what happens now is to be durable before anybody hears of it."""
+        return self.level == "journal" and self.has_weights
+
+    def changed(self) -> None:
+        """What is known of a rank, or of anything else that is kept, is another from now on."""
+        self.touched = True
+
     def progressed(self) -> None:
         """Something came nearer: the age of the present wait starts anew."""
         self.progress_s = self.now_s
 
     def say(
-        self, peer: Peer, kind: MessageType, body: ControlBody, **fields: Unpack[HeaderFields]
+        self,
+        peer: Peer,
+        kind: MessageType,
+        body: ControlBody | bytes,
+        *,
+        early: bool = False,
+        **fields: Unpack[HeaderFields],
     ) -> None:
-        """Send a control message, if this peer's conversation has room for it now."""
+        """Send a control message, if this peer's conversation has room for it now.
+
+        An `early` one says nothing that a crash could take back: see `Send`.
+        """
         if peer.session.may_send(kind):
-            self.out.append(Send(peer.name, peer.session.send(kind, body, **fields)))
+            self.out.append(Send(peer.name, peer.session.send(kind, body, **fields), early))
 
     def tell(
-        self, member: Member, kind: MessageType, body: ControlBody, **fields: Unpack[HeaderFields]
+        self,
+        member: Member,
+        kind: MessageType,
+        body: ControlBody | bytes,
+        **fields: Unpack[HeaderFields],
     ) -> None:
         """Send a control message to whoever speaks for a rank."""
         peer = self.peers.get(member.peer) if member.peer is not None else None
@@ -228,7 +303,7 @@ class World:
         if peer.session.state is State.CLOSED:
             return
         if isinstance(error, StaleFrameError):
-            self._note_stale(peer, str(error))
+            self._note_stale(peer, error)
         else:
             self._note_refusal(peer, type(error).__name__, str(error))
         if peer.complaints <= MAX_COMPLAINTS or isinstance(error, FencedError):
@@ -238,12 +313,19 @@ class World:
         if peer.session.state in (State.CLOSED, State.FENCED):
             self.release(peer)
 
-    def _note_stale(self, peer: Peer, text: str) -> None:
-        """Frames of an earlier connection are ordinary: one line tells of all of them."""
+    def _note_stale(self, peer: Peer, error: StaleFrameError) -> None:
+        """Frames of an earlier connection are ordinary: one line tells of all of them.
+
+        They show that the process lives, though it has not seen yet that it must join again.
+        """
+        for member in self.members.values():
+            if member.peer is None and member.incarnation == error.incarnation:
+                member.seen_s = self.now_s
+                member.cut_s = self.now_s if member.cut_s is not None else None
         self.counts.refused["StaleFrameError"] += 1
         peer.complaints += 1
         if peer.complaints == 1:
-            self.log("stale", peer=peer.name.hex(), text=text)
+            self.log("stale", peer=peer.name.hex(), text=str(error))
 
     def _note_refusal(self, peer: Peer, kind: str, text: str) -> None:
         self.counts.refused[kind] += 1

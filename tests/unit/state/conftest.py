@@ -20,12 +20,14 @@ from psq_proto.frames import HEADER_BYTES
 from psq_proto.messages import (
     NO_SHARD,
     NO_VERSION,
+    Draw,
     Flags,
     Heartbeat,
     Hello,
     Join,
     Leave,
     MessageType,
+    Range,
 )
 from psq_proto.session import WorkerSession
 from psq_server.state import (
@@ -142,6 +144,13 @@ class Worker:
     def beat(self, have=-1):
         self.send(MessageType.HEARTBEAT, Heartbeat(have))
         return self.inbox[-1]
+
+    def draw(self, seq=None, *, epoch=0, size=100, batch=10, seed=3):
+        """Ask for the data of a contribution; returns the answer, None if there is none."""
+        number = self.cluster.version if seq is None else seq
+        self.take(Range)
+        self.send(MessageType.DRAW, Draw(number, epoch, size, batch, seed))
+        return next(iter(self.take(Range)), None)
 
     def leave(self, reason="done", text=""):
         self.send(MessageType.LEAVE, Leave(reason, text))

@@ -47,6 +47,9 @@ class Line:
         taken, self.came = self.came[:limit], self.came[limit:]
         yield from taken
 
+    def ended(self):
+        return []
+
     def is_lent(self, frame):
         return any(lent is frame for lent in self.lent)
 

@@ -1,0 +1,138 @@
+"""How a server begins: empty, with a directory to fill, or where an earlier process ended.
+
+Everything is read, checked and replayed before an address is bound: whoever connects meets a server
+that knows what it knew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from psq.config import ServerConfig
+from psq.durable import StateDirectory, reach
+from psq.errors import ConfigError
+from psq_server.line_log import LineLog
+from psq_server.recovery import Found, recover
+from psq_server.state import ServerState, Settings
+from psq_server.store import Copy, Store
+from psq_server.weights import Weights
+
+__all__ = ["Opened", "open_state"]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a server begins with.
+
+    Attributes:
+        state: as it was, or empty.
+        store: its disk; None where nothing outlives the process.
+        weights: of a job that goes on.
+    """
+
+    state: ServerState
+    store: Store | None = None
+    weights: Weights | None = None
+
+
+def open_state(
+    config: ServerConfig,
+    settings: Settings,
+    log: LineLog,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+) -> Opened:
+    """Open the state directory, if there is to be one, and take up what is in it.
+
+    Raises:
+        StateError: the directory cannot be used, or its state cannot be had whole.
+        ConfigError: the job in it is not the one that was asked for.
+    """
+    if config.state_dir is None:
+        return Opened(ServerState(settings, clock()))
+    copy = _copier(config.checkpoint_url)
+    directory = StateDirectory.open(Path(config.state_dir), create=True)
+    settings = replace(
+        settings,
+        run_id=directory.run_id,
+        epoch=directory.epoch,
+        durability=config.durability,
+        checkpoint_every=config.checkpoint_every,
+        checkpoint_s=config.checkpoint_s,
+    )
+    began_s = clock()
+    found = recover(directory, lambda event, text: log.write("error", event, {"text": text}))
+    store = Store(directory, keep=config.keep_checkpoints, copy=copy, clock=clock)
+    log.write(
+        "info",
+        "state",
+        {"path": str(directory.path), "run": directory.run_id.hex(), "epoch": directory.epoch},
+    )
+    if found is None:
+        return Opened(ServerState(settings, clock()), store)
+    state = _restore(found, settings, clock())
+    _check_job(config, state)
+    store.version = found.checkpoint
+    if state.level == "journal":
+        store.open_journal(
+            state.snapshot(clock()).version,
+            reader=found.reader,
+            drop_after=found.recovered.last_number,
+        )
+    log.write(
+        "info",
+        "recovered",
+        {
+            "version": state.snapshot(clock()).version,
+            "checkpoint": found.checkpoint,
+            "rounds": found.recovered.rounds,
+            "durability": state.level,
+            "seconds": round(clock() - began_s, 3),
+        },
+    )
+    reach("recovery.served")
+    return Opened(state, store, found.weights)
+
+
+def _restore(found: Found, settings: Settings, now_s: float) -> ServerState:
+    return ServerState.restore(
+        settings,
+        found.captured,
+        now_s,
+        shards=found.weights.versions,
+        frames=found.weights.last_frames,
+    )
+
+
+def _check_job(config: ServerConfig, state: ServerState) -> None:
+    """Refuse to go on with a job that the command line does not mean."""
+    plan = state.plan
+    assert plan is not None  # noqa: S101 - a state has a job
+    for option, asked, has in (
+        ("world_size", config.world_size, plan.world_size),
+        ("recipe", config.recipe, plan.recipe.name),
+    ):
+        if asked not in (None, has):
+            msg = (
+                f"{option}: {asked} was asked for, the job in {config.state_dir} has {has}: leave "
+                f"--{option.replace('_', '-')} out, or name another --state-dir"
+            )
+            raise ConfigError(msg)
+
+
+def _copier(url: str | None) -> Copy | None:
+    if url is None:
+        return None
+    try:
+        import fsspec as _  # noqa: F401, PLC0415 - an extra
+    except ImportError as error:
+        msg = (
+            "checkpoint_url: it needs fsspec, which is not installed: pip install psq-train[remote]"
+        )
+        raise ConfigError(msg) from error
+    from psq.durable.remote import copy_checkpoint  # noqa: PLC0415 - an extra
+
+    return lambda path: copy_checkpoint(path, url)

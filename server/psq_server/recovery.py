@@ -1,0 +1,277 @@
+"""After a crash: the newest checkpoint that is whole, and the rounds that came after it, again.
+
+`replay` is pure: it takes records, whoever read them, and drives whoever reduces. Rounds are
+replayed as wholes, in order: a shard whose round has no ROUND record never happened, for nothing
+that depended on it had left. Reduction is deterministic, so the state is what it was to the byte;
+each round says what its answers' checksums were, and a replay that gives others is refused, rather
+than gone on from.
+
+`recover` does so with a state directory. It never begins afresh where there was a state: if no
+checkpoint can be read, or the journal lacks something, it says what and where (StateError, 65).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeAlias
+
+from psq.durable import JournalReader, StateDirectory, reach, read_journal
+from psq.durable.checkpoint import list_checkpoints, open_checkpoint
+from psq.errors import StateError
+from psq.plan import Plan
+from psq_proto.frames import HEADER_BYTES, Buffer
+from psq_server.gate import RecordKind
+from psq_server.state import Judge, Judged, Pushed, Reduce
+from psq_server.state.durable import merge
+from psq_server.weights import Weights
+
+__all__ = ["Entry", "Found", "Recovered", "Replayed", "recover", "replay"]
+
+_BODY_CRC: Final = struct.Struct("<92xI4x")
+Taken: TypeAlias = dict[int, dict[int, memoryview]]
+"""Of each shard: what each rank said that was judged."""
+
+
+class Replayed(Protocol):
+    """Who takes rounds again; `psq_server.weights.Weights` is one."""
+
+    def judge(self, action: Judge) -> Judged:
+        """What the recipe's rules make of a whole round."""
+
+    def reduce(self, action: Reduce) -> Buffer:
+        """The sealed WEIGHTS of one shard after this round."""
+
+
+class Entry(Protocol):
+    """A record of the journal; `psq.durable.Record` is one."""
+
+    @property
+    def number(self) -> int:
+        """Its place."""
+
+    @property
+    def kind(self) -> int:
+        """One of `RecordKind`."""
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """What it says."""
+
+    @property
+    def buffers(self) -> tuple[memoryview, ...]:
+        """The payloads that it speaks of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a replay came to.
+
+    Attributes:
+        rounds: how many rounds were taken again.
+        last_number: of the last record that counts; None: none does.
+    """
+
+    rounds: int
+    last_number: int | None
+
+
+def replay(captured: dict[str, Any], records: Iterable[Entry], weights: Replayed) -> Recovered:
+    """Bring a captured state up to date, in place, and the weights with it.
+
+    Args:
+        captured: by `ServerState.capture`.
+        records: what was made durable after it, in order; older ones are passed over.
+        weights: as they were captured.
+
+    Raises:
+        StateError: a round is missing, or gives other bytes than it gave.
+    """
+    return _Replay(captured, weights).take(records)
+
+
+class _Replay:
+    """The rounds of a journal, taken one by one."""
+
+    def __init__(self, captured: dict[str, Any], weights: Replayed) -> None:
+        self._captured = captured
+        self._weights = weights
+        self._shards: dict[int, tuple[Mapping[str, Any], tuple[memoryview, ...]]] = {}
+        self._judged: tuple[Mapping[str, Any], tuple[memoryview, ...]] | None = None
+        self._rounds = 0
+
+    @property
+    def _version(self) -> int:
+        version: int = self._captured["world"]["version"]
+        return version
+
+    def take(self, records: Iterable[Entry]) -> Recovered:
+        last: int | None = None
+        for record in records:
+            meta = record.meta
+            match record.kind:
+                case RecordKind.START:
+                    self._forget_round()
+                    last = record.number
+                case RecordKind.SHARD if meta["round"] >= self._version:
+                    self._shards.pop(meta["shard"], None)
+                    self._shards[meta["shard"]] = (meta, record.buffers)
+                case RecordKind.JUDGE if meta["round"] >= self._version:
+                    self._judged = (meta, record.buffers)
+                case RecordKind.ROUND if meta["version"] > self._version:
+                    self._take_round(meta)
+                    last = record.number
+                case RecordKind.CHANGE if meta["version"] >= self._version:
+                    merge(self._captured, meta)
+                    last = record.number
+        return Recovered(self._rounds, last)
+
+    def _forget_round(self) -> None:
+        self._shards.clear()
+        self._judged = None
+
+    def _take_round(self, meta: Mapping[str, Any]) -> None:
+        """Reduce a round's shards again, and believe what it says of the ranks."""
+        version = meta["version"]
+        if version != self._version + 1:
+            msg = (
+                f"the journal goes from version {self._version} to {version}: a round is missing; "
+                "put back the directory as it was, or start from another checkpoint"
+            )
+            raise StateError(msg)
+        reach("recovery.round")
+        taken: Taken = {}
+        if self._judged is not None:
+            taken = self._judge_again(*self._judged)
+        answers: dict[int, int] = {}
+        for shard, (said, buffers) in self._shards.items():
+            pushed = _pushed(said["said"], buffers, taken.get(shard))
+            frame = self._weights.reduce(Reduce(version - 1, shard, pushed, said["rate"]))
+            if len(frame) >= HEADER_BYTES:
+                answers[shard] = _BODY_CRC.unpack_from(frame)[0]
+        if answers != meta["crcs"]:
+            differ = sorted(s for s, crc in meta["crcs"].items() if answers.get(s) != crc)
+            msg = (
+                f"round {version - 1} gives other bytes than it gave, of shards "
+                f"{differ or sorted(answers)!r:.200}: go on with the same version of psq, the same "
+                "kernels (PSQ_KERNEL) and the same rules"
+            )
+            raise StateError(msg)
+        merge(self._captured, meta)
+        self._forget_round()
+        self._rounds += 1
+
+    def _judge_again(self, meta: Mapping[str, Any], buffers: tuple[memoryview, ...]) -> Taken:
+        """Let the rules look at the round again; returns who said what of each shard."""
+        payloads = iter(buffers)
+        said = {
+            shard: tuple(_one(each, next(payloads)) for each in listed)
+            for shard, listed in meta["said"].items()
+        }
+        self._weights.judge(Judge(meta["round"], said, meta["rate"]))
+        return {shard: {one.rank: one.payload for one in each} for shard, each in said.items()}
+
+
+def _one(listed: list[Any], payload: memoryview) -> Pushed:
+    rank, codec, weight, staleness = listed
+    return Pushed(rank, payload, codec, weight, staleness)
+
+
+def _pushed(
+    listed: list[list[Any]],
+    buffers: tuple[memoryview, ...],
+    judged: Mapping[int, memoryview] | None,
+) -> tuple[Pushed, ...]:
+    """What was handed to the reducer: payloads are in the record, or were judged before."""
+    if judged is None:
+        return tuple(_one(each, buffers[at]) for at, each in enumerate(listed))
+    return tuple(_one(each, judged[each[0]]) for each in listed)
+
+
+# ---- from a directory
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A state that was on disk, as it was when its server died.
+
+    Attributes:
+        captured: for `ServerState.restore`.
+        weights: with every round that was durable in them.
+        reader: how far the journal was read; a new one goes on from it.
+        recovered: what was replayed.
+        checkpoint: the version that it was replayed onto.
+    """
+
+    captured: dict[str, Any]
+    weights: Weights
+    reader: JournalReader
+    recovered: Recovered
+    checkpoint: int
+
+
+def recover(directory: StateDirectory, note: Callable[[str, str], None]) -> Found | None:
+    """The state in a directory, or None if none was begun there.
+
+    Args:
+        directory: open, and this process's.
+        note: takes an event and a text: what was passed over, and why.
+
+    Raises:
+        StateError: there is a state, and it cannot be had whole.
+    """
+    begun = _load(directory, note)
+    if begun is None:
+        _check_fresh(directory)
+        return None
+    captured, weights, version = begun
+    reach("recovery.loaded")
+    reader = read_journal(directory.journal, version, run_id=directory.run_id)
+    recovered = replay(captured, reader, weights)
+    if reader.torn is not None:
+        torn = reader.torn
+        text = f"{torn.path}: the last {torn.lost_bytes} bytes were not written whole: {torn.why}"
+        note("torn-journal", text)
+    reach("recovery.replayed")
+    return Found(captured, weights, reader, recovered, version)
+
+
+def _load(
+    directory: StateDirectory, note: Callable[[str, str], None]
+) -> tuple[dict[str, Any], Weights, int] | None:
+    """The newest checkpoint that is whole, in memory; None if there is none at all."""
+    listed = list_checkpoints(directory.checkpoints)
+    for each in listed:
+        try:
+            checkpoint = open_checkpoint(each.path)
+            captured, facts = checkpoint.meta["server"], checkpoint.meta["facts"]
+            plan = Plan.parse(captured["plan"])
+            weights = Weights(plan, directory.run_id, directory.epoch, lambda _: False)
+            weights.resume(facts, checkpoint)
+        except StateError as error:
+            note("rotten-checkpoint", f"{each.path}: {error}; the one before is taken")
+        else:
+            return captured, weights, checkpoint.version
+    if not listed:
+        return None
+    msg = (
+        f"{directory.path} has {len(listed)} checkpoints, and none can be read: put back a copy of "
+        "one (psq ckpt verify says what is wrong), or begin again in another directory"
+    )
+    raise StateError(msg)
+
+
+def _check_fresh(directory: StateDirectory) -> None:
+    """Refuse to begin where rounds were committed.
+
+    Raises:
+        StateError: the journal has rounds, so checkpoints were taken away.
+    """
+    records = read_journal(directory.journal, 0, run_id=directory.run_id)
+    if any(record.kind == RecordKind.ROUND for record in records):
+        msg = (
+            f"{directory.path} has a journal of rounds, and no checkpoint that they go on from: "
+            "put the checkpoints back, or begin again in another directory"
+        )
+        raise StateError(msg)
