@@ -64,8 +64,7 @@ def live(path: Path, rounds: int, say) -> None:
             if now % CHECKPOINT_EVERY == 0:
                 write_checkpoint(opened.checkpoints, now, arrays(now), {})
                 journal.start_segment(now)
-                kept = prune(opened.checkpoints).kept
-                prune_journal(opened.journal, int(kept[-1].name.split("-")[1]))
+                prune_journal(opened.journal, prune(opened.checkpoints).oldest_version)
         assert journal.close()
 
 

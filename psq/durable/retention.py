@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from psq.durable.checkpoint import (
     TEMPORARY,
     Checkpoint,
+    Listed,
     list_checkpoints,
     open_checkpoint,
     verify,
@@ -51,10 +52,15 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What was removed, and the valid ones that were kept, newest first."""
+    """What was removed, oldest first, and what is left, newest first.
+
+    Attributes:
+        oldest_version: of what is left; the journal is needed from there on. None: nothing is left.
+    """
 
     removed: tuple[Path, ...]
     kept: tuple[Path, ...]
+    oldest_version: int | None
 
 
 def load_newest(folder: Path, before: int | None = None) -> Loaded | None:
@@ -106,19 +112,23 @@ def prune(folder: Path, keep: int = MIN_KEPT, *, thorough: bool = True) -> Prune
         msg = f"at least {MIN_KEPT} checkpoints are kept, got {keep}"
         raise UsageError(msg)
     listed = list_checkpoints(folder)
-    kept: list[Path] = []
-    place = 0
-    if len(listed) > keep:
-        while place < len(listed) and len(kept) < keep:
-            if _is_valid(listed[place].path, thorough=thorough):
-                kept.append(listed[place].path)
-            place += 1
-    if len(kept) < keep:
-        return Pruned((), tuple(kept or [one.path for one in listed]))
-    removed = [one.path for one in reversed(listed[place:])]
+    stop = _after_valid(listed, keep, thorough=thorough) if len(listed) > keep else None
+    left = listed[:stop]
+    removed = [one.path for one in reversed(listed[len(left) :])]
     for path in removed:
         _remove(path)
-    return Pruned(tuple(removed), tuple(kept))
+    kept = tuple(one.path for one in left)
+    return Pruned(tuple(removed), kept, left[-1].version if left else None)
+
+
+def _after_valid(listed: list[Listed], keep: int, *, thorough: bool) -> int | None:
+    """The place behind the newest `keep` valid ones; None if there are fewer."""
+    valid = 0
+    for place, one in enumerate(listed):
+        valid += _is_valid(one.path, thorough=thorough)
+        if valid == keep:
+            return place + 1
+    return None
 
 
 def _is_valid(path: Path, *, thorough: bool) -> bool:

@@ -31,6 +31,7 @@ from psq.config import (
 )
 from psq.config.options import EPILOG, options, run
 from psq.errors import ConfigError, UsageError
+from psq_worker.ckpt import ckpt
 from psq_worker.key_commands import keygen, keys
 
 __all__ = ["main", "psq", "worker", "worker_main"]
@@ -470,6 +471,7 @@ def flag_words(
 
 worker.short_help = "Be one worker of a job, as psq-worker."
 psq.add_command(worker, "worker")
+psq.add_command(ckpt)
 psq.add_command(keygen)
 psq.add_command(keys)
 
