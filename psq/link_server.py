@@ -34,6 +34,7 @@ __all__ = ["ServerLink", "connection_limit"]
 NOTES_PER_PERIOD: Final = 8
 NOTES_PERIOD_S: Final = 10.0
 _SPARE_FILES: Final = 256  # descriptors that connections leave to everything else
+_NO_DESCRIPTOR: Final = -1
 _REVOKED: Final = "a connection whose key is not authorized any more was ended"
 
 
@@ -205,7 +206,7 @@ class ServerLink(Link):
     def _take_from(self, peer: bytes) -> memoryview | None:
         """The one part of a message, or None if it has several or no authorized key."""
         part, parts = self._part(), 1
-        fd = int(part.get(zmq.SRCFD))
+        fd = _descriptor(part)
         public = str(part.get("User-Id")) if self._doorman is not None else ""
         nbytes = wire_bytes(len(part) + self._added_bytes)
         last = part
@@ -213,7 +214,7 @@ class ServerLink(Link):
             last, parts = self._part(), parts + 1
             nbytes += wire_bytes(len(last) + self._added_bytes)
         self._connections.came(fd, peer, public, nbytes)
-        if parts > 1:
+        if parts > 1 or fd == _NO_DESCRIPTOR:
             self.refused += 1
             return None
         if self._doorman is not None:
@@ -284,6 +285,17 @@ def connection_limit() -> int:
     if soft == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
     return max(1, min(MAX_CONNECTIONS, (soft - _SPARE_FILES) // 2))
+
+
+def _descriptor(part: zmq.Frame) -> int:
+    """Which connection a frame came through; none is known of one that speaks ZMTP 1 or 2.
+
+    psq speaks 3, so what comes through such a one is dropped.
+    """
+    try:
+        return int(part.get(zmq.SRCFD))
+    except zmq.ZMQError:
+        return _NO_DESCRIPTOR
 
 
 def _from_here(endpoint: str) -> str:
