@@ -467,9 +467,6 @@ def _check_elastic(config: ServerConfig) -> None:
     """What goes with going on without workers that are lost."""
     least = config.min_workers
     if least is None:
-        if config.grace_s != ServerConfig.__dataclass_fields__["grace_s"].default:
-            msg = "grace: it matters with --min-workers only, without every rank is waited for"
-            raise ConfigError(msg)
         return
     if config.parent is not None or config.children is not None:
         msg = (
