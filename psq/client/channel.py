@@ -84,6 +84,18 @@ class Channel:
         for frame in self.link.drain(DRAIN_LIMIT):
             self._take(frame)
 
+    def take_answers(self) -> None:
+        """Look at all but weights: those wait, as what is put aside does, for the step's end.
+
+        What does not fit is dropped, and asked for again when it is missed.
+        """
+        waiting, self._inbox = self._inbox, deque()
+        for frame in (*waiting, *self.link.drain(DRAIN_LIMIT)):
+            if len(frame) <= _TYPE_OFFSET or frame[_TYPE_OFFSET] != MessageType.WEIGHTS:
+                self._take(frame)
+            elif len(self._inbox) < self._inbox_frames:
+                self._inbox.append(frame)
+
     def _take(self, frame: memoryview) -> None:
         try:
             self.machine.receive(frame, self._clock())

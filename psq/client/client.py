@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psq.client.channel import Channel
+from psq.client.data import Asking, Terms
 from psq.client.hooks import Hooks
 from psq.client.identity import Attempt, Identity
 from psq.client.machine import Machine
@@ -38,7 +39,7 @@ from psq.keys import WorkerKeys
 from psq.link import WorkerLinks
 from psq.plan import Plan
 from psq.timeline import MIN_WAIT_S, NOWHERE, Phase, Timeline
-from psq_proto.messages import Leave, clip_text
+from psq_proto.messages import Leave, Range, clip_text
 
 __all__ = ["Client"]
 
@@ -249,6 +250,33 @@ class Client:
                 if machine.replica.version == step or not self._in_step:
                     machine.begin(rate, weight)
         return step
+
+    def draw(self, epoch: int, terms: Terms) -> Range:
+        """Which data the next step is to be computed from; blocks until server 0 has said.
+
+        Weights that come meanwhile wait for the end of that step.
+
+        Args:
+            epoch: the one that this worker is at.
+            terms: what all workers of the job name alike.
+
+        Raises:
+            UsageError: a step is open.
+            as `join`, and RemoteProtocolError: the server does not hand out data in this job.
+        """
+        with self._lock:
+            asking = Asking(self._machines, epoch, terms, in_step=self._in_step)
+            wait = Wait(self._clock(), self._patience)
+            while asking.answer is None:
+                asking.ask(self._clock())
+                for channel in self._channels:
+                    channel.flush()
+                self._report(wait)
+                pause_s = min(asking.pause_s, self._pause_s(wait, self._clock()))
+                self._links.wait(pause_s)
+                for channel in self._channels:
+                    channel.take_answers()
+            return asking.answer
 
     def takes_part(self, shard: int) -> bool:
         """Whether this step says something of a shard: one that does not is not to be pushed."""

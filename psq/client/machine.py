@@ -46,7 +46,7 @@ from psq.client.round import Round
 from psq.client.speech import Speech
 from psq.client.standing import Standing
 from psq.client.turns import Turns
-from psq.client.waits import name_ranks
+from psq.client.waits import name_ranks, name_shards
 from psq.clock import may_apply, parse_consistency
 from psq.errors import (
     ConfigError,
@@ -66,12 +66,14 @@ from psq_proto.messages import (
     Bye,
     ControlBody,
     Cookie,
+    Draw,
     Error,
     ErrorCode,
     Flags,
     Heartbeat,
     Leave,
     MessageType,
+    Range,
     StaleEpoch,
     Status,
     Verdict,
@@ -87,7 +89,6 @@ ALONE_S: Final = 0.5
 """Without a connection for so long after its goodbye, a worker takes it that the server ended: one
 that is still there would have been found again."""
 
-MAX_SHARDS_NAMED: Final = 8
 _TYPE_OFFSET: Final = 5
 
 
@@ -126,8 +127,8 @@ class Machine:
         self.left = False
         self.notes: deque[str] = deque(maxlen=64)
         self.offset = OffsetEstimate()
-        self.damaged_frames = 0
-        self.resets = 0
+        self.damaged_frames = self.resets = 0
+        self.answer: Range | None = None  # to the last DRAW
         self._plan = plan
         self._hooks = hooks
         self._heartbeat_s = heartbeat_s
@@ -139,14 +140,13 @@ class Machine:
         self._outbox = self._speech.outbox
         self._initial = InitialWeights(is_lent)
         self._known = NONE  # what the server had when an identity was taken up
-        self._holds = False  # the round that was taken up, until `begin`
+        self.holds = False  # the round that was taken up, until `begin`
         self._beat_at_s = 0.0
         self._answers = 0  # of the heartbeats sent since WELCOME
         self.turns = Turns(plan)
-        self._pull = self._pull_whole = False
+        self._pull = self._pull_whole = self._progress = False
         self._gap_version = NONE
         self._epochs = Epochs()
-        self._progress = False
         self._status: Status | None = None
         self._leave: Leave | None = None
         self._leave_fence = 0
@@ -183,7 +183,7 @@ class Machine:
     @property
     def ready(self) -> bool:
         """Whether the worker can compute: it has joined, and has the weights to compute from."""
-        return self.joined and not self._standing.is_trial and (self._holds or self.settled)
+        return self.joined and not self._standing.is_trial and (self.holds or self.settled)
 
     @property
     def at_rest(self) -> bool:
@@ -215,7 +215,7 @@ class Machine:
         None begins a new history.
         """
         self._standing.offer(identity)
-        self.round, self._holds = None, False
+        self.round, self.holds = None, False
         self._outbox.clear()
 
     def misfit(self) -> str:
@@ -237,7 +237,7 @@ class Machine:
             return
         self.round = self._make_round(pending.number, pending.rate, pending.weight)
         say_as_before(self.round, pending, self.frames)
-        self._holds = True
+        self.holds = True
 
     def identity(self) -> Identity:
         """Who this worker is now: what a process that comes after it is to offer."""
@@ -255,7 +255,7 @@ class Machine:
 
     def begin(self, rate: float, weight: int = 1) -> Round:
         """Open the next round, or go on with the one that was taken up."""
-        if self._holds:
+        if self.holds:
             return self._go_on(rate, weight)
         if self.round is not None or self.replica.version == NONE:
             msg = "a round begins after join, and after the round before has ended"
@@ -280,7 +280,7 @@ class Machine:
                 f"{rate!r} and weight {weight}: start it with the settings it had"
             )
             raise UsageError(msg)
-        self._holds = False
+        self.holds = False
         self._pull = True
         return current
 
@@ -313,7 +313,7 @@ class Machine:
         """
         unsaid = self._open().unsaid()
         if unsaid:
-            msg = f"{_name_shards(unsaid)} of this step neither pushed nor skipped: do either"
+            msg = f"{name_shards(unsaid)} of this step neither pushed nor skipped: do either"
             raise UsageError(msg)
 
     def end_round(self) -> Round:
@@ -327,6 +327,11 @@ class Machine:
     def pull_whole(self) -> None:
         """Ask for the whole weights although the replica has them: see `Hooks.whole`."""
         self._pull = self._pull_whole = True
+
+    def ask(self, draw: Draw) -> None:
+        """Ask what a contribution is to be computed from; `answer` will have it."""
+        if self.ready and self.session.state is State.JOINED:
+            self._outbox.append(self.session.send(MessageType.DRAW, draw))
 
     def leave(self, leave: Leave) -> None:
         """Say goodbye as soon as possible; `left` tells when the server has taken note."""
@@ -392,7 +397,7 @@ class Machine:
             self._outbox.append(self.session.send(MessageType.LEAVE, self._leave))
             self._leave_fence = self._speech.beats
             self._beat_at_s = 0.0  # a heartbeat follows: its answer says that the goodbye arrived
-        elif self._pull and not (self._standing.is_trial or self._holds):
+        elif self._pull and not (self._standing.is_trial or self.holds):
             self._pull = False
             self._progress = True  # the answer is under way, until a STATUS shows that it is not
             have = self.replica.version
@@ -453,6 +458,8 @@ class Machine:
             case Status():
                 self.offset.answered(now_s, body.clock_s)
                 self._on_status(body)
+            case Range():
+                self.answer = body
             case Verdict():
                 self._on_verdict(header, body)
             case StaleEpoch():
@@ -498,7 +505,7 @@ class Machine:
         self._gap_version = NONE
         if forgotten:
             self.notes.append(
-                f"the server came back at version {version}: {_name_shards(forgotten)} of a later "
+                f"the server came back at version {version}: {name_shards(forgotten)} of a later "
                 "one are taken again, whole"
             )
 
@@ -552,9 +559,8 @@ class Machine:
             self._speech.drop_pushes()
             self.notes.append(f"round {current.number} rejected: {verdict.reason}")
         elif lost:
-            self.notes.append(
-                f"round {current.number}: {_name_shards(lost)} rejected: {verdict.reason}"
-            )
+            what = f"round {current.number}: {name_shards(lost)}"
+            self.notes.append(f"{what} rejected: {verdict.reason}")
 
     def _on_error(self, error: Error) -> None:
         if error.code == ErrorCode.WIRE:
@@ -575,7 +581,7 @@ class Machine:
     def take_weights(self, header: Header, body: memoryview) -> None:
         """Put weights into the replica, if it wants them and it is their turn."""
         replica = self.replica
-        if self._standing.is_trial or self._holds:
+        if self._standing.is_trial or self.holds:
             return  # a pull will bring them, when it is their time
         if self.turns.keeps(header, body, replica.version, self.round):
             return
@@ -591,10 +597,3 @@ class Machine:
         elif Flags.FULL in header.flags:
             self._progress = True  # an answer to PULL, on its way to the shards that lack something
             self._hooks.whole(header, body)
-
-
-def _name_shards(shards: list[int]) -> str:
-    named = ", ".join(map(str, shards[:MAX_SHARDS_NAMED]))
-    more = len(shards) - MAX_SHARDS_NAMED
-    word = "shard" if len(shards) == 1 else "shards"
-    return f"{word} {named}{f' and {more} more' if more > 0 else ''}"

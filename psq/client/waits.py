@@ -12,12 +12,13 @@ from typing import Final
 from psq.errors import ConfigError, GaveUpError
 from psq_proto.messages import Status
 
-__all__ = ["Backoff", "Patience", "Wait", "name_ranks"]
+__all__ = ["Backoff", "Patience", "Wait", "name_ranks", "name_shards"]
 
 FIRST_RETRY_S: Final = 0.2
 LAST_RETRY_S: Final = 5.0
 JITTER: Final = 0.25  # each delay is drawn from +-25 %, so that a herd of workers spreads out
 MAX_RANKS_NAMED: Final = 8
+MAX_SHARDS_NAMED: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +108,11 @@ def name_ranks(status: Status) -> str:
     tail = f" and {more} more" if more > 0 else ""
     word = "rank" if len(named) == 1 else "ranks"
     return f"{word} {', '.join(named[:MAX_RANKS_NAMED])}{tail}"
+
+
+def name_shards(shards: list[int]) -> str:
+    """Shards in words, as in "shards 0, 1, 2 and 4 more"."""
+    named = ", ".join(map(str, shards[:MAX_SHARDS_NAMED]))
+    more = len(shards) - MAX_SHARDS_NAMED
+    word = "shard" if len(shards) == 1 else "shards"
+    return f"{word} {named}{f' and {more} more' if more > 0 else ''}"
