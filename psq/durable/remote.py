@@ -60,7 +60,8 @@ def copy_checkpoint(path: Path, url: str) -> str:
                 return target
             msg = f"there is another checkpoint at {target}: name another folder"
             raise StateError(msg)
-        storage.makedirs(place, exist_ok=True)
+        if place.startswith("/"):  # else it is a bucket's, which has no folders; none is made here
+            storage.makedirs(place, exist_ok=True)
         for name, size in sizes.items():
             storage.put_file(str(path / name), f"{place}/{name}")
             found = storage.info(f"{place}/{name}")["size"]

@@ -81,7 +81,7 @@ def load_newest(folder: Path, before: int | None = None) -> Loaded | None:
     for one in listed:
         try:
             checkpoint = open_checkpoint(one.path)
-            arrays = {name: checkpoint.read(name) for name in checkpoint.arrays}
+            arrays = checkpoint.read_all()
         except StateError as error:
             skipped.append(str(error))
         else:
