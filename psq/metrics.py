@@ -53,6 +53,11 @@ class Totals:
         waiting_s: how long the present wait has lasted; 0 when nobody is waited for.
         staleness_steps: how many rounds behind the newest known weights the ones in use are.
         insecure: whether an address other than loopback is served without encryption.
+        durable_version: the newest version that a crash does not take back; -1: none.
+        blocked: whether the disk refuses what has to be durable.
+        journal_bytes: payload that was handed to the journal.
+        checkpoints: how many were written, and how many could not be, as "written" and "failed".
+        checkpoint_age_s: of the newest one.
     """
 
     sent_bytes: int = 0
@@ -66,6 +71,11 @@ class Totals:
     waiting_s: float = 0.0
     staleness_steps: int = 0
     insecure: bool = False
+    durable_version: int = -1
+    blocked: bool = False
+    journal_bytes: int = 0
+    checkpoints: Mapping[str, int] = field(default_factory=dict)
+    checkpoint_age_s: float = 0.0
 
 
 class Metrics:
@@ -178,6 +188,12 @@ def _families(build: Mapping[str, str], totals: Totals) -> Iterator[Metric]:
     for (rank, kind), count in sorted(totals.rejected.items()):
         rejected.add_metric([str(rank), kind], count)
     yield rejected
+    yield CounterMetricFamily(
+        "psq_journal_bytes", "Payload handed to the journal", totals.journal_bytes
+    )
+    yield _counter(
+        "psq_checkpoints", "Checkpoints by what came of them", "outcome", totals.checkpoints
+    )
     workers = GaugeMetricFamily("psq_workers", "Ranks by state", labels=["state"])
     for state, count in totals.workers.items():
         workers.add_metric([state], count)
@@ -187,6 +203,13 @@ def _families(build: Mapping[str, str], totals: Totals) -> Iterator[Metric]:
         ("psq_waiting_seconds", "Age of the present wait", totals.waiting_s),
         ("psq_staleness_steps", "Rounds the weights in use are behind", totals.staleness_steps),
         ("psq_insecure", "1: other machines are served in the clear", int(totals.insecure)),
+        (
+            "psq_durable_version",
+            "Newest version that a crash does not take back; -1: none",
+            totals.durable_version,
+        ),
+        ("psq_blocked", "1: the disk refuses what has to be durable", int(totals.blocked)),
+        ("psq_checkpoint_age_seconds", "Age of the newest checkpoint", totals.checkpoint_age_s),
     ):
         yield GaugeMetricFamily(name, text, value)
 

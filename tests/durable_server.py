@@ -202,7 +202,7 @@ class Server:
             else:
                 self._do(news)
 
-    def _do(self, action):
+    def _do(self, action):  # noqa: C901, PLR0912 - a case for each kind of action
         match action:
             case Adopt():
                 held = Weights(

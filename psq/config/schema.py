@@ -167,7 +167,6 @@ class ServerConfig:
         if self.parent is not None:
             _check_endpoint("parent", self.parent, allow_any_port=False)
         _check_elastic(self)
-        _check_kept(self)
         if self.insecure_plaintext and self.keys is not None:
             msg = "insecure_plaintext: with keys nothing is plaintext: leave one of both out"
             raise ConfigError(msg)
@@ -476,30 +475,6 @@ def _check_elastic(config: ServerConfig) -> None:
         raise ConfigError(msg)
     if config.world_size is not None and least > config.world_size:
         msg = f"min_workers: expected 1 to {config.world_size}, the --world-size, got {least}"
-        raise ConfigError(msg)
-
-
-def _check_kept(config: ServerConfig) -> None:
-    """What goes with a state directory, and where there can be none."""
-    names = ("durability", "checkpoint_every", "checkpoint_s", "keep_checkpoints", "checkpoint_url")
-    if config.state_dir is None:
-        for name in names:
-            if getattr(config, name) not in (
-                ServerConfig.__dataclass_fields__[name].default,
-                "off",
-            ):
-                msg = f"{name}: it says how --state-dir is used: name a folder with that"
-                raise ConfigError(msg)
-        return
-    if config.durability == "off":
-        msg = "durability: off keeps nothing: leave --state-dir out, or choose another"
-        raise ConfigError(msg)
-    if config.parent is not None or config.children is not None:
-        msg = (
-            "state_dir: a tree cannot go on after a crash, since what an aggregator has added up "
-            "and not passed on is in its memory alone: leave it out, or connect the workers to one "
-            "server"
-        )
         raise ConfigError(msg)
 
 

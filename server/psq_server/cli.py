@@ -37,7 +37,7 @@ from psq.timeline import check_writable as check_timeline
 from psq_server.health import Health, HealthServer, by_rank, health_page, status_page
 from psq_server.line_log import LineLog
 from psq_server.loop import Ending, Loop
-from psq_server.opening import Opened, open_state
+from psq_server.opening import Opened, check_kept, open_state
 from psq_server.page import Page
 from psq_server.saving import check_writable, free_bytes
 from psq_server.signals import Signals
@@ -70,6 +70,7 @@ def serve(given: Given) -> int:
     keep_freed_memory()
     config = given.resolve(ServerConfig).config
     _check_place(config)
+    check_kept(config)
     save = Path(config.save) if config.save else None
     if config.recipe is not None:
         preset(config.recipe)  # fails at once, and lists what there is
@@ -339,4 +340,9 @@ def _summary(loop: Loop, state: ServerState, ending: Ending, total_s: float) -> 
         "refused_keys": loop.refused_keys,
         "kernel": kernels.level(),
         "saved": ending.saved,
+        "epoch": state.settings.epoch,
+        "durability": state.level,
+        "durable_version": totals.durable_version,
+        "checkpoints": totals.checkpoints.get("written", 0),
+        "journal_bytes": totals.journal_bytes,
     }

@@ -30,7 +30,8 @@ class Health:
 
     Attributes:
         status: "waiting" (for workers to come), "running", "stalled" (a lost worker holds up the
-            job), "stuck" (the server's own loop stands still) or "stopping".
+            job), "blocked" (the disk refuses what has to be durable), "stuck" (the server's own
+            loop stands still) or "stopping".
         version: of the weights; -1 before the first.
         round: the open round.
         text: who is waited for, in words; empty when nobody is.
@@ -46,7 +47,7 @@ class Health:
 
 def health_page(health: Health) -> Page:
     """The health as JSON; 503 when nothing will happen before somebody comes back."""
-    bad = health.status in {"stalled", "stuck", "stopping"}
+    bad = health.status in {"stalled", "blocked", "stuck", "stopping"}
     return Page(json.dumps(asdict(health)).encode() + b"\n", JSON_TYPE, UNAVAILABLE if bad else OK)
 
 

@@ -235,6 +235,9 @@ class Loop:
     def totals(self) -> Totals:
         """The counts for a scrape; reads plain numbers, and may be called from any thread."""
         counts, (_, snapshot) = self._state.counts, self._watched
+        store, kept = self._store, {}
+        if store is not None:
+            kept = {"written": store.checkpoints, "failed": store.failed_checkpoints}
         return Totals(
             sent_bytes=self._link.sent_bytes,
             received_bytes=self._link.received_bytes,
@@ -246,6 +249,11 @@ class Loop:
             workers=snapshot.workers,
             waiting_s=snapshot.waiting_s,
             insecure=self._insecure,
+            durable_version=self._commits.durable_version,
+            blocked=bool(self._commits.blocked),
+            journal_bytes=0 if store is None else store.journal_bytes,
+            checkpoints=kept,
+            checkpoint_age_s=0.0 if store is None else store.age_s,
         )
 
     @property

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from psq.config import ServerConfig
 from psq.durable import StateDirectory, reach
@@ -20,7 +21,12 @@ from psq_server.state import ServerState, Settings
 from psq_server.store import Copy, Store
 from psq_server.weights import Weights
 
-__all__ = ["Opened", "open_state"]
+__all__ = ["Opened", "check_kept", "open_state"]
+
+_OF_A_STATE: Final = (
+    *("durability", "checkpoint_every", "checkpoint_s", "keep_checkpoints"),
+    "checkpoint_url",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,31 @@ class Opened:
     state: ServerState
     store: Store | None = None
     weights: Weights | None = None
+
+
+def check_kept(config: ServerConfig) -> None:
+    """What goes with a state directory, and where there can be none.
+
+    Raises:
+        ConfigError: it says what, and why.
+    """
+    if config.state_dir is None:
+        defaults = {name: ServerConfig.__dataclass_fields__[name].default for name in _OF_A_STATE}
+        for name, default in defaults.items():
+            if getattr(config, name) != default and getattr(config, name) != "off":
+                msg = f"{name}: it says how --state-dir is used: name a folder with that"
+                raise ConfigError(msg)
+        return
+    if config.durability == "off":
+        msg = "durability: off keeps nothing: leave --state-dir out, or choose another"
+        raise ConfigError(msg)
+    if config.parent is not None or config.children is not None:
+        msg = (
+            "state_dir: a tree cannot go on after a crash, since what an aggregator has added up "
+            "and not passed on is in its memory alone: leave it out, or connect the workers to one "
+            "server"
+        )
+        raise ConfigError(msg)
 
 
 def open_state(

@@ -3,6 +3,8 @@
 A frame that libzmq will not take now is queued for its peer alone, in order. Frames are shared, not
 copied: a queue costs a reference each. Everything is bounded:
 
+- Echoes that have not left yet have MAX_ECHO_BYTES together: anybody may ask for one, and then not
+  read it.
 - Control frames beyond MAX_CONTROL are dropped, because whoever lost them asks again.
 - A round's weights wait for `max_versions` versions at most. When one more comes, all of them are
   dropped, and the peer must pull.
@@ -19,16 +21,19 @@ from typing import Final, Protocol
 
 from psq.link import Buffer, Sent
 
-__all__ = ["MAX_CONTROL", "MakeFull", "Outbox", "Sender"]
+__all__ = ["MAX_CONTROL", "MAX_ECHO_BYTES", "MakeFull", "Outbox", "Sender"]
 
 MAX_CONTROL: Final = 64
+MAX_ECHO_BYTES: Final = 64 << 20
+"""Of all peers; a frame that is small counts as MIN_ECHO_BYTES, for what holds it."""
+MIN_ECHO_BYTES: Final = 4096
 
 
 class Sender(Protocol):
     """The part of a `ServerLink` that is used here."""
 
-    def send(self, peer: bytes, frame: Buffer) -> Sent:
-        """Queue one frame for a peer without blocking."""
+    def send(self, peer: bytes, frame: Buffer, *, lend: bool = False) -> Sent:
+        """Queue one frame for a peer without blocking; with `lend` it can be asked for below."""
 
     def is_lent(self, frame: Buffer) -> bool:
         """Whether a frame that was sent is still being read."""
@@ -86,6 +91,7 @@ class Outbox:
         self._make_full = make_full
         self._queues: dict[bytes, _Queue] = {}
         self._held: Counter[int] = Counter()
+        self._echoes: list[Buffer] = []  # that had not left when we last looked
         self.gone: list[bytes] = []
         self.dropped_frames = 0
         self.max_versions = 2
@@ -111,12 +117,14 @@ class Outbox:
             self.dropped_frames += 1
 
     def send_if_idle(self, peer: bytes, frame: Buffer) -> None:
-        """Send a frame that nobody needs, unless something waits for this peer."""
-        if peer in self._queues:
+        """Send a frame that nobody needs, unless something waits for this peer, or too many do."""
+        if peer in self._queues or not self._has_room_for_echoes():
             self.dropped_frames += 1
             return
-        sent = self._link.send(peer, frame)
+        sent = self._link.send(peer, frame, lend=True)
         self.dropped_frames += sent is Sent.FULL
+        if sent is Sent.QUEUED:
+            self._echoes.append(frame)
         if sent is Sent.GONE:
             self.gone.append(peer)
 
@@ -159,6 +167,10 @@ class Outbox:
         queue = self._queues.pop(peer, None)
         for waiting in queue.frames if queue is not None else ():
             self._release(waiting)
+
+    def _has_room_for_echoes(self) -> bool:
+        self._echoes = [frame for frame in self._echoes if self._link.is_lent(frame)]
+        return sum(max(len(f), MIN_ECHO_BYTES) for f in self._echoes) < MAX_ECHO_BYTES
 
     def _is_behind(self, queue: _Queue, version: int) -> bool:
         versions = queue.versions()

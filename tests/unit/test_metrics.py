@@ -40,6 +40,10 @@ def test_the_names_are_the_documented_ones():
         "psq_version",
         "psq_build_info",
         "psq_insecure",
+        "psq_durable_version",
+        "psq_blocked",
+        "psq_journal_bytes_total",
+        "psq_checkpoint_age_seconds",
     }
     assert all(name.startswith("psq_") for name in names), "nothing but psq's own"
 
