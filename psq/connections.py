@@ -38,8 +38,8 @@ SWEEP_SHARE: Final = 20
 UNREAD_BYTES: Final = MAX_FRAME_BYTES + 128 * 1024
 """One frame, and what belongs to handshakes and buffers."""
 EVENTS_PER_TURN: Final = 1024
-PAUSE_S: Final = 1.0
-"""How long nobody is let in after the system had no descriptor left for a connection."""
+SHED_S: Final = 0.1
+"""How soon connections are given up again, where there is still no descriptor for another."""
 _EVENTS: Final = (
     zmq.EVENT_ACCEPTED
     | zmq.EVENT_DISCONNECTED
@@ -85,7 +85,6 @@ class Connections:
         socket: can be read when something happened.
         hung_up: how many were ended from here.
         strangers: how many handshakes failed because the other end spoke no psq, or no encryption.
-        full_s: until when nobody is let in, because there were no descriptors left; 0.0: not so.
     """
 
     def __init__(self, router: Socket, note: Callable[[str], None], limit: int) -> None:
@@ -101,7 +100,7 @@ class Connections:
         self._sweep_s = 0.0
         self.hung_up = 0
         self.strangers = 0
-        self.full_s = 0.0
+        self._shed_s = 0.0
         address = f"inproc://psq-{id(self)}"
         router.monitor(address, _EVENTS)
         self.socket: Socket = router.context.socket(zmq.PAIR)
@@ -128,7 +127,7 @@ class Connections:
             elif event == zmq.EVENT_DISCONNECTED:
                 self._end(value)
             elif event == zmq.EVENT_ACCEPT_FAILED:
-                self.full_s = time.monotonic() + PAUSE_S
+                self._shed(time.monotonic())
             else:
                 self.strangers += 1
 
@@ -205,6 +204,21 @@ class Connections:
             oldest = next(iter(self._silent))
             del self._silent[oldest]
             self.hang_up(oldest, f"more than {self._limit} connections: hung up on a silent one")
+
+    def _shed(self, now_s: float) -> None:
+        """Make room: without a free descriptor libzmq tries to accept for ever, with a whole core.
+
+        Whoever was never heard goes; if all were, the last to come. (To stop listening would end
+        every connection: in libzmq they belong to the listener.)
+        """
+        if now_s < self._shed_s or not self._open:
+            return
+        self._shed_s = now_s + SHED_S
+        why = "no descriptor is left for another connection: hung up on one that was never heard"
+        for fd in list(self._silent):
+            self.hang_up(fd, why)
+        if not self._silent:
+            self.hang_up(next(reversed(self._open)), "no descriptor is left: hung up on the newest")
 
     def _end(self, fd: int) -> None:
         connection = self._open.pop(fd, None)

@@ -116,7 +116,6 @@ class ServerLink(Link):
         self._connections = Connections(self._socket, self._notes.add, limit)
         self._poller.register(self._connections.socket, zmq.POLLIN)
         self._house = {self._connections.socket}
-        self._listening = True
         try:
             if keys is not None:
                 self._employ(keys)
@@ -170,11 +169,12 @@ class ServerLink(Link):
             if readable or woken or left_s <= SWEEP_S:
                 return readable
 
-    def send(self, peer: bytes, frame: Buffer) -> Sent:
+    def send(self, peer: bytes, frame: Buffer, *, lend: bool = False) -> Sent:
         """Queue one frame for a peer without blocking.
 
         A frame of `ZERO_COPY_BYTES` or more is shared with libzmq, not copied: the same buffer can
-        go to every worker and costs its memory once, and must stay as it is while `is_lent`.
+        go to every worker and costs its memory once, and must stay as it is while `is_lent`. So is
+        a smaller one with `lend`, by which its sender sees when it has left.
         """
         try:
             self._socket.send(peer, zmq.DONTWAIT | zmq.SNDMORE)
@@ -184,7 +184,7 @@ class ServerLink(Link):
             if error.errno == errno.EHOSTUNREACH:
                 return Sent.GONE
             raise
-        self._put(frame)
+        self._put(frame, lend=lend)
         return Sent.QUEUED
 
     def drain(self, limit: int = DRAIN_LIMIT) -> Iterator[tuple[bytes, memoryview]]:
@@ -246,24 +246,8 @@ class ServerLink(Link):
         if self._connections.socket in ready:
             self._connections.hear()
         self._connections.sweep(now_s)
-        if self._connections.full_s:
-            self._pause(now_s)
         readable = bool(ready.get(self._socket, 0) & zmq.POLLIN)
         return readable, any(it not in self._house and it is not self._socket for it in ready)
-
-    def _pause(self, now_s: float) -> None:
-        """Without a free descriptor libzmq would try to accept for ever: stop listening a while."""
-        try:
-            if self._listening:
-                self._socket.unbind(self.endpoint)
-                self._listening = False
-                self._notes.add("no descriptor is left for another connection: not listening")
-            elif now_s >= self._connections.full_s:
-                self._socket.bind(self.endpoint)
-                self._listening, self._connections.full_s = True, 0.0
-        except zmq.ZMQError as error:
-            self._connections.full_s = now_s + 1.0
-            self._notes.add(f"cannot listen on {self.endpoint}: {error.strerror}")
 
     def _shut(self, linger_s: float | None) -> None:
         self._connections.close()
