@@ -136,7 +136,7 @@ class Link:
     def is_lent(self, frame: Buffer) -> bool:
         """Whether libzmq still reads this buffer: then it must not be written to.
 
-        Only buffers of `ZERO_COPY_BYTES` and more are ever lent; a smaller one is copied by `send`.
+        Buffers below `ZERO_COPY_BYTES` are copied by `send`, unless it is told to lend them.
         """
         entry = self._lent.get(id(frame))
         if entry is None:
@@ -161,7 +161,7 @@ class Link:
         """Close the socket alone: what it lent comes back when the context ends."""
         self._socket.close(self._linger_ms if linger_s is None else round(linger_s * 1000))
 
-    def _put(self, frame: Buffer) -> None:
+    def _put(self, frame: Buffer, *, lend: bool = False) -> None:
         """Hand one last part to libzmq. Raises zmq.ZMQError (Again when there is no room)."""
         if len(frame) > MAX_FRAME_BYTES:
             msg = (
@@ -169,10 +169,11 @@ class Link:
                 "the layout must cut smaller shards"
             )
             raise UsageError(msg)
-        if len(frame) < ZERO_COPY_BYTES:
+        if len(frame) < ZERO_COPY_BYTES and not lend:
             self._socket.send(frame, zmq.DONTWAIT)
         else:
-            tracker = self._socket.send(frame, zmq.DONTWAIT, copy=False, track=True)
+            whole = zmq.Frame(frame, track=True, copy=False, copy_threshold=0)
+            tracker = self._socket.send(whole, zmq.DONTWAIT, copy=False, track=True)
             self._lend(frame, tracker)
         self.sent_frames += 1
         self.sent_bytes += wire_bytes(len(frame) + self._added_bytes)

@@ -245,14 +245,18 @@ def stalled_readers(host: str, port: int, ends_s: float) -> int:
             peer.settimeout(RECEIVE_S)
             peer.sendall(hello)
             open_now.append(peer)
-    probes = [frame(bytes(_probe_for(peer))) for peer in open_now]
+    probes = [memoryview(frame(bytes(_probe_for(peer)))) for peer in open_now]
+    left = list(probes)
+    for peer in open_now:
+        peer.setblocking(False)
     while not spent(ends_s):
-        for peer, probe in zip(open_now, probes, strict=True):
+        for number, peer in enumerate(open_now):
             with _hung_up_on():
-                peer.settimeout(PAUSE_S)
-                peer.sendall(probe)
+                left[number] = left[number][peer.send(left[number]) :]
+            if not left[number]:
+                left[number] = probes[number]
                 count += 1
-        _PAUSE.wait(PAUSE_S)
+        _PAUSE.wait(PAUSE_S / 4)
     for peer in open_now:
         peer.close()
     return count

@@ -216,6 +216,7 @@ class WorkerLink:
         """This end notices that this connection is gone."""
         if self.connection is connection:
             self.connection = None
+            self._on_arrival()
 
     def close(self) -> None:
         """The process is dead."""
@@ -232,7 +233,7 @@ class ServerEnd:
         self.links: dict[bytes, tuple[Connection, WorkerLink]] = {}
         self.on_sent: Callable[[Buffer], None] = lambda _: None
 
-    def send(self, peer: bytes, frame: Buffer) -> Sent:
+    def send(self, peer: bytes, frame: Buffer, *, lend: bool = False) -> Sent:  # noqa: ARG002 - none is
         """Put a frame on its way to a worker, if it has room."""
         known = self.links.get(peer)
         if known is None or not known[0].open_at_server:

@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 
 from psq.link import Sent
-from psq_server.outbox import MAX_CONTROL, Outbox
+from psq_server.outbox import MAX_CONTROL, MAX_ECHO_BYTES, Outbox
 
 
 class Link:
@@ -17,13 +17,15 @@ class Link:
         self.sent = defaultdict(list)
         self.lent = set()
 
-    def send(self, peer, frame):
+    def send(self, peer, frame, *, lend=False):
         if peer in self.gone:
             return Sent.GONE
         if not self.room[peer]:
             return Sent.FULL
         self.room[peer] -= 1
         self.sent[peer].append(frame)
+        if lend:
+            self.lent.add(frame)
         return Sent.QUEUED
 
     def is_lent(self, frame):
@@ -213,6 +215,18 @@ def test_what_nobody_needs_is_sent_only_if_nothing_waits(link, outbox):
     outbox.flush()
     assert link.sent[b"a"] == [b"echo", b"status"]
     assert outbox.dropped_frames == 2
+
+
+def test_echoes_that_nobody_reads_are_bounded_whoever_asks(link, outbox):
+    size, most = 1 << 20, MAX_ECHO_BYTES >> 20
+    for number in range(3 * most):
+        link.room[b"%d" % number] = 1
+        outbox.send_if_idle(b"%d" % number, number.to_bytes(4) + bytes(size - 4))
+    assert sum(len(frames) for frames in link.sent.values()) == most
+    assert outbox.dropped_frames == 2 * most
+    link.lent.clear()  # they have left
+    outbox.send_if_idle(b"1000", b"echo")
+    assert link.sent[b"1000"] == [b"echo"]
 
 
 def test_a_peer_that_stands_still_with_whole_shards_holds_up_no_other(link):

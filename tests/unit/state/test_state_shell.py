@@ -53,7 +53,7 @@ class Line:
     def is_lent(self, frame):
         return any(lent is frame for lent in self.lent)
 
-    def send(self, peer, frame):
+    def send(self, peer, frame, *, lend=False):  # noqa: ARG002 - as it likes
         if peer in self.full:
             return Sent.FULL
         if self.keeps_lent:

@@ -309,7 +309,7 @@ class ServerPort:
         """Whether anything is left to be read."""
         return bool(self._inbox)
 
-    def send(self, peer: bytes, frame: Buffer) -> Sent:
+    def send(self, peer: bytes, frame: Buffer, *, lend: bool = False) -> Sent:  # noqa: ARG002 - all are
         """Queue one frame for a peer."""
         port = self._peers.get(peer)
         if port is None:
