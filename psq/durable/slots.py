@@ -90,18 +90,18 @@ class Record:
         return body + zlib.crc32(body).to_bytes(4, "little")
 
     @classmethod
-    def unpack(cls, data: bytes, order: int) -> Record:
-        """Inverse of `pack`.
+    def unpack(cls, data: bytes, order: int | None = None) -> Record:
+        """Inverse of `pack`; order: what it has to be, where that is known.
 
         Raises:
             StateError: it is damaged, or another than the word of its shard says.
         """
         found, *values, crc = _RECORD.unpack(data)
-        if crc != zlib.crc32(data[:-4]) or found != order:
+        if crc != zlib.crc32(data[:-4]) or order not in (None, found):
             msg = f"a shard's record is torn: expected number {order} with its checksum"
             raise StateError(msg)
         numbers, flags = values[:-2], [bool(flag) for flag in values[-2:]]
-        named = zip(cls.__slots__, (*numbers, *flags, order), strict=True)
+        named = zip(cls.__slots__, (*numbers, *flags, found), strict=True)
         return cls(**dict(named))
 
 
@@ -242,20 +242,29 @@ class Slots:
         at = self._places[shard][word & 1][0]
         return Record.unpack(self._map[at : at + _RECORD.size], word >> 1)
 
+    def record_before(self, shard: int) -> Record | None:
+        """What the state of a shard was of before; None: that is not known any more."""
+        at = self._places[shard][1 - (int(self._shard_words[shard]) & 1)][0]
+        try:
+            return Record.unpack(self._map[at : at + _RECORD.size])
+        except StateError:
+            return None
+
     def payload(self, shard: int, record: Record) -> NDArray[np.uint8]:
         """A copy of what was said of a shard."""
         at = self._places[shard][int(self._shard_words[shard]) & 1][1]
         return self._bytes[at : at + record.payload_bytes].copy()
 
-    def restore(self) -> None:
-        """Write all that was saved to the vectors, whole ones from the shard saved last."""
-        words = self._shard_words
-        for shard in np.argsort(words >> np.uint64(1), kind="stable"):
-            word = int(words[shard])
-            if word:
-                places = self._places[shard][word & 1][2]
-                for at, part in zip(places, self._parts[shard], strict=True):
-                    part.view(np.uint8)[:] = self._bytes[at : at + part.nbytes]
+    def restore(self, shards: Mapping[int, Record]) -> None:
+        """Write what was saved under these records, the present or the ones before, to the vectors.
+
+        Whole ones are taken from the shard saved last.
+        """
+        for shard, record in sorted(shards.items(), key=lambda pair: pair[1].order):
+            word = int(self._shard_words[shard])
+            which = word & 1 if record.order == word >> 1 else 1 - (word & 1)
+            for at, part in zip(self._places[shard][which][2], self._parts[shard], strict=True):
+                part.view(np.uint8)[:] = self._bytes[at : at + part.nbytes]
 
     # ---- the replica
 

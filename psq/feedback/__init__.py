@@ -41,7 +41,8 @@ Where all nodes hold a unit for each value and change it (`ApplyRule.rescale`), 
 from __future__ import annotations
 
 from psq.feedback.compressor import Compressor
+from psq.feedback.counts import ShardCounts
 from psq.feedback.residual import ResidualType
 from psq.seeds import SERVER_RANK, stream_seed
 
-__all__ = ["SERVER_RANK", "Compressor", "ResidualType", "stream_seed"]
+__all__ = ["SERVER_RANK", "Compressor", "ResidualType", "ShardCounts", "stream_seed"]

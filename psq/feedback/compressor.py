@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from psq import kernels
 from psq.codec import ShardCodec
 from psq.errors import ConfigError, UsageError
+from psq.feedback.counts import ShardCounts
 from psq.feedback.local import LocalSteps, check_segments
 from psq.feedback.payloads import Payloads
 from psq.feedback.residual import Rates, Residuals, ResidualType
@@ -366,6 +367,61 @@ class Compressor:
             self._rule.resume(steps)
         for adam in self._adams or ():
             adam.resume(steps * self._local_steps)
+
+    def counts(self, shard: int) -> ShardCounts:
+        """What there is to know of a shard beside its vectors."""
+        codec, has_residual = self._payloads.made(shard)
+        return ShardCounts(
+            steps=self._steps[shard],
+            moments=0 if self._adams is None else self._adams[shard].count,
+            rule=0 if self._rule is None else self._rule.count(shard),
+            codec=codec,
+            has_residual=has_residual,
+            told=self._told[shard],
+        )
+
+    def check_recall(self, counts: Mapping[int, ShardCounts]) -> None:
+        """Refuse what `recall` cannot do.
+
+        Raises:
+            UsageError: the direction's rule counts in a way of its own, and shards differ.
+        """
+        if self._rule is None or self._rule.resumes_shards():
+            return
+        if len(counts) < len(self._shards) or len({each.rule for each in counts.values()}) > 1:
+            kind = type(self._rule).__name__
+            msg = (
+                f"direction {kind} has a resume of its own and no resume_shard: a process that "
+                "ended amid a step leaves nothing that another could go on from"
+            )
+            raise UsageError(msg)
+
+    def recall(self, counts: Mapping[int, ShardCounts]) -> None:
+        """Go on with shards whose vectors were copied into `state_arrays`.
+
+        Raises:
+            UsageError: as `check_recall`.
+        """
+        self.check_recall(counts)
+        for shard, each in counts.items():
+            self._steps[shard], self._told[shard] = each.steps, each.told
+            self._payloads.recall(shard, each.codec, has_residual=each.has_residual)
+            if self._adams is not None:
+                self._recall_moments(self._adams, shard, each.moments)
+            if self._rule is not None and self._rule.resumes_shards():
+                self._rule.resume_shard(shard, each.rule)
+        if 0 in counts:
+            self._payloads.choice.resume(counts[0].steps)
+            if self._rule is not None and not self._rule.resumes_shards():
+                self._rule.resume(counts[0].rule)
+
+    @staticmethod
+    def _recall_moments(adams: Sequence[Adam], shard: int, count: int) -> None:
+        twin = next((adam for adam in adams if adam.count == count), None)
+        if twin is None:
+            adams[shard].resume(count)
+        else:
+            adams[shard].resume_as(twin)
 
     # ---- a rule's message, by way of scratch
 

@@ -105,6 +105,15 @@ class Payloads:
         """Remember of a payload in the default codec, written elsewhere, how it was made."""
         self._last[shard] = _Last(self._codecs[shard][0], has_residual)
 
+    def made(self, shard: int) -> tuple[int, bool]:
+        """How a shard's last payload was made: the codec's number, and `note`'s has_residual."""
+        last = self._last[shard]
+        return self._codecs[shard].index(last.codec), last.has_residual
+
+    def recall(self, shard: int, codec: int, *, has_residual: bool) -> None:
+        """Take what `made` said in another process."""
+        self._last[shard] = _Last(self._codecs[shard][codec], has_residual)
+
     def is_finite(self, shard: int, payload: Buffer) -> bool:
         """Whether a shard's last payload says no NaN or Inf. Cost: one read of the scales."""
         codec = self._last[shard].codec

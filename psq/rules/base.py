@@ -281,21 +281,14 @@ class DirectionRule(_Rule):
         """Take the step counter of a saved state, whose arrays were copied into `state_arrays`."""
         self._counts = dict.fromkeys(self._counts, steps)
 
-    def resume_shard(self, shard: int, steps: int) -> None:
-        """The same for one shard, where they have not taken equally many.
+    @classmethod
+    def resumes_shards(cls) -> bool:
+        """Whether `resume_shard` does all that is to be done: a rule with a `resume` says how."""
+        own = cls.resume is not DirectionRule.resume
+        return not own or cls.resume_shard is not DirectionRule.resume_shard
 
-        Raises:
-            UsageError: a rule that counts in a way of its own does not say how.
-        """
-        kind = type(self)
-        if kind.resume is not DirectionRule.resume and (
-            kind.resume_shard is DirectionRule.resume_shard
-        ):
-            msg = (
-                f"direction {kind.__name__} has a resume of its own and no resume_shard: a worker "
-                "that was killed amid a step cannot go on from there; it begins anew"
-            )
-            raise UsageError(msg)
+    def resume_shard(self, shard: int, steps: int) -> None:
+        """The same for one shard, where they have not taken equally many."""
         self._counts[shard] = steps
 
 

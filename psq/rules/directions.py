@@ -90,6 +90,14 @@ class AdamDirection(DirectionRule):
         for adam in self._adams.values():
             adam.resume(steps)
 
+    def resume_shard(self, shard: int, steps: int) -> None:  # noqa: D102 - as the base class
+        super().resume_shard(shard, steps)
+        twin = next((a for a in self._adams.values() if a.count == steps), None)
+        if twin is None:
+            self._adams[shard].resume(steps)
+        else:
+            self._adams[shard].resume_as(twin)
+
 
 class Momentum(DirectionRule):
     """The gradient with momentum: heavy ball or an average, looking ahead (Nesterov) or not."""

@@ -14,6 +14,7 @@ come while gradients are still being said.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +64,14 @@ class Averaging:
     def rate(self) -> float:
         """The optimizer's learning rate, which pushes name so that workers can be compared."""
         return float(self.optimizer.param_groups[0].get("lr", 0.0))
+
+    def state(self) -> dict[str, Any]:
+        """All that the optimizer knows beside the parameters; tensors are not copied."""
+        return self.optimizer.state_dict()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.optimizer.load_state_dict(state)
 
     def take(self, shard: Shard, mean: Floats | None) -> None:
         """Keep a shard's mean, f32[shard.numel], until `land`; None: nobody said anything."""

@@ -36,13 +36,14 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from psq.client import Client, Hooks, Patience, RoundResult
 from psq.clock import parse_consistency
 from psq.config import WorkerConfig
+from psq.durable.failpoints import reach
 from psq.errors import UsageError
 from psq.feedback import Compressor
 from psq.kernels import Buffer, Floats
@@ -51,9 +52,10 @@ from psq.timeline import NOWHERE, Phase, Timeline
 from psq.torch.asked import Asked
 from psq.torch.averaging import Averaging
 from psq.torch.decoder import Decoder
+from psq.torch.keeper import Keeper
 from psq.torch.parameters import ParameterTable
-from psq_proto.frames import Header
 from psq.torch.settings import keys_of
+from psq_proto.frames import Header
 
 __all__ = ["Exchange"]
 
@@ -76,6 +78,7 @@ class Exchange:
         decode_s: spent in decoding in that step.
         payload_bytes: of what was said in that step.
         said_numel: how many values that says.
+        keeper: what this process leaves to the next one, if it leaves anything.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Exchange:
         self._rescaled: dict[int, Floats] = {}
         self._is_local = plan.recipe.direction.local_steps > 1
         self._said = [False] * len(self._shards)
+        self.keeper: Keeper | None = None
         self.open = self.is_silent = False
         self.asked = Asked(0.0)
         self.step = 0
@@ -124,10 +128,18 @@ class Exchange:
             patience=Patience(give_up_after_s=config.give_up_after_s),
             rng=random.Random(),  # noqa: S311 - jitter and names; must differ between processes
             timeline=self._timeline,
+            keys=keys_of(config),
         )
 
+    def join(self) -> None:
+        """Join the job, as the process before this one if it has left what fits."""
+        keeper = self.keeper
+        self.client.join(keeper.attempts() if keeper is not None else ())
+        self.publish_replica()
+        if keeper is not None and not keeper.resumed:
+            keeper.begin_anew(self.client.version, self.client.identities)
+
     def begin(self, asked: Asked) -> None:
-            keys=keys_of(config),
         """Open a step, unless a hook of backward has done so.
 
         Raises:
@@ -145,6 +157,18 @@ class Exchange:
         self._said[:] = [False] * len(self._said)
         self.encode_s = self.decode_s = 0.0
         self.payload_bytes = self.said_numel = 0
+        if self.keeper is not None:
+            self._take_said(self.keeper)
+
+    def _take_said(self, keeper: Keeper) -> None:
+        """Take what the process before this one has said in this step as said."""
+        keeper.take_said()
+        for shard, with_payload in self.client.already_said():
+            self._said[shard] = True
+            if not with_payload:
+                self.left_out[shard] = "left out by the process before this one"
+        for shard in keeper.waiting:
+            self._said[shard] = True
 
     def step_locally(self, asked: Asked) -> None:
         """Take a step on this worker's own weights, unless a gradient is not finite."""
@@ -160,10 +184,13 @@ class Exchange:
                 gradients, own = self._table.gradients(shard), self._table.local(shard)
                 self.compressor.descend(shard, gradients, self._rate_of(shard), own)
             self._table.publish_local()
+            self._note_changed(range(len(self._shards)))
         self.encode_s = time.monotonic() - started_s
 
     def say(self, shard: int, *, clear: bool = False) -> None:
         """Compress and push a shard, or leave it out; or let it wait, where it is not due.
+
+        One that the process before this one has said in this step is not said again.
 
         Args:
             shard: its index.
@@ -171,13 +198,19 @@ class Exchange:
 
         Cost: `Compressor.compress`, one CRC.
         """
+        if self._said[shard]:
+            return
         started_s = self._say_at_s = time.monotonic()
         self._said[shard] = True
         if self.client.takes_part(shard):
             if not self._pushed(shard, clear=clear):
                 self.left_out[shard] = self._fault_of(shard)
+                if self.keeper is not None:
+                    self.keeper.left_out(shard, self.client.base(shard), self.asked)
         elif self.client.rests(shard):
             self._keep(shard)
+            if self.keeper is not None:
+                self.keeper.waits(shard, self.client.base(shard), self.asked)
         self.encode_s += time.monotonic() - started_s
 
     def say_rest(self) -> None:
@@ -195,6 +228,8 @@ class Exchange:
     def say_nothing(self) -> None:
         """Sit the round out: moments and residual stay as they are."""
         self.is_silent = True
+        if self.keeper is not None:
+            self.keeper.silent(self.step, self.asked)
         self.client.skip()
 
     def finish(self) -> RoundResult:
@@ -202,6 +237,21 @@ class Exchange:
         result = self.client.finish()
         self.open = False
         return result
+
+    def load_script(self) -> None:
+        """Put back what is not the exchange's own: random numbers, buffers, an optimizer."""
+        if self.keeper is not None:
+            self.keeper.load_script()
+
+    def close(self, *, done: bool) -> None:
+        """Leave what is kept to the next process, or to nobody if the job is done."""
+        if self.keeper is not None:
+            self.keeper.close(done=done)
+
+    def close_round(self) -> None:
+        """All of a round is done: whoever comes after this process begins with the next one."""
+        if self.keeper is not None:
+            self.keeper.close_round(self.client.version, self.client.identities)
 
     def publish(self) -> None:
         """Make the model compute with what has come.
@@ -253,7 +303,7 @@ class Exchange:
             return False
         if clear:
             self._table.note_cleared(shard)
-        self._push(shard, codec)
+        self._push(shard, codec, payload)
         return True
 
     def _keep(self, shard: int) -> None:
@@ -280,16 +330,20 @@ class Exchange:
         if not self.compressor.payload_finite(shard, payload):
             self.restore(shard)
             return False
-        self._push(shard, codec)
+        self._push(shard, codec, payload)
         return True
 
-    def _push(self, shard: int, codec: int) -> None:
+    def _push(self, shard: int, codec: int, payload: Buffer) -> None:
         timeline = self._timeline
         payload_bytes = self.compressor.codec(shard, codec).nbytes
         self.payload_bytes += payload_bytes
         self.said_numel += self._shards[shard].numel
+        if self.keeper is not None:
+            said = np.frombuffer(payload, np.uint8)[:payload_bytes]
+            self.keeper.said(shard, self.client.base(shard), self.asked, said)
         if timeline is None:
             self.client.push(shard, codec)
+            reach("keeper.sent")
             return
         step, encoded_s = self.step, time.monotonic()
         self.client.push(shard, codec)
@@ -359,6 +413,14 @@ class Exchange:
             return f"the gradient of {name!r} is not finite"
         return f"the gradients of shard {shard} are too large for float32"
 
+    def _has_settled(self, shard: int) -> bool:
+        """Whether the process before this one has taken back what comes back in this round."""
+        return self.keeper is not None and shard in self.keeper.settled
+
+    def _note_changed(self, shards: Iterable[int]) -> None:
+        if self.keeper is not None:
+            self.keeper.changed(shards)
+
     # ---- what the client asks
 
     def decode(self, header: Header, body: memoryview) -> None:
@@ -376,6 +438,9 @@ class Exchange:
 
     def restore(self, shard: int) -> None:
         """What was said of a shard in this step did not count: it is still to be said."""
+        if self._has_settled(shard):
+            return
+        self._note_changed((shard,))
         factor = self._rescaled.pop(shard, None)
         if factor is not None:  # what was said is in units from before
             self.compressor.rescale(shard, 1.0 / factor)
@@ -396,11 +461,15 @@ class Exchange:
         The latter where rounds close without this worker: what it said may come back later. What
         it has not said yet will be in the new units.
         """
+        if self._has_settled(shard):
+            return
+        self._note_changed((shard,))
         self.compressor.rescale(shard, factor)
         if self.open and self._said[shard] and not self._is_eager:
             self._rescaled[shard] = factor * self._rescaled.get(shard, np.float32(1.0))
 
     def reset(self, shards: Sequence[int]) -> None:
         """Forget the residuals of these shards."""
+        self._note_changed(shards)
         for shard in shards:
             self.compressor.forget(shard)

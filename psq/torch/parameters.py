@@ -199,6 +199,13 @@ class ParameterTable:
                 segment[:] = values
         self.publish_local()
 
+    @torch.no_grad()
+    def fetch(self) -> None:
+        """Somebody else has moved the parameters: copy those that have a buffer into it."""
+        for slot in self._staged:
+            assert slot.stage is not None  # noqa: S101 - chosen so
+            slot.stage.copy_(slot.parameter)
+
     def flat_weights(self, shard: int) -> Floats:
         """A copy of a shard's weights, f32[shard.numel]."""
         return np.concatenate(self._weights[shard])

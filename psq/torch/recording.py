@@ -8,11 +8,23 @@ from pathlib import Path
 
 from psq.client import Client
 from psq.errors import StateError
-from psq.timeline import Process, Timeline, write_part
+from psq.timeline import Process, Timeline, check_writable, write_part
 
-__all__ = ["write_recording"]
+__all__ = ["begin_recording", "write_recording"]
 
 _log = logging.getLogger("psq.torch")
+
+
+def begin_recording(filename: str | None) -> Timeline | None:
+    """A timeline, if it is to go to a file.
+
+    Raises:
+        StateError: it could not be written there.
+    """
+    if filename is None:
+        return None
+    check_writable(Path(filename))
+    return Timeline()
 
 
 def write_recording(path: Path, recorder: Timeline, client: Client, *, must_work: bool) -> None:

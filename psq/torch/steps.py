@@ -95,6 +95,7 @@ class Steps:
         waited_s, stood_s = watch.lap_s(), client.waited_s - stood_s
         exchange.publish()
         self.local_step = 0
+        exchange.close_round()
         publish_s = watch.lap_s()
         server_s = min(result.server_s, waited_s)
         before_s, self.returned_s = self.returned_s, watch.now_s

@@ -19,16 +19,14 @@ What holds:
 
 from __future__ import annotations
 
-import atexit
 import logging
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Self, TypeAlias
+from typing import Final, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -38,30 +36,30 @@ from psq.config import DEFAULT_LR
 from psq.errors import UsageError
 from psq.recipe import AdamConfig, Recipe
 from psq.rules import is_apart
-from psq.timeline import Timeline, check_writable
 from psq.torch.asked import Asked, check_weight
 from psq.torch.averaging import make_averaging
 from psq.torch.exchange import Exchange
 from psq.torch.groups import Group, group_up
+from psq.torch.keeper import Load, Save
+from psq.torch.keeping import make_keeper
+from psq.torch.opened import Reason, close_workers, opened, reason_of
 from psq.torch.optimizer import Optimizer
 from psq.torch.overlap import Overlap, check_overlap
 from psq.torch.parameters import ParameterTable
 from psq.torch.rates import LearningRate, Rates, rate_groups
-from psq.torch.recording import write_recording
+from psq.torch.recording import begin_recording, write_recording
 from psq.torch.report import StepReport
 from psq.torch.settings import config_of, plan_of, recipe_of, settle_codecs, warn_of_schedule
 from psq.torch.steps import Steps
 
 __all__ = ["LearningRate", "Observer", "Worker", "close_workers", "observers"]
 
-Reason: TypeAlias = Literal["done", "error", "interrupted"]
 Observer: TypeAlias = Callable[["Worker", StepReport, float | None, int], None]
 
 observers: Final[list[Observer]] = []
 """Called after each step of every worker in this process."""
 
 _log = logging.getLogger("psq.torch")
-_open: Final[list[Worker]] = []
 
 
 class Worker:
@@ -140,11 +138,14 @@ class Worker:
         codec: "recipe", or "auto": rank 0 measures links and machine and chooses the codecs for
             all, see `psq.torch.auto`.
         give_up_after_s: the longest wait before GaveUpError.
+        state_dir: where this worker keeps all it needs for a process that comes after it, should
+            this one be killed: it goes on as if nothing had been (see `keep`).
 
     Raises:
         ConfigError: an argument, a parameter of the model, or PSQ_KERNEL cannot be used.
         GaveUpError: no server answered in time.
-        StateError: the timeline that was asked for cannot be written there.
+        StateError: the timeline that was asked for cannot be written there, or the state directory
+            cannot be used.
         RemotePlanError, RefusedError: the server trains something else, or does not want this rank.
     """
 
@@ -169,6 +170,7 @@ class Worker:
         residual: str | None = None,
         codec: str | None = None,
         give_up_after_s: float | None = None,
+        state_dir: str | None = None,
     ) -> None:
         config = config_of(
             lr=lr,
@@ -186,6 +188,7 @@ class Worker:
             residual=residual,
             codec=codec,
             give_up_after_s=give_up_after_s,
+            state_dir=state_dir,
         )
         kernels.active()  # a PSQ_KERNEL that cannot run here is refused now, not in the first step
         made = recipe_of(config, recipe, adam)
@@ -214,16 +217,16 @@ class Worker:
         self._failed = ""
         self._process = os.getpid()
         self._timeline_path = Path(config.timeline_filename or "")
-        self._timeline: Timeline | None = None
-        if config.timeline_filename is not None:
-            check_writable(self._timeline_path)
-            self._timeline = Timeline()
+        self._timeline = begin_recording(config.timeline_filename)
         self._exchange = Exchange(self._table, self.plan, config, self._timeline, self._averaging)
         self._client = self._exchange.client
         self._compressor = self._exchange.compressor
         self._steps = Steps(self._table, self._exchange, self.plan, self._timeline)
         self._overlap: Overlap | None = None
-        _open.append(self)
+        self._exchange.keeper = make_keeper(
+            config, self.plan, self._table, model, self._exchange, self._averaging
+        )
+        opened.append(self)
         self._join()
         if config.overlap:
             self._overlap = Overlap(
@@ -233,6 +236,7 @@ class Worker:
                 say=self._say_early,
                 fail=self._fail,
             )
+        self._exchange.load_script()
         self._steps.begin_counting()
 
     def __enter__(self) -> Self:
@@ -244,7 +248,7 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close(*_reason_of(error))
+        self.close(*reason_of(error))
 
     @property
     def rank(self) -> int:
@@ -275,6 +279,12 @@ class Worker:
     def steps(self) -> int:
         """How many steps of every worker the job has behind it: `version`, but for local steps."""
         return self._steps.count
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it goes on from what a process before has kept (see `state_dir`)."""
+        keeper = self._exchange.keeper
+        return keeper is not None and keeper.resumed
 
     @property
     def skipped(self) -> int:
@@ -391,6 +401,29 @@ class Worker:
             optimizer.step(loss=loss, samples=samples, vectors=vectors)
         return self._report
 
+    def keep(self, name: str, save: Save, load: Load) -> None:
+        """Keep something of the script's with the worker's state, where there is a `state_dir`.
+
+            ps.keep("loader", lambda: {"next": ps.steps}, loader.load_state_dict)
+            ps.keep("scheduler", scheduler.state_dict, scheduler.load_state_dict)
+
+        `save` is called at the end of each round, when `steps` has been counted, and says what the
+        next one begins with. If a process before this one has kept something under this name,
+        `load` is given it at once. Random numbers of Python, NumPy and torch, the model's buffers
+        and its local parameters are kept without being asked for. They are put back at the end of
+        the constructor: what draws from them between there and the first step draws once more.
+
+        Args:
+            name: of it.
+            save: returns dicts, lists, numbers, texts, bytes, tensors or arrays; no other objects.
+            load: takes what `save` returned.
+
+        Raises:
+            UsageError: the name is taken, or what `save` returns cannot be kept.
+        """
+        if self._exchange.keeper is not None:
+            self._exchange.keeper.keep(name, save, load)
+
     def sit_out(self) -> StepReport:
         """Take no part in a round: say nothing, wait for the others, take the new weights.
 
@@ -419,8 +452,8 @@ class Worker:
 
         After an error inside the worker the server is told so, whatever `reason` says.
         """
-        if self in _open:
-            _open.remove(self)
+        if self in opened:
+            opened.remove(self)
         if self._failed and reason == "done":
             reason, text = "error", self._failed
         if self._overlap is not None:
@@ -431,6 +464,7 @@ class Worker:
         try:
             self._client.leave(reason, text)
         finally:
+            self._exchange.close(done=reason == "done")
             self._write_timeline(reason)
 
     # ---- one step
@@ -535,8 +569,7 @@ class Worker:
 
     def _join(self) -> None:
         try:
-            self._client.join()
-            self._exchange.publish_replica()
+            self._exchange.join()
         except BaseException as error:
             self._fail(error)
             self.close()
@@ -553,7 +586,7 @@ class Worker:
         if self._failed:
             msg = f"this worker stopped working ({self._failed}): close it"
             raise UsageError(msg)
-        if self not in _open:
+        if self not in opened:
             msg = "this worker is closed: make a new one to go on"
             raise UsageError(msg)
         if self._showing:
@@ -564,24 +597,3 @@ class Worker:
     def in_this_process(self) -> bool:
         """Whether this process made it; a forked child has a copy that it must leave alone."""
         return self._process == os.getpid()
-
-
-def close_workers(reason: Reason, text: str = "") -> None:
-    """Close every worker this process has open: for programs that run a user's script."""
-    for worker in tuple(_open):
-        if worker.in_this_process:
-            worker.close(reason, text)
-
-
-def _reason_of(error: BaseException | None) -> tuple[Reason, str]:
-    if error is None:
-        return "done", ""
-    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
-        return "interrupted", type(error).__name__
-    return "error", f"{type(error).__name__}: {error}"
-
-
-@atexit.register
-def _close_at_exit() -> None:
-    """A script that ends without `close` has done its work, unless an error ended it."""
-    close_workers(*_reason_of(getattr(sys, "last_value", None)))

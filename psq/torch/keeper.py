@@ -1,0 +1,453 @@
+"""What a worker's process leaves to the next one: kept while it trains, taken up when it begins.
+
+    say a shard    compress -> save its new vectors and the payload -> send          `said`
+    end of a round save what came back to refused shards -> say where the worker
+                   stands: version, identities, random numbers, what the script
+                   keeps -> copy the weights                                          `close_round`
+
+A round counts as begun with the weights, vectors and random numbers of its start, and is gone
+through once more by a process that comes after a crash: gradients are computed again, and of each
+shard that was said the same bytes are, with the vectors as they were after it. So the rounds that
+follow are those that would have followed. Whatever is not complete is as if it had never been: what
+a shard's record says is true of it whole, or it has another record.
+
+What came back to a shard at the end of its round (a refused push, a change of units) is saved once,
+under a record that says so, and not taken twice.
+
+Never here: when something is sent, and what a server makes of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from psq.client import Attempt, Identity, Kept, Pending
+from psq.durable.failpoints import reach
+from psq.durable.slots import Record, Slots, Spec, Stage
+from psq.errors import StateError, UsageError
+from psq.feedback import Compressor, ShardCounts
+from psq.plan import Plan
+from psq.torch.asked import Asked
+from psq.torch.averaging import Averaging
+from psq.torch.chance import random_state, set_random_state
+from psq.torch.decoder import RETURN, Decoder
+from psq.torch.folder import WorkerFolder
+from psq.torch.parameters import ParameterTable
+from psq.torch.values import pack, unpack
+
+__all__ = ["Keeper", "Load", "Save"]
+
+Save: TypeAlias = Callable[[], Any]
+Load: TypeAlias = Callable[[Any], object]
+
+FORMAT: Final = 1
+_log = logging.getLogger("psq.torch")
+
+
+class Keeper:
+    """See the module's docstring.
+
+    Memory, in the fast files, for each parameter: twice what the vectors of the worker take, twice
+    a payload, once (with recipe "average" twice) the replica's planes; `Slots.nbytes` has it all.
+
+    Args:
+        folder: where it is kept.
+        plan: the job.
+        rank: this worker's.
+        seed: the job's.
+        table: the replica and the model.
+        model: whose buffers and local parameters are kept too.
+        compressor: whose vectors are kept.
+        decoder: whose state all replicas have alike.
+        averaging: the user's optimizer, with recipe "average".
+
+    Attributes:
+        resumed: this process goes on from what another has kept.
+        settled: shards that have taken back already what comes back to them in the round at hand.
+        waiting: shards that were not due in the round at hand, and have been seen to.
+    """
+
+    def __init__(  # noqa: PLR0913 - all that a worker's state is in
+        self,
+        folder: WorkerFolder,
+        plan: Plan,
+        *,
+        rank: int,
+        seed: int,
+        table: ParameterTable,
+        model: nn.Module,
+        compressor: Compressor,
+        decoder: Decoder,
+        averaging: Averaging | None,
+    ) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._table = table
+        self._model = model
+        self._compressor = compressor
+        self._decoder = decoder
+        self._averaging = averaging
+        self._shards = plan.layout.shards
+        self._twice = plan.recipe.apply.kind == RETURN
+        self._spec = Spec(
+            job=f"format={FORMAT} plan={plan.job_digest:016x} rank={rank} seed={seed}",
+            layout=plan.layout,
+            arrays=compressor.state_arrays(),
+            payload_bytes=[compressor.nbytes(shard.index) for shard in self._shards],
+            planes=decoder.planes,
+            twice=self._twice,
+        )
+        self._slots = Slots(folder.slots, self._spec)
+        self._files = [
+            os.open(folder.say(which), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            for which in range(2)
+        ]
+        self._count, self._which = self._slots.worker
+        self._dirty: set[int] = set()
+        self._script: dict[str, tuple[Save, Load]] = {}
+        self._found: dict[str, Any] = {}
+        self._begun: dict[int, Record] = {}
+        self.resumed = False
+        self.settled: set[int] = set()
+        self.waiting: set[int] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the slots."""
+        return self._slots.nbytes
+
+    # ---- a round
+
+    def said(self, shard: int, number: int, asked: Asked, payload: NDArray[np.uint8]) -> None:
+        """A shard was compressed in this round and is about to be sent."""
+        self._save(shard, Stage.SAID, number, asked, payload)
+
+    def left_out(self, shard: int, number: int, asked: Asked) -> None:
+        """A shard is not said in this round because it is not finite."""
+        self._save(shard, Stage.SKIPPED, number, asked)
+
+    def waits(self, shard: int, number: int, asked: Asked) -> None:
+        """What a shard has to say waits in the residual: it is not its turn."""
+        self._save(shard, Stage.WAITS, number, asked)
+
+    def silent(self, number: int, asked: Asked) -> None:
+        """Nothing will be said in this round."""
+        self._slots.note_silent(number, asked.rate, asked.weight)
+
+    def changed(self, shards: Iterable[int]) -> None:
+        """The vectors of these shards are not those of their records any more."""
+        self._dirty.update(shards)
+
+    def close_round(self, version: int, identities: Sequence[Identity]) -> None:
+        """The round is over, and its weights are in place: from now on the next one counts."""
+        if self._dirty:
+            reach("keeper.settle")
+        for shard in sorted(self._dirty):
+            self._settle(shard)
+        self._dirty.clear()
+        self.settled.clear()
+        self.waiting.clear()
+        which = 1 - self._which
+        versions = {k: v for each in identities for k, v in each.versions.items()}
+        if self._twice:
+            self._save_weights(versions, which)
+        self._say(which, version, identities, versions)
+        if not self._twice:
+            self._save_weights(versions, 0)
+
+    def begin_anew(self, version: int, identities: Sequence[Identity]) -> None:
+        """Nobody was before this process: what there is now is the beginning."""
+        self._slots.flip(0, 0)
+        self._slots.note_silent(-1, 0.0, 1)
+        for shard in self._shards:
+            self._save(shard.index, Stage.INITIAL, -1, Asked(0.0))
+        self.close_round(version, identities)
+
+    def _settle(self, shard: int) -> None:
+        """Save a shard as it is now, under the record of its round."""
+        before = self._slots.record(shard)
+        asked, payload, number = Asked(0.0), None, -1
+        if before is not None:
+            asked, number = Asked(before.rate, before.weight), before.number
+            payload = self._slots.payload(shard, before) if before.payload_bytes else None
+        self._save(shard, Stage.SETTLED, number, asked, payload)
+
+    def _save(
+        self,
+        shard: int,
+        stage: int,
+        number: int,
+        asked: Asked,
+        payload: NDArray[np.uint8] | None = None,
+    ) -> None:
+        counts = self._compressor.counts(shard)
+        record = Record(
+            number=number,
+            rate=asked.rate,
+            weight=asked.weight,
+            payload_bytes=0 if payload is None else payload.size,
+            codec=counts.codec,
+            steps=counts.steps,
+            moments=counts.moments,
+            rule=counts.rule,
+            stage=stage,
+            has_residual=counts.has_residual,
+            told=counts.told,
+        )
+        self._slots.save(shard, record, payload)
+        self._dirty.discard(shard)
+
+    def _say(
+        self,
+        which: int,
+        version: int,
+        identities: Sequence[Identity],
+        versions: Mapping[int, int],
+    ) -> None:
+        said = {
+            "version": version,
+            "identities": [[i.run_id, i.lineage, i.resolved, i.version] for i in identities],
+            "versions": np.array([versions[shard.index] for shard in self._shards], np.int64),
+            "chance": random_state(),
+            "script": {name: save() for name, (save, _) in self._script.items()},
+            "model": dict(self._own_tensors()),
+            "optimizer": None if self._averaging is None else self._averaging.state(),
+        }
+        data = pack(said, "what this worker keeps")
+        os.pwrite(self._files[which], data, 0)
+        reach("keeper.close")
+        self._count, self._which = self._count + 1, which
+        self._slots.flip(self._count, which)
+        reach("keeper.closed")
+
+    def _save_weights(self, versions: Mapping[int, int], which: int) -> None:
+        rule = self._decoder.rule
+        if self._averaging is not None:
+            self._table.fetch()
+        for shard in self._shards:
+            planes: list[Sequence[NDArray[np.float32]]] = [self._table.weights(shard.index)]
+            if rule is not None:
+                planes += [[rule.of(name, shard.index)] for name in self._decoder.shared]
+            self._slots.save_weights(shard.index, versions[shard.index], planes, which)
+
+    def _own_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """What the model has beside the parameters of the job."""
+        yield from self._model.named_buffers()
+        mine = {id(parameter) for parameter in self._table.parameters}
+        for name, parameter in self._model.named_parameters():
+            if id(parameter) not in mine and parameter.requires_grad:
+                yield name, parameter
+
+    # ---- going on
+
+    def attempts(self) -> list[Attempt]:
+        """What this process may go on from, the best first."""
+        try:
+            found = self._read()
+        except StateError as error:
+            _log.warning("%s holds nothing that one could go on from: %s", self._folder.fast, error)
+            return []
+        return [] if found is None else [found]
+
+    def _read(self) -> Attempt | None:
+        """What the slots hold; None: nothing.
+
+        Raises:
+            StateError: it is damaged, or does not go together.
+        """
+        if not self._count:
+            return None
+        size = os.fstat(self._files[self._which]).st_size
+        said = unpack(os.pread(self._files[self._which], size, 0), "what this worker kept")
+        records = [self._slots.record(shard.index) for shard in self._shards]
+        if any(record is None for record in records):
+            msg = "a shard has no record"
+            raise StateError(msg)
+        known = [record for record in records if record is not None]
+        wanted = dict(enumerate(said["versions"].tolist()))
+        have = {shard: self._slots.weights(shard, self._weights_which)[0] for shard in wanted}
+        intact = {shard: version for shard, version in wanted.items() if have[shard] == version}
+        identities = [
+            self._identity(server, entry, known, intact)
+            for server, entry in enumerate(said["identities"])
+        ]
+        pending = [each.pending.number for each in identities if each.pending is not None]
+        begun = pending and any(record.payload_bytes for record in known)
+        self._check_counts(known[:1] if begun and len(known) > 1 else known)
+        if pending and len(intact) < len(wanted):
+            msg = f"round {pending[0]} was begun, and the weights that it began with are torn"
+            raise StateError(msg)
+        return Attempt(
+            f"what it kept in {self._folder.fast} at version {said['version']}"
+            + (f", round {pending[0]} begun" if pending else ""),
+            identities,
+            lambda: self._load(said, known, intact),
+        )
+
+    @property
+    def _weights_which(self) -> int:
+        return self._which if self._twice else 0
+
+    def _identity(
+        self, server: int, entry: Sequence[Any], records: Sequence[Record], intact: dict[int, int]
+    ) -> Identity:
+        run_id, lineage, resolved, version = entry
+        owned = [k for k, owner in enumerate(self._plan.layout.owners) if owner == server]
+        if any(records[shard].number > version for shard in owned):
+            msg = f"a shard is of a later round than version {version}"
+            raise StateError(msg)
+        return Identity(
+            run_id,
+            lineage,
+            resolved,
+            version,
+            {shard: intact[shard] for shard in owned if shard in intact},
+            self._pending(version, owned, records),
+        )
+
+    def _pending(
+        self, number: int, owned: Sequence[int], records: Sequence[Record]
+    ) -> Pending | None:
+        begun = [shard for shard in owned if records[shard].number == number]
+        spoken = [k for k in begun if records[k].payload_bytes or records[k].stage == Stage.SKIPPED]
+        silent, rate, weight = self._slots.silent
+        if silent == number:
+            due = self._plan.due_shards(number)
+            skipped = frozenset(k for k in owned if k in due and self._plan.pushes(k))
+            return Pending(number, rate, weight, skipped=skipped, silent=True)
+        if not spoken:
+            return None
+        first = records[spoken[0]]
+        pushed = {
+            shard: Kept(self._slots.payload(shard, records[shard]), records[shard].codec)
+            for shard in spoken
+            if records[shard].payload_bytes
+        }
+        skipped = frozenset(spoken).difference(pushed)
+        return Pending(number, first.rate, first.weight, pushed, skipped)
+
+    def _check_counts(self, records: Sequence[Record]) -> None:
+        try:
+            self._compressor.check_recall({k: _counts_of(each) for k, each in enumerate(records)})
+        except UsageError as error:
+            raise StateError(str(error)) from error
+
+    def _load(
+        self, said: dict[str, Any], records: Sequence[Record], intact: Mapping[int, int]
+    ) -> None:
+        """Put it all in its place, but for what is to be done last: see `load_script`.
+
+        What was said already is as it was before: the round is gone through once more.
+        """
+        begun, first = {}, {}
+        for shard, entry in self._by_shard(said["identities"]):
+            record = first[shard] = records[shard]
+            if record.number != entry[3]:
+                continue
+            begun[shard] = record
+            before = self._slots.record_before(shard)
+            if before is not None and before.number < record.number:
+                first[shard] = before
+            if record.stage == Stage.SETTLED:
+                self.settled.add(shard)
+            if record.stage == Stage.WAITS:
+                self.waiting.add(shard)
+        self._begun = begun
+        self._restore(first)
+        for shard in intact:
+            self._load_weights(shard)
+        self._found = said
+        self.resumed = True
+
+    def take_said(self) -> None:
+        """What the process before this one has said is said now: be as it was after that."""
+        begun, self._begun = self._begun, {}
+        if begun:
+            self._restore(begun)
+
+    def _restore(self, records: Mapping[int, Record]) -> None:
+        self._slots.restore(records)
+        self._compressor.recall({k: _counts_of(each) for k, each in sorted(records.items())})
+
+    def _by_shard(self, entries: Sequence[Any]) -> Iterable[tuple[int, Any]]:
+        return ((shard, entries[owner]) for shard, owner in enumerate(self._plan.layout.owners))
+
+    def _load_weights(self, shard: int) -> None:
+        numel = self._shards[shard].numel
+        planes = self._slots.weights(shard, self._weights_which)[1].reshape(-1, numel)
+        at = 0
+        for segment in self._table.weights(shard):
+            segment[:] = planes[0, at : at + segment.size]
+            at += segment.size
+        rule = self._decoder.rule
+        if rule is not None:
+            for plane, name in zip(planes[1:], self._decoder.shared, strict=True):
+                rule.of(name, shard)[:] = plane
+
+    @torch.no_grad()
+    def load_script(self) -> None:
+        """Last of all: the model's own tensors, the user's optimizer, the random numbers."""
+        if not self.resumed:
+            return
+        kept = self._found["model"]
+        for name, tensor in self._own_tensors():
+            if name in kept and tensor.shape == kept[name].shape:
+                tensor.copy_(kept[name])
+            else:
+                msg = f"{name!r} of the model is not among what was kept: its value is a new one"
+                _log.warning("%s", msg)
+        if self._averaging is not None:
+            self._averaging.load_state(self._found["optimizer"])
+        set_random_state(self._found["chance"])
+
+    def keep(self, name: str, save: Save, load: Load) -> None:
+        """Keep something of the script's, and give it back if there was one before.
+
+        Raises:
+            UsageError: the name is taken, or what `save` returns cannot be kept.
+        """
+        if name in self._script:
+            msg = f"keep: {name!r} is kept already: give it another name"
+            raise UsageError(msg)
+        self._script[name] = (save, load)
+        kept = self._found.get("script", {})
+        if name in kept:
+            load(kept[name])
+        else:
+            pack(save(), name)  # what cannot be kept is refused here, and not after a round
+
+    # ---- the end
+
+    def close(self, *, done: bool) -> None:
+        """Leave what is kept to the next process, or to nobody if the job is done."""
+        if not self._files:
+            return  # it was closed before
+        while self._files:
+            os.close(self._files.pop())
+        self._slots.close()
+        try:
+            if done:
+                self._folder.remove()
+            else:
+                self._folder.park()
+        finally:
+            self._folder.close()
+
+
+def _counts_of(record: Record) -> ShardCounts:
+    return ShardCounts(
+        steps=record.steps,
+        moments=record.moments,
+        rule=record.rule,
+        codec=record.codec,
+        has_residual=record.has_residual,
+        told=record.told,
+    )
