@@ -54,8 +54,8 @@ results: $(STAMP) ## train every recipe on three tasks, write docs/results.md (m
 theory: $(STAMP) ## show what theory says on small problems, write docs/theory.md's numbers and pictures (2 minutes)
 	@$(BIN)/python bench/theory.py $(THEORY)
 
-gan: $(STAMP) ## train the games of examples/gan and write docs/gan.md (half an hour)
-	$(BIN)/python bench/gan.py
+gan: $(STAMP) ## train the games of examples/gan and write docs/gan.md (half an hour; GAN="--only ring")
+	$(BIN)/python bench/gan.py $(GAN)
 
 fuzz: $(STAMP) ## fuzz native decoders (FUZZ_SECONDS=600, needs clang), then all that parses (10 minutes more)
 	@$(BIN)/python tests/fuzz/fuzz.py --seconds $(or $(FUZZ_SECONDS),600)

@@ -1,7 +1,7 @@
 """Trains the two games of examples/gan through real processes and writes docs/gan.md.
 
-    python bench/gan.py                 about an hour on two cores; `make gan`
-    python bench/gan.py --only ring     the ring alone; the page is made of what is there
+    python bench/gan.py                 half an hour on two cores; `make gan`
+    python bench/gan.py --only ring     the ring alone: the other game's table and picture stay
 
 Each cell (game, method, rate, seed) is one server with its workers, started by `psq launch`. What
 its rank 0 measured is kept as JSON under runs/gan/, and cells already there are not trained again.
@@ -238,7 +238,7 @@ def draw_images(path: Path) -> None:
             words = f"{cell.method.name}\nstep {at['step']:,}: {at['distance']:.0f}"
             grids.append((words, pictures))
     rows = -(-len(grids) // 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(9.0, 3.3 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, 3, figsize=(9.0, 3.5 * rows), squeeze=False)
     for place in axes.flat:
         place.axis("off")
     for place, (words, pictures) in zip(axes.flat, grids, strict=False):
@@ -250,13 +250,16 @@ def draw_images(path: Path) -> None:
     plt.close(figure)
 
 
-def write_page() -> None:
+def write_page(only: str | None) -> None:
+    """The tables and pictures of one game, or of both."""
     page = PAGE.read_text(encoding="utf-8")
-    page = filled(page, "ring", ring_table())
-    page = filled(page, "images", images_table())
+    if only in (None, "ring"):
+        page = filled(page, "ring", ring_table())
+        draw_ring(PAGE.with_name("gan-ring.png"))
+    if only in (None, "images"):
+        page = filled(page, "images", images_table())
+        draw_images(PAGE.with_name("gan-images.png"))
     PAGE.write_text(page, encoding="utf-8")
-    draw_ring(PAGE.with_name("gan-ring.png"))
-    draw_images(PAGE.with_name("gan-images.png"))
 
 
 def main() -> None:
@@ -267,7 +270,7 @@ def main() -> None:
     for cell in (*RING, *IMAGES):
         if given.only in (None, cell.game) and not given.page:
             train(cell)
-    write_page()
+    write_page(given.only)
 
 
 if __name__ == "__main__":

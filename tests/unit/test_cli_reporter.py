@@ -91,6 +91,7 @@ def test_a_step_that_was_not_applied_is_counted_by_its_reason():
     assert (said[-1].skipped, said[-1].rejected, said[-1].loss) == (1, 0, None)
     reporter.step(Step(applied=False, reason="the server refused shards 0"), None, 1)
     reporter.step(Step(applied=False, reason="local"), None, 1)
+    reporter.step(Step(applied=False, reason="sat out"), None, 1)
     reporter.step(Step(), None, 1)
     assert (said[-1].skipped, said[-1].rejected) == (1, 1)
     assert (reporter.summary().skipped, reporter.summary().rejected) == (1, 1)

@@ -145,6 +145,14 @@ def test_the_report_has_every_step_score_and_the_result(task, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(("lr", "warns"), [(None, True), (0.1, False)])
+def test_a_recipe_without_adam_at_the_tasks_rate_is_warned_of_on_stderr(task, capsys, lr, warns):
+    told = WorkerConfig(task=task, steps=1, batch_size=4, lr=lr, recipe="ef-sgd")
+    run_simulate(told, SimulateConfig(workers=2, alone=True))
+    said = capsys.readouterr().err
+    assert ("what recipe ef-sgd wants: SGD's own learning rate" in said) is warns
+
+
 def test_the_table_has_both_columns_or_dashes(task, capsys):
     run(task)
     shown = capsys.readouterr().out

@@ -11,10 +11,10 @@ from psq.codec import get_codec
 from psq.config import WorkerConfig
 from psq.errors import ConfigError
 from psq.plan import Plan
-from psq.presets import asked_recipe
+from psq.presets import asked_recipe, find_preset
 from psq.recipe import Recipe
 
-__all__ = ["check_comparison", "check_job", "recipe_of", "takes_adams_rate"]
+__all__ = ["check_comparison", "check_job", "rate_warning", "recipe_of", "takes_adams_rate"]
 
 
 def recipe_of(told: WorkerConfig) -> Recipe:
@@ -63,3 +63,11 @@ def takes_adams_rate(recipe: Recipe) -> bool:
     The rates of others, from votes to SGD, differ by orders of magnitude.
     """
     return recipe.adam is not None or recipe.apply.kind == "return"
+
+
+def rate_warning(told: WorkerConfig, recipe: Recipe, rate: float) -> str:
+    """That a task's own learning rate is Adam's, where the recipe is none of Adam's; else empty."""
+    if told.lr is not None or takes_adams_rate(recipe):
+        return ""
+    wants = find_preset(told.recipe).suggested
+    return f"lr: {rate:g} is the task's, for Adam; what recipe {recipe.name} wants: {wants}"

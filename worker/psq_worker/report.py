@@ -38,7 +38,7 @@ PHASE_WORDS: Final = {
     "compute": "forward and backward",
     "encode": "quantize and pack",
     "wire": "send, wait for others, receive",
-    "server": "decode, average, Adam, encode",
+    "server": "decode, aggregate, apply, encode",
     "decode": "unpack and apply",
 }
 
@@ -121,7 +121,7 @@ def _sections(first: Summary) -> list[list[tuple[str, Cell]]]:
     if first["skipped"]:
         size.insert(1, ("pushes skipped, not finite", lambda s: f"{s['skipped']:,}"))
     if first["rejected"]:
-        size.insert(1, ("pushes rejected, said again", lambda s: f"{s['rejected']:,}"))
+        size.insert(1, ("pushes rejected by the server", lambda s: f"{s['rejected']:,}"))
     return [scores, wire, phases, size]
 
 

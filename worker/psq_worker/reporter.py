@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from psq.torch import LOCAL
+from psq.torch import LOCAL, SAT_OUT
 from psq_worker.events import PHASES, Evaluation, Event, Progress, Started, Summary
 
 __all__ = ["Reporter", "StepNumbers"]
@@ -129,8 +129,8 @@ class Reporter:
         totals.payload_bytes += numbers.payload_bytes
         totals.said_numel += numbers.said_numel
         totals.skipped += bool(numbers.left_out)
-        counts = numbers.applied or numbers.reason == LOCAL
-        totals.rejected += not counts and not numbers.left_out
+        refused = not numbers.applied and numbers.reason not in {LOCAL, SAT_OUT}
+        totals.rejected += refused and not numbers.left_out
         totals.staleness_sum += numbers.staleness
         totals.staleness_max = max(totals.staleness_max, numbers.staleness)
         if loss is not None and math.isfinite(loss):

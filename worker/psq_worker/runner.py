@@ -27,7 +27,6 @@ import psq.torch
 from psq import kernels
 from psq.adam_text import parse_adam
 from psq.config import Given, WorkerConfig, use_given
-from psq.presets import find_preset
 from psq.recipe import AdamConfig, Recipe
 from psq.theory import privacy_words, recipe_release, schedule_warning
 from psq.torch.decoder import RETURN
@@ -37,7 +36,7 @@ from psq_worker.board import Board
 from psq_worker.events import Evaluation, Event, Progress, Started, Summary, format_event
 from psq_worker.job import Job, Record, job_for
 from psq_worker.loop import Stepper, train
-from psq_worker.recipes import recipe_of, takes_adams_rate
+from psq_worker.recipes import rate_warning, recipe_of
 from psq_worker.reporter import Reporter
 from psq_worker.tasks import Task, find_task
 
@@ -234,10 +233,10 @@ def _say_privacy(recipe: Recipe, steps: int, when: str) -> None:
 
 
 def _say_rate(config: WorkerConfig, recipe: Recipe, job: Job) -> None:
-    """That a task's own learning rate is Adam's, where the recipe is none of Adam's."""
-    if config.lr is None and not takes_adams_rate(recipe) and config.rank == 0:
-        words = "lr: %g is the task's, for Adam; what recipe %s wants: %s"
-        _log.warning(words, job.lr, recipe.name, find_preset(config.recipe).suggested)
+    """That the rate may be none for this recipe; once, by rank 0."""
+    warning = rate_warning(config, recipe, job.lr) if config.rank == 0 else ""
+    if warning:
+        _log.warning("%s", warning)
 
 
 def _description(task: Task) -> str:

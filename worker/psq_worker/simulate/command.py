@@ -18,6 +18,7 @@ from psq.config import SimulateConfig, WorkerConfig
 from psq.errors import StateError
 from psq_worker.board import metric_words
 from psq_worker.display import format_score
+from psq_worker.recipes import rate_warning, recipe_of
 from psq_worker.simulate.cluster import SimResult, dense_usage, simulate
 from psq_worker.simulate.config import SimConfig
 from psq_worker.simulate.report import (
@@ -31,7 +32,7 @@ from psq_worker.simulate.report import (
 )
 from psq_worker.simulate.settings import config_of
 from psq_worker.simulate.trace import Point, Score, Usage
-from psq_worker.tasks import find_task
+from psq_worker.tasks import find_task, job_defaults
 
 __all__ = ["run_simulate"]
 
@@ -52,6 +53,7 @@ def run_simulate(told: WorkerConfig, wanted: SimulateConfig) -> None:
     console = Console(stderr=True)
     with _quiet_log(), _lines(wanted.save_report) as lines, _Progress(console) as progress:
         _write(lines, opening(config, task.name))
+        progress.warn(rate_warning(told, recipe_of(told), job_defaults(task).lr))
         result = _run(config, progress, lines)
         dense = None
         if not wanted.alone:
@@ -115,6 +117,11 @@ class _Progress:
         if metric in score.scores:
             shown = format_score(metric, score.scores[metric])
             self._score = f"  {metric_words(metric)} {shown} at step {score.step}"
+
+    def warn(self, words: str) -> None:
+        """Show this, if it is anything, on a line that stays."""
+        if words:
+            self._console.print(f"WARNING {words}", highlight=False, soft_wrap=True)
 
     def say(self, words: str) -> None:
         """Show this."""
