@@ -29,6 +29,7 @@ __all__ = [
     "EXIT_ORPHANED",
     "ORPHAN_GRACE_S",
     "PARENT_FD_ENV",
+    "has_parent",
     "keep_freed_memory",
     "watch_parent",
 ]
@@ -36,6 +37,7 @@ __all__ = [
 PARENT_FD_ENV: Final = "PSQ_PARENT_FD"
 ORPHAN_GRACE_S: Final = 2.0
 EXIT_ORPHANED: Final = 128 + signal.SIGTERM
+_WATCHER: Final = "psq-parent"
 _PR_SET_PDEATHSIG: Final = 1
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -73,11 +75,14 @@ def watch_parent(environ: MutableMapping[str, str] | None = None) -> bool:
         )
         raise ConfigError(msg) from error
     _ask_kernel()
-    thread = threading.Thread(
-        target=_wait_for_end, args=(parent_fd,), name="psq-parent", daemon=True
-    )
+    thread = threading.Thread(target=_wait_for_end, args=(parent_fd,), name=_WATCHER, daemon=True)
     thread.start()
     return True
+
+
+def has_parent() -> bool:
+    """Whether `watch_parent` found a parent that this process must not outlive."""
+    return any(thread.name == _WATCHER for thread in threading.enumerate())
 
 
 def keep_freed_memory() -> bool:

@@ -9,18 +9,23 @@
 observer(worker, report, loss, samples).
 """
 
+from psq.torch.drain import Drained, drain_on_sigterm
 from psq.torch.groups import Group
 from psq.torch.optimizer import Optimizer
 from psq.torch.report import LOCAL, SAT_OUT, StepReport
+from psq.torch.sampler import ElasticSampler
 from psq.torch.worker import Worker, close_workers, observers
 
 __all__ = [
     "LOCAL",
     "SAT_OUT",
+    "Drained",
+    "ElasticSampler",
     "Group",
     "Optimizer",
     "StepReport",
     "Worker",
     "close_workers",
+    "drain_on_sigterm",
     "observers",
 ]

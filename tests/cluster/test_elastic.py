@@ -6,8 +6,10 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +85,125 @@ def test_rounds_go_on_without_a_killed_worker_and_with_it_when_it_comes_back(clu
     said = stop(host, workers)
     assert said["evicted"] == 1
     assert said["joins"] == SIZE + 1
+
+
+# ---- data that are handed out
+
+TRAIN = Path(__file__).resolve().parents[2] / "examples" / "elastic" / "train.py"
+
+
+def hand_out(cluster, host, rank, *options, **settings):
+    """A worker of the example, which writes down what it has visited."""
+    named = {f"PSQ_{name.upper()}": value for name, value in settings.items()}
+    visits = cluster.folder / f"visits.{rank}"
+    words = ("--visits", str(visits), *options)
+    return cluster.worker(
+        rank, host.endpoint, *words, script=TRAIN, PSQ_WORLD_SIZE=str(SIZE), **named
+    )
+
+
+def visited(cluster) -> dict[int, list[int]]:
+    """Of each epoch all indices that were computed from and counted, as the workers know it."""
+    seen: dict[int, list[int]] = {}
+    for path in cluster.folder.glob("visits.*"):
+        for line in path.read_text().splitlines():
+            epoch, applied, indices = json.loads(line)
+            if applied:
+                seen.setdefault(epoch, []).extend(indices)
+    return seen
+
+
+@pytest.mark.parametrize("consistency", RULES)
+def test_every_index_is_visited_once_an_epoch(cluster, consistency):
+    size = 300
+    host = cluster.server("--world-size", str(SIZE), "--min-workers", "1")
+    words = ("--size", str(size), "--batch", "7", "--epochs", "2")
+    workers = [
+        hand_out(cluster, host, rank, *words, consistency=consistency) for rank in range(SIZE)
+    ]
+    assert [each.wait() for each in workers] == [0] * SIZE
+    assert host.wait() == 0
+    seen = visited(cluster)
+    assert {epoch: sorted(indices) for epoch, indices in seen.items()} == {
+        epoch: list(range(size)) for epoch in range(2)
+    }
+    assert seen[0] != seen[1], "each epoch has an order of its own"
+
+
+# ---- hanging
+
+
+def test_rounds_go_on_without_a_worker_that_hangs_and_with_it_when_it_wakes(cluster):
+    lease_s = 2.0
+    host, workers = start(cluster, "--lease", str(lease_s))
+    for each in workers:
+        wait_steps(each, 2)
+    os.kill(workers[1].pid, signal.SIGSTOP)
+    try:
+        for each in (workers[0], workers[2]):
+            assert wait_steps(each, 3) < lease_s + 1.0 + SLACK_S
+        host.wait_line(r"event=evicted rank=1 .*connected=1", err=True)
+    finally:
+        os.kill(workers[1].pid, signal.SIGCONT)
+    host.wait_line(r"event=returned rank=1", err=True)
+    for each in workers:
+        wait_steps(each, 3)
+    said = stop(host, workers)
+    assert said["evicted"] == 1
+    assert said["joins"] == SIZE, "it never joined again: its connection was there all the time"
+
+
+def test_without_min_workers_a_killed_worker_is_waited_for_by_name(cluster):
+    host = cluster.server("--world-size", "2", "--lease", "1")
+    workers = [worker(cluster, host, rank, size=2) for rank in range(2)]
+    for each in workers:
+        wait_steps(each, 2)
+    os.kill(workers[1].pid, signal.SIGKILL)
+    workers[0].wait_line(r"waiting for rank 1", err=True)
+    assert not logged(host, "evicted")
+    workers[1] = worker(cluster, host, 1, size=2)
+    wait_steps(workers[0], 3)
+
+
+# ---- leaving
+
+
+def test_sigterm_lets_a_worker_end_its_step_and_leave(cluster):
+    host = cluster.server("--world-size", "2", "--min-workers", "1", "--json")
+    script = cluster.folder / "endless.py"
+    script.write_text(ENDLESS)
+    words = ("--world-size", "2", "--connect", host.endpoint)
+    workers = [
+        cluster.command(sys.executable, "-m", "psq_worker", "--rank", str(rank), *words, script)
+        for rank in range(2)
+    ]
+    for each in workers:
+        each.wait_line("^step 3$")
+    workers[1].signal(signal.SIGTERM)
+    assert workers[1].wait() == 0
+    host.wait_line(r"event=left rank=1 reason=interrupted", err=True)
+    begun = re.findall(r"^begin (\d+)$", workers[1].out(), re.MULTILINE)
+    [version] = re.findall(r"^version (\d+)$", workers[1].out(), re.MULTILINE)
+    assert int(version) == int(begun[-1]) + 1, "the step that it was at is over"
+    wait_steps(workers[0], 3)
+    said = stop(host, workers[:1])
+    assert said["evicted"] == 0
+
+
+ENDLESS = """
+import itertools
+import torch
+import psq.torch
+
+model = torch.nn.Linear(10, 2)
+ps = psq.torch.Worker(model)
+try:
+    for count in itertools.count():
+        print("begin", ps.version, flush=True)
+        model(torch.ones(4, 10)).sum().backward()
+        torch.sin(torch.ones(1_000_000)).sum()
+        ps.step()
+        print("step", count, flush=True)
+finally:
+    print("version", ps.version, flush=True)
+"""

@@ -143,7 +143,7 @@ def test_a_worker_in_the_place_of_a_dead_one_makes_the_steps_that_are_left(clust
 
 @pytest.mark.parametrize(
     ("number", "code", "reason"),
-    [(signal.SIGTERM, 143, "interrupted"), (signal.SIGINT, 130, "interrupted")],
+    [(signal.SIGTERM, 0, "interrupted"), (signal.SIGINT, 130, "interrupted")],
 )
 def test_a_worker_that_is_told_to_end_says_so_to_the_server(cluster, work, number, code, reason):
     server = cluster.server()

@@ -17,8 +17,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Final, Literal, NoReturn
+from types import TracebackType
+from typing import Any, Final, Literal
 
 import click
 import torch
@@ -27,9 +27,11 @@ import psq.torch
 from psq import kernels
 from psq.adam_text import parse_adam
 from psq.config import Given, WorkerConfig, use_given
+from psq.process import has_parent
 from psq.recipe import AdamConfig, Recipe
 from psq.theory import privacy_words, recipe_release, schedule_warning
 from psq.torch.decoder import RETURN
+from psq.torch.drain import DRAIN_S
 from psq_worker.averaged import AdamSteps, own_adam
 from psq_worker.baseline import PlainAdam
 from psq_worker.board import Board
@@ -44,6 +46,8 @@ __all__ = ["run_baseline", "run_script", "run_task"]
 
 TEXT_EVERY_S: Final = 5.0
 JSON_EVERY_S: Final = 0.2
+LAUNCHED_DRAIN_S: Final = 0.6
+"""A launcher that ends its children has no more time for them (`children.STOP_GRACE_S`)."""
 _log = logging.getLogger("psq.worker")
 BASELINE_RECIPE: Final = "plain torch Adam, one process"
 
@@ -289,7 +293,7 @@ def _every_s(config: WorkerConfig) -> float:
 def _process(config: WorkerConfig) -> Iterator[Emit]:
     """Log to stderr, end politely on SIGTERM, and leave the job in any case."""
     _log_to_stderr()
-    signal.signal(signal.SIGTERM, _end_politely)
+    psq.torch.drain_on_sigterm(LAUNCHED_DRAIN_S if has_parent() else DRAIN_S)
     try:
         yield _emitter(config)
     except BaseException as error:
@@ -312,6 +316,8 @@ def _show_from(
 def _reason_of(error: BaseException) -> tuple[Literal["done", "error", "interrupted"], str]:
     """Why a process leaves its job, and the words that go with it."""
     match error:
+        case psq.torch.Drained():
+            return "interrupted", "SIGTERM"
         case SystemExit(code=None | 0):
             return "done", ""
         case SystemExit(code=code) if code == 128 + signal.SIGTERM:
@@ -319,13 +325,6 @@ def _reason_of(error: BaseException) -> tuple[Literal["done", "error", "interrup
         case KeyboardInterrupt():
             return "interrupted", "Ctrl-C"
     return "error", f"{type(error).__name__}: {error}"
-
-
-def _end_politely(number: int, frame: FrameType | None) -> NoReturn:
-    """The first SIGTERM lets the workers leave; a second one ends the process at once."""
-    del frame
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    raise SystemExit(128 + number)
 
 
 def _log_to_stderr() -> None:

@@ -1,0 +1,114 @@
+"""What SIGTERM does to a worker, without a server: the steps are made up."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+import psq.torch.drain as module
+from psq.errors import ConfigError
+from psq.torch import LOCAL, StepReport, drain_on_sigterm, observers
+from psq.torch.drain import Drained
+
+WAIT_S = 10.0
+
+
+class Made(module.Worker):
+    """As much of a worker as is asked for."""
+
+    def __init__(self, version=0):
+        self._version = version
+
+    version = property(lambda self: self._version)
+    in_this_process = property(lambda _: True)
+
+    def close(self, reason="done", text=""):
+        """Nothing is open."""
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The workers of this process; signals and observers are as before afterwards."""
+    made = []
+    monkeypatch.setattr(module, "opened", made)
+    before, heard = signal.getsignal(signal.SIGTERM), list(observers)
+    yield made
+    signal.signal(signal.SIGTERM, before)
+    observers[:] = heard
+
+
+def term():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def step(reason=""):
+    for observer in tuple(observers):
+        observer(Made(), StepReport(1, 1, applied=True, reason=reason), None, 0)
+
+
+def test_the_step_ends_and_then_the_program(opened):
+    opened.append(Made())
+    drain_on_sigterm()
+    term()
+    with pytest.raises(Drained) as ended:
+        step()
+    assert ended.value.code == 0
+
+
+def test_a_local_step_is_not_the_end_of_a_round(opened):
+    opened.append(Made())
+    drain_on_sigterm()
+    term()
+    step(LOCAL)
+    with pytest.raises(Drained):
+        step()
+
+
+def test_a_step_that_takes_too_long_is_given_up(opened):
+    opened.append(Made())
+    drain_on_sigterm(0.01)
+    term()
+    with pytest.raises(Drained):
+        threading.Event().wait(WAIT_S)
+
+
+def test_a_second_signal_ends_the_program_at_once(opened):
+    opened.append(Made())
+    drain_on_sigterm()
+    term()
+    with pytest.raises(SystemExit) as ended:
+        term()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_without_a_worker_there_is_nothing_to_end(opened):
+    assert not opened
+    drain_on_sigterm()
+    with pytest.raises(SystemExit) as ended:
+        term()
+    assert ended.value.code == 128 + signal.SIGTERM
+
+
+def test_a_worker_that_has_not_joined_yet_leaves_at_once(opened):
+    opened.append(Made(version=-1))
+    drain_on_sigterm()
+    with pytest.raises(Drained):
+        term()
+
+
+def test_only_the_main_thread_can_ask_for_it():
+    said = []
+
+    def ask():
+        try:
+            drain_on_sigterm()
+        except ConfigError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert "main thread" in said[0]
