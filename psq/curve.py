@@ -137,7 +137,9 @@ class Doorman:
         self._folder = folder
         self._note = note
         self.refused = 0
+        self._touched_ns = _touched_ns(folder)
         self._seen = _signature(folder)
+        self._changed = False
         self.authorized, _ = read_authorized(folder)
         self._due_s = time.monotonic() + RELOAD_S
         self.socket = context.socket(zmq.REP)
@@ -152,32 +154,39 @@ class Doorman:
             except zmq.Again:
                 return
             reply, refused, where = decide(request, self.authorized)
+            if refused and _touched_ns(self._folder) != self._touched_ns:
+                self._look()  # the key may have been added this moment
+                reply, refused, where = decide(request, self.authorized)
             self.socket.send_multipart(reply)
             if refused:
                 self.refused += 1
                 self._note(f"a key that is not in {AUTHORIZED} was refused, from {where}")
 
     def reload(self, now_s: float) -> bool:
-        """Look at the folder again when it is time; whether who is let in has changed."""
-        if now_s < self._due_s:
-            return False
-        self._due_s = now_s + RELOAD_S
+        """Look at the folder again when it is time; whether who is let in has changed since."""
+        if now_s >= self._due_s:
+            self._due_s = now_s + RELOAD_S
+            self._look()
+        changed, self._changed = self._changed, False
+        return changed
+
+    def _look(self) -> None:
+        self._touched_ns = _touched_ns(self._folder)
         seen = _signature(self._folder)
         if seen == self._seen:
-            return False
+            return
         self._seen = seen
         try:
             authorized, faults = read_authorized(self._folder)
         except ConfigError as error:
             self._note(f"who is let in stays as it was: {error}")
-            return False
+            return
         for fault in faults:
             self._note(fault)
-        changed = authorized != self.authorized
-        if changed:
+        if authorized != self.authorized:
             self._note(_changes(self.authorized, authorized))
+            self._changed = True
         self.authorized = authorized
-        return changed
 
     def close(self) -> None:
         """Go; whoever knocks from now on is refused."""
@@ -190,6 +199,14 @@ def _changes(before: Mapping[str, Authorized], after: Mapping[str, Authorized]) 
     return (
         f"{AUTHORIZED} has changed: in {', '.join(come) or 'none'}; out {', '.join(gone) or 'none'}"
     )
+
+
+def _touched_ns(folder: Path) -> int:
+    """When a file was last added or removed; cheap, for every stranger has it looked up."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _signature(folder: Path) -> tuple[tuple[str, int, int, int], ...]:

@@ -6,6 +6,7 @@ hears of it, and `wait` raises. See `psq.link`.
 
 from __future__ import annotations
 
+import socket
 import struct
 from collections.abc import Collection, Iterator, Sequence
 from typing import Final
@@ -19,7 +20,13 @@ from psq.link_base import DRAIN_LIMIT, WORKER_LINGER_S, Buffer, Link, make_conte
 
 __all__ = ["WorkerLink", "WorkerLinks"]
 
-_MISMATCH: Final = 0x11000002  # ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
+_ASKED_AT: Final = frozenset({1, 4, 16, 64})
+"""After how many failed handshakes in a row a server is asked what it speaks."""
+_GREETING_S: Final = 0.5
+_GREETING_BYTES: Final = 64
+_MECHANISM: Final = slice(12, 32)
+_ENCRYPTED: Final = "CURVE"
+_PLAIN: Final = "NULL"
 _EVENT_HEAD: Final = struct.Struct("=Hi")
 _EVENTS: Final = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -106,6 +113,16 @@ class WorkerLink(Link):
                 self._poller.modify(self._socket, zmq.POLLIN)
             self.check()
 
+    @property
+    def hint(self) -> str:
+        """What may be wrong while nobody answers, in words that go behind the server's name."""
+        if self._keys is None or not self.failures:
+            return ""
+        return (
+            f" (handshakes failed: {self.failures}; is the key that {self._keys.path.parent} has "
+            "of the server still the server's?)"
+        )
+
     def check(self) -> None:
         """Look whether the server has turned this worker away; raises as `wait`."""
         while not self._ears.closed:
@@ -113,11 +130,11 @@ class WorkerLink(Link):
                 head, _ = self._ears.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 break
-            self._hear(*_EVENT_HEAD.unpack_from(head))
+            self._hear(_EVENT_HEAD.unpack_from(head)[0])
         if self._refusal:
             raise RefusedError(self._refusal)
 
-    def _hear(self, event: int, value: int) -> None:
+    def _hear(self, event: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self.failures = 0
             return
@@ -128,13 +145,23 @@ class WorkerLink(Link):
                 f"fingerprint {fingerprint(self._keys.own.public)}): it is not, or no longer, "
                 "among the server's authorized_workers; psq keys list shows who is"
             )
-        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == _MISMATCH:
+        elif self.failures in _ASKED_AT:
+            self._compare(_mechanism(self.endpoint))
+
+    def _compare(self, theirs: str) -> None:
+        """Whether one has keys and the other has not, which no waiting cures.
+
+        libzmq's own word for it is often lost: whoever notices first hangs up on the other.
+        """
+        if theirs == _ENCRYPTED and self._keys is None:
             self._refusal = (
-                f"server {self.endpoint} wants keys and this worker has none: give it its own "
-                "with --keys, which psq keygen makes"
-                if self._keys is None
-                else f"server {self.endpoint} speaks plaintext and this worker has keys: start it "
-                "with --keys as well, or it is not the server that is meant"
+                f"server {self.endpoint} wants keys and this worker has none: give it its own with "
+                "--keys, which psq keygen makes"
+            )
+        elif theirs == _PLAIN and self._keys is not None:
+            self._refusal = (
+                f"server {self.endpoint} speaks plaintext and this worker has keys: start it with "
+                "--keys as well, or it is not the server that is meant"
             )
 
     def _shut(self, linger_s: float | None) -> None:
@@ -155,6 +182,23 @@ class WorkerLink(Link):
                 return
             if frame is not None:
                 yield frame.buffer
+
+
+def _mechanism(endpoint: str) -> str:
+    """What the greeting of whoever listens there says of encryption; empty if nobody greets.
+
+    The first words of ZMTP 3 are enough to be told: signature and version.
+    """
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    got = b""
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _GREETING_S) as asked:
+            asked.sendall(b"\xff" + bytes(8) + b"\x7f\x03")
+            while len(got) < _GREETING_BYTES and (more := asked.recv(_GREETING_BYTES)):
+                got += more
+    except (OSError, ValueError):
+        return ""
+    return got[_MECHANISM].rstrip(b"\0").decode(errors="replace")
 
 
 class WorkerLinks:
@@ -189,8 +233,8 @@ class WorkerLinks:
             self.links = tuple(links)
             if len(links) < len(endpoints):
                 self.close(0.0)
-        for socket in self._index:
-            self._poller.register(socket, zmq.POLLIN)
+        for dealer in self._index:
+            self._poller.register(dealer, zmq.POLLIN)
         self._ears = {link._ears: link for link in links}  # noqa: SLF001 - as above
         for ears in self._ears:
             self._poller.register(ears, zmq.POLLIN)
@@ -209,19 +253,19 @@ class WorkerLinks:
         Raises:
             RefusedError: as `WorkerLink.wait`.
         """
-        sockets = [self.links[index]._socket for index in room]  # noqa: SLF001 - see above
-        for socket in sockets:
-            self._poller.modify(socket, zmq.POLLIN | zmq.POLLOUT)
+        dealers = [self.links[index]._socket for index in room]  # noqa: SLF001 - see above
+        for dealer in dealers:
+            self._poller.modify(dealer, zmq.POLLIN | zmq.POLLOUT)
         try:
             ready = self._poller.poll(poll_ms(timeout_s))
         finally:
-            for socket in sockets:
-                self._poller.modify(socket, zmq.POLLIN)
-        readable = [socket for socket, event in ready if event & zmq.POLLIN]
-        for socket in readable:
-            if socket in self._ears:
-                self._ears[socket].check()
-        return [self._index[socket] for socket in readable if socket in self._index]
+            for dealer in dealers:
+                self._poller.modify(dealer, zmq.POLLIN)
+        readable = [one for one, event in ready if event & zmq.POLLIN]
+        for one in readable:
+            if one in self._ears:
+                self._ears[one].check()
+        return [self._index[one] for one in readable if one in self._index]
 
     def close(self, linger_s: float | None = None) -> None:
         """Close all; what is queued has up to `linger_s` (default: their own) to leave.

@@ -470,7 +470,7 @@ class Client:
         """Whom this worker waits for, in words."""
         if len(self._channels) == 1:
             [only] = self._channels
-            return only.machine.waited_for() or f"server {only.link.endpoint}"
+            return only.machine.waited_for() or f"server {only.link.endpoint}{only.link.hint}"
         open_ = [each for each in self._channels if not each.machine.at_rest]
         words = [
             f"{each.name}: {each.machine.waited_for()}".removesuffix(": ")

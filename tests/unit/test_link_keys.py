@@ -201,7 +201,6 @@ def _at_once(monkeypatch):
     monkeypatch.setattr(curve, "RELOAD_S", 0.0)
 
 
-@pytest.mark.usefixtures("_at_once")
 def test_a_key_that_is_added_is_let_in_without_a_restart(server, place):
     with WorkerLink(server.endpoint, keys=place.worker(1)) as worker:
         [(_, _, key)] = say(server, worker, b"hello")
