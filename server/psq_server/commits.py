@@ -30,8 +30,9 @@ from psq_server.weights import Weights
 
 __all__ = ["STOP_S", "Answer", "Commits"]
 
-STOP_S: Final = 8.0
-"""How long the end of the process waits for the disk."""
+STOP_S: Final = 5.5
+"""How long the end of the process waits for the disk: with the end of a round (2 s), the farewell
+(1.2 s) and the threads it is 10 s at most."""
 
 Answer: TypeAlias = Durable | Blocked | Checkpointed
 """What the state machine is told of the disk."""

@@ -23,6 +23,7 @@ from typing import Any, Final, TypeAlias
 
 from psq.durable import (
     Journal,
+    JournalFullError,
     JournalReader,
     StateDirectory,
     prune_journal,
@@ -41,7 +42,8 @@ RETRY_S: Final = 1.0
 ROOM_S: Final = 60.0
 """How long an append waits for the disk to catch up before the server ends."""
 ROOM_TRY_S: Final = 0.01
-CLOSE_S: Final = 5.0
+CLOSE_S: Final = 0.5
+"""For each thread: what the server has waited for is on disk by then, or will not be."""
 MAX_JOBS: Final = 2
 """Checkpoints that wait: one that is written while rounds go on, and the last one."""
 
@@ -175,13 +177,17 @@ class Store:
         Raises:
             StateError: the disk did not take what came before for ROOM_S.
         """
-        journal = self._need_journal()
-        nbytes = sum(memoryview(buffer).nbytes for buffer in record.buffers)
-        if nbytes > journal.room_bytes:
-            self._wait_for_room(journal, nbytes)
+        journal, ends_s = self._need_journal(), self._clock() + ROOM_S
         reach("commit.record")
-        journal.append(record.kind, record.meta, record.buffers)
-        self.journal_bytes += nbytes
+        while True:
+            try:
+                journal.append(record.kind, record.meta, record.buffers)
+                break
+            except JournalFullError:
+                if self._clock() > ends_s:
+                    raise
+                time.sleep(ROOM_TRY_S)
+        self.journal_bytes += sum(memoryview(buffer).nbytes for buffer in record.buffers)
 
     def sync(self, ticket: int) -> None:
         """Make all of it durable; `Answered` says when it is."""
@@ -236,12 +242,6 @@ class Store:
     def _need_journal(self) -> Journal:
         assert self._journal is not None, "records come before there is a journal"  # noqa: S101
         return self._journal
-
-    def _wait_for_room(self, journal: Journal, nbytes: int) -> None:
-        ends_s = self._clock() + ROOM_S
-        while 0 < journal.room_bytes < nbytes and self._clock() < ends_s:
-            journal.sync()
-            time.sleep(ROOM_TRY_S)
 
     # ---- the threads' side
 

@@ -1,5 +1,8 @@
 """A server that is killed and comes back: the job ends as if it had been left alone."""
 
+import json
+import re
+import shutil
 import signal
 
 import numpy as np
@@ -23,7 +26,7 @@ class Run:
     """One job of two workers, and its server, which may be started again on the same directory."""
 
     def __init__(self, cluster, name, *options, recipe="server-adam", **variables):
-        self.cluster, self.name = cluster, name
+        self.cluster = cluster
         self.saved = cluster.folder / f"{name}.safetensors"
         self.outs = [cluster.folder / f"{name}.{rank}.npz" for rank in range(2)]
         self.options = ("--save", str(self.saved), *options)
@@ -33,11 +36,13 @@ class Run:
             for rank, out in enumerate(self.outs)
         ]
 
-    def again(self, **variables):
+    def again(self, *, ready=True, **variables):
         """Start another server in the place of the one that died."""
+        endpoint = self.server.endpoint
         self.server = self.cluster.server(
-            "--bind", self.server.endpoint, *self.options, **variables
+            "--bind", endpoint, *self.options, ready=ready, **variables
         )
+        self.server.endpoint = endpoint
 
     def end(self):
         """Every process ends well; what the server saved, and what each worker has."""
@@ -46,23 +51,148 @@ class Run:
         return [load_file(self.saved), *map(weights, self.outs)]
 
 
-def undisturbed(cluster, recipe):
-    return Run(cluster, "plain", recipe=recipe).end()
+@pytest.fixture(scope="module")
+def plain():
+    """What a job comes to that nobody disturbs, by recipe: each is run once."""
+    return {}
+
+
+def undisturbed(cluster, plain, recipe="server-adam"):
+    if recipe not in plain:
+        plain[recipe] = Run(cluster, "plain", recipe=recipe).end()
+    return plain[recipe]
 
 
 def assert_same(one, other):
     assert all(same_bytes(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("recipe", ["server-adam", "qadam-1bit", "shared-direction"])
-def test_a_killed_server_that_comes_back_ends_with_the_same_bytes(cluster, recipe):
-    kept = ("--state-dir", str(cluster.folder / "state"))
-    run = Run(cluster, "killed", *kept, recipe=recipe)
+def kept(cluster, *options):
+    return ("--state-dir", str(cluster.folder / "state"), "--checkpoint-every", "3", *options)
+
+
+def assert_killed(server):
+    assert server.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("recipe", ["server-adam", "qadam-1bit", "shared-direction", "onebit-adam"])
+def test_a_killed_server_that_comes_back_ends_with_the_same_bytes(cluster, plain, recipe):
+    run = Run(cluster, "killed", *kept(cluster), recipe=recipe)
     run.workers[0].wait_line("^step 4")
     run.server.signal(signal.SIGKILL)
-    assert run.server.wait() == -signal.SIGKILL
+    assert_killed(run.server)
     assert all(worker.exit_code() is None for worker in run.workers)
     run.again()
     ended = run.end()
-    assert "recovered" in run.server.err()
-    assert_same(ended, undisturbed(cluster, recipe))
+    assert "event=recovered" in run.server.err()
+    assert_same(ended, undisturbed(cluster, plain, recipe))
+
+
+KILLS = [
+    *(f"commit.{place}:5" for place in ("record", "sync", "durable", "released")),
+    *("commit.keep:1", "commit.kept:1", "commit.keep:3", "commit.kept:3"),
+    *("journal.written:4", "journal.synced:4", "journal.segment:2", "journal.prune:2"),
+    *("checkpoint.array:1", "checkpoint.rename:3", "checkpoint.current:3", "checkpoint.pruned:1"),
+]
+
+
+@pytest.mark.parametrize("failpoint", KILLS)
+def test_a_server_killed_at_any_point_of_writing_comes_back_with_the_same_bytes(
+    cluster, plain, failpoint
+):
+    run = Run(cluster, "killed", *kept(cluster), PSQ_FAILPOINT=failpoint)
+    assert_killed(run.server)
+    run.again()
+    assert_same(run.end(), undisturbed(cluster, plain))
+
+
+@pytest.mark.parametrize("place", ["loaded", "round", "replayed", "served"])
+def test_a_server_killed_while_it_recovers_recovers_the_next_time(cluster, plain, place):
+    run = Run(cluster, "killed", *kept(cluster), PSQ_FAILPOINT="commit.durable:6")
+    assert_killed(run.server)
+    run.again(ready=False, PSQ_FAILPOINT=f"recovery.{place}:1")
+    assert_killed(run.server)
+    run.again()
+    assert_same(run.end(), undisturbed(cluster, plain))
+
+
+def test_a_rotten_checkpoint_is_passed_over_loudly_and_more_is_replayed(cluster, plain):
+    run = Run(cluster, "killed", *kept(cluster), PSQ_FAILPOINT="commit.durable:9")
+    assert_killed(run.server)
+    newest = max((cluster.folder / "state" / "checkpoints").glob("checkpoint-*"))
+    arrays = newest / "arrays-00000.bin"
+    data = bytearray(arrays.read_bytes())
+    data[100] ^= 1
+    arrays.write_bytes(data)
+    run.again()
+    ended = run.end()
+    assert "event=rotten-checkpoint" in run.server.err()
+    assert_same(ended, undisturbed(cluster, plain))
+
+
+def test_where_no_checkpoint_can_be_read_it_refuses_to_start(cluster):
+    run = Run(cluster, "killed", *kept(cluster), PSQ_FAILPOINT="commit.durable:9")
+    assert_killed(run.server)
+    for manifest in (cluster.folder / "state" / "checkpoints").glob("checkpoint-*/manifest*"):
+        manifest.write_bytes(b"{}")
+    run.again(ready=False)
+    assert run.server.wait() == 65
+    assert "none can be read" in run.server.err()
+
+
+def test_two_servers_cannot_have_one_directory(cluster):
+    first = cluster.server(*kept(cluster))
+    second = cluster.server(*kept(cluster), ready=False)
+    assert second.wait() == 65
+    assert str(first.pid) in second.err()
+
+
+def test_an_old_copy_of_the_directory_stops_the_workers_who_name_both_rounds(cluster):
+    run = Run(cluster, "killed", *kept(cluster), PSQ_FAILPOINT="commit.durable:4")
+    assert_killed(run.server)
+    shutil.copytree(cluster.folder / "state", cluster.folder / "copy")
+    run.again(PSQ_FAILPOINT="commit.released:5")
+    assert_killed(run.server)
+    shutil.rmtree(cluster.folder / "state")
+    (cluster.folder / "copy").rename(cluster.folder / "state")
+    run.again()
+    for worker in run.workers:
+        assert worker.wait() != 0
+        said = re.search(r"ROLLBACK: the server is at round (\d+), .* of round (\d+)", worker.err())
+        assert said, worker.err()
+        assert int(said[1]) < int(said[2])
+
+
+def test_with_checkpoints_alone_what_came_after_the_last_is_lost_and_said_to_be(cluster):
+    run = Run(
+        cluster,
+        "killed",
+        *kept(cluster, "--durability", "checkpoint"),
+        PSQ_FAILPOINT="commit.kept:2",
+    )
+    run.workers[0].wait_line("^step 3")
+    assert_killed(run.server)
+    run.again()
+    assert [worker.wait() for worker in run.workers] == [1, 1]
+    assert all("ROLLBACK" in worker.err() for worker in run.workers)
+
+
+def test_a_server_that_is_told_to_stop_keeps_its_state_and_goes_on_later(cluster):
+    run = Run(cluster, "stopped", *kept(cluster, "--checkpoint-every", "1000", "--json"))
+    run.workers[0].wait_line("^step 4")
+    run.server.signal(signal.SIGTERM)
+    assert run.server.wait() == 0
+    summary = json.loads(run.server.out().splitlines()[-1])
+    assert summary["reason"] == "stopped"
+    names = {path.name for path in (cluster.folder / "state" / "checkpoints").iterdir()}
+    assert f"checkpoint-{summary['version']:020d}-0000" in names
+    run.again()
+    recovered = re.search(r"event=recovered version=(\d+)", run.server.err())
+    assert recovered
+    assert int(recovered[1]) == summary["version"] >= 5
+
+
+def test_a_tree_is_refused_by_name(cluster):
+    server = cluster.server(*kept(cluster), "--children", "0,1", ready=False)
+    assert server.wait() == 78
+    assert "a tree cannot go on after a crash" in server.err()

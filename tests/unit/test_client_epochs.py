@@ -1,0 +1,38 @@
+"""What a worker believes of a server that comes back."""
+
+import pytest
+
+from psq.client.epochs import Epochs
+from psq.errors import RemoteProtocolError
+
+
+def test_the_first_epoch_is_not_a_new_one():
+    assert not Epochs().enter(3, 10)
+
+
+def test_joining_again_in_the_same_epoch_changes_nothing():
+    epochs = Epochs()
+    epochs.enter(3, 10)
+    assert not epochs.enter(3, 11)
+
+
+def test_a_later_epoch_is_new_once():
+    epochs = Epochs()
+    epochs.enter(3, 10)
+    assert epochs.enter(4, 10)
+    assert not epochs.enter(4, 10)
+
+
+def test_a_server_behind_what_it_had_committed_is_a_rollback_and_both_rounds_are_named():
+    epochs = Epochs()
+    epochs.enter(3, 10)
+    epochs.heard(12)
+    with pytest.raises(RemoteProtocolError, match=r"^ROLLBACK: .* round 11, .* of round 12"):
+        epochs.enter(4, 11)
+
+
+def test_what_was_heard_late_takes_nothing_back():
+    epochs = Epochs()
+    epochs.heard(12)
+    epochs.heard(7)
+    assert not epochs.enter(1, 12)
