@@ -159,10 +159,40 @@ def test_a_server_is_checked_saved_and_reached_where_its_flags_say(name):
     assert f"WORKDIR {folder}" in stage_body("runtime")
 
 
-def test_plaintext_is_allowed_only_where_the_workers_network_is_internal():
-    assert "--insecure-plaintext" in SERVICES["server"]["command"]
-    assert COMPOSE["networks"]["wire"]["internal"] is True
+def test_nothing_is_deployed_in_plaintext():
+    for path in [*DEPLOY.rglob("*.yaml"), *DEPLOY.rglob("*.service"), *DEPLOY.rglob("*.sbatch")]:
+        assert "--insecure-plaintext" not in path.read_text(), path
+
+
+def test_every_container_sees_its_own_keys_and_cannot_change_them():
+    made = dict(volume.split(":") for volume in SERVICES["keygen"]["volumes"])
+    for server in SERVERS.values():
+        assert "keys-server:/keys:ro" in server["volumes"]
+        assert "--keys=/keys" in server["command"]
+        assert server["depends_on"]["keygen"]["condition"] == "service_completed_successfully"
     for worker in WORKERS.values():
+        rank = worker["environment"]["PSQ_RANK"]
+        assert worker["volumes"] == [f"keys-rank{rank}:/keys:ro"]
+        assert worker["environment"]["PSQ_KEYS"] == "/keys"
+        assert made.pop(f"keys-rank{rank}") == f"/keys/rank{rank}"
+    assert made == {"keys-server": "/keys/server"}
+
+
+def test_keys_are_made_for_every_rank_by_a_command_that_exists_and_its_user_may_write():
+    keygen = SERVICES["keygen"]
+    [size] = [word for word in keygen["command"] if word.startswith("--workers=")]
+    assert size == f"--workers={len(WORKERS)}"
+    assert keygen["entrypoint"] == ["psq"]
+    command = [sys.executable, "-m", "psq_worker.cli", "keygen", "--help"]
+    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert flags_in(" ".join(keygen["command"])) <= flags_in(known)
+    for volume in keygen["volumes"]:
+        assert re.search(rf"{volume.partition(':')[2]}\b", stage_body("runtime"))
+
+
+def test_the_workers_network_has_no_way_out():
+    assert COMPOSE["networks"]["wire"]["internal"] is True
+    for worker in (*WORKERS.values(), SERVICES["keygen"]):
         assert worker["networks"] == ["wire"]
 
 
