@@ -17,6 +17,10 @@ def _ignore(header: Header, body: memoryview) -> None:
     """The replica has these weights."""
 
 
+def _let_pass(server: int, version: int) -> None:
+    """Nobody keeps copies."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hooks:
     """Called inside `Client.join`, `Client.poll` and `Client.finish` only.
@@ -27,6 +31,7 @@ class Hooks:
         restore: the server did not take this shard: fold what was said back into the residual.
         reset: the residuals of these shards have a history that is not their server's: forget them.
         whole: whole weights came that the replica has: they are for somebody else, if anybody.
+        checkpoint: this server makes this version a checkpoint: what goes with it is kept too.
         planes: how many vectors full weights are: the weights, and the state that replicas share.
     """
 
@@ -36,3 +41,4 @@ class Hooks:
     reset: Callable[[Sequence[int]], None]
     planes: int = 1
     whole: Callable[[Header, memoryview], None] = _ignore
+    checkpoint: Callable[[int, int], None] = _let_pass

@@ -11,7 +11,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from psq.client.frames import Frame
+from psq.layout import PART_NUMEL, part_count
+from psq.plan import Plan
+from psq_proto.messages import MessageType
+from psq_proto.session import WorkerSession
 
 __all__ = ["INITIAL_WINDOW", "InitialWeights"]
 
@@ -25,10 +32,22 @@ class InitialWeights:
     """What is still to be sent of them.
 
     Args:
+        plan: the job, as that server sees it.
+        session: seals the frames.
+        values: the f32 values of a shard.
         is_lent: whether the link still reads a frame.
     """
 
-    def __init__(self, is_lent: Callable[[Frame], bool]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        session: WorkerSession,
+        values: Callable[[int], NDArray[np.float32]],
+        is_lent: Callable[[Frame], bool],
+    ) -> None:
+        self._plan = plan
+        self._session = session
+        self._values = values
         self._is_lent = is_lent
         self._frames: Iterator[bytearray] | None = None
         self._sent: deque[bytearray] = deque()
@@ -44,9 +63,9 @@ class InitialWeights:
         """Whether nothing is to be sent, and nothing is being read."""
         return self._frames is None
 
-    def start(self, frames: Iterator[bytearray] | None) -> None:
-        """Send these from now on, or nothing any more."""
-        self._frames = frames
+    def start(self, *, wanted: bool) -> None:
+        """Send all of them from now on, or nothing any more."""
+        self._frames = self._make() if wanted else None
         self._sent.clear()
 
     def next(self, now_s: float) -> bytearray | None:
@@ -64,3 +83,11 @@ class InitialWeights:
                 return None
         self._at_s = now_s + INITIAL_PAUSE_S
         return None
+
+    def _make(self) -> Iterator[bytearray]:
+        """INIT frames of every shard, made one at a time."""
+        for shard in self._plan.owned:
+            values = self._values(shard.index)
+            for part in range(part_count(shard.numel)):
+                body = values[part * PART_NUMEL : (part + 1) * PART_NUMEL].data.cast("B")
+                yield self._session.send(MessageType.INIT, body, shard=shard.index, part=part)

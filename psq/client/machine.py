@@ -31,10 +31,11 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from psq.client.epochs import Epochs
+from psq.client.farewell import FAREWELL_BEAT_S, Farewell
 from psq.client.frames import Frame, PushFrames
 from psq.client.hooks import Hooks
 from psq.client.identity import Identity, Welcomed
@@ -57,7 +58,6 @@ from psq.errors import (
     StaleFrameError,
     UsageError,
 )
-from psq.layout import PART_NUMEL, part_count
 from psq.plan import Plan
 from psq_proto.frames import Header
 from psq_proto.messages import (
@@ -71,6 +71,7 @@ from psq_proto.messages import (
     ErrorCode,
     Flags,
     Heartbeat,
+    Kept,
     Leave,
     MessageType,
     Range,
@@ -81,13 +82,7 @@ from psq_proto.messages import (
 )
 from psq_proto.session import State, WorkerSession
 
-__all__ = ["ALONE_S", "FAREWELL_BEAT_S", "Machine"]
-
-FAREWELL_BEAT_S: Final = 0.1
-"""Between two heartbeats of a worker that has said goodbye: their answer lets it go."""
-ALONE_S: Final = 0.5
-"""Without a connection for so long after its goodbye, a worker takes it that the server ended: one
-that is still there would have been found again."""
+__all__ = ["Machine"]
 
 _TYPE_OFFSET: Final = 5
 
@@ -124,7 +119,6 @@ class Machine:
         self.replica = ReplicaVersions(plan, hooks.planes)
         self.frames = PushFrames(plan, is_lent)
         self.round: Round | None = None
-        self.left = False
         self.notes: deque[str] = deque(maxlen=64)
         self.offset = OffsetEstimate()
         self.damaged_frames = self.resets = 0
@@ -138,7 +132,7 @@ class Machine:
         self._receives_only = not all(group.pushed for group in plan.groups)
         self._speech = Speech(self.session, self.frames)
         self._outbox = self._speech.outbox
-        self._initial = InitialWeights(is_lent)
+        self._initial = InitialWeights(plan, self.session, hooks.initial, is_lent)
         self._known = NONE  # what the server had when an identity was taken up
         self.holds = False  # the round that was taken up, until `begin`
         self._beat_at_s = 0.0
@@ -148,9 +142,7 @@ class Machine:
         self._gap_version = NONE
         self._epochs = Epochs()
         self._status: Status | None = None
-        self._leave: Leave | None = None
-        self._leave_fence = 0
-        self._alone_since_s: float | None = None
+        self._farewell = Farewell()
 
     @property
     def joined(self) -> bool:
@@ -163,12 +155,17 @@ class Machine:
         return self._speech.resent_frames
 
     @property
+    def left(self) -> bool:
+        """Whether nobody holds this worker any more."""
+        return self._farewell.left
+
+    @property
     def due_s(self) -> float:
         """When something will have to happen although nothing came."""
         if self.session.state in (State.CLOSED, State.FENCED):
             return math.inf
-        if self._alone_since_s is not None:
-            return self._alone_since_s + ALONE_S
+        if self._farewell.due_s < math.inf:
+            return self._farewell.due_s
         return (
             min(self._initial.due_s, self._beat_at_s) if self.joined else self._standing.hello_at_s
         )
@@ -188,7 +185,7 @@ class Machine:
     @property
     def at_rest(self) -> bool:
         """Whether nobody need wait for this server."""
-        if self._leave is not None:
+        if self._farewell.leave is not None:
             return self.left
         return self.joined and self.settled
 
@@ -229,6 +226,7 @@ class Machine:
         no others are taken before the next `begin`.
         """
         identity, version = self._standing.take_up()
+        self._epochs.enter(self.session.epoch, version)
         self.replica.take_up(identity.versions)
         pending = identity.pending
         if pending is None:
@@ -333,9 +331,15 @@ class Machine:
         if self.ready and self.session.state is State.JOINED:
             self._outbox.append(self.session.send(MessageType.DRAW, draw))
 
+    def confirm(self, version: int, digest: int) -> None:
+        """Say that this worker's own copy of a checkpoint is on its disk, if it is joined."""
+        if self.session.state is State.JOINED:
+            kept = self.session.send(MessageType.CKPT_OK, Kept(digest), version=version)
+            self._outbox.append(kept)
+
     def leave(self, leave: Leave) -> None:
         """Say goodbye as soon as possible; `left` tells when the server has taken note."""
-        self._leave = leave
+        self._farewell.leave = leave
         self.round = None
         self._outbox.clear()
 
@@ -356,7 +360,7 @@ class Machine:
     def sent(self, now_s: float) -> None:
         """The link has taken what `next_frame` gave."""
         frame = self._outbox.popleft()
-        self._alone_since_s = None
+        self._farewell.heard()
         if frame[_TYPE_OFFSET] == MessageType.HEARTBEAT:
             self.offset.asked(now_s)
         if self.session.state is State.GREETED:
@@ -364,11 +368,8 @@ class Machine:
 
     def not_sent(self, now_s: float) -> None:
         """The link has no room for what `next_frame` gave, or no connection."""
-        if self.session.state is not State.LEAVING:
-            return
-        if self._alone_since_s is None:
-            self._alone_since_s = now_s
-        self.left = self.left or now_s - self._alone_since_s >= ALONE_S
+        if self.session.state is State.LEAVING:
+            self._farewell.unheard(now_s)
 
     def _queue_due(self, now_s: float) -> None:
         if self.session.state in (State.CLOSED, State.FENCED):
@@ -393,9 +394,9 @@ class Machine:
                 self._outbox.append(frame)
             if not self._initial.over:
                 return
-        if self._leave is not None:
-            self._outbox.append(self.session.send(MessageType.LEAVE, self._leave))
-            self._leave_fence = self._speech.beats
+        if self._farewell.leave is not None:
+            self._outbox.append(self.session.send(MessageType.LEAVE, self._farewell.leave))
+            self._farewell.said(self._speech.beats)
             self._beat_at_s = 0.0  # a heartbeat follows: its answer says that the goodbye arrived
         elif self._pull and not (self._standing.is_trial or self.holds):
             self._pull = False
@@ -410,14 +411,6 @@ class Machine:
         beat = Heartbeat(self.replica.version, max(0, self.replica.version))
         self._outbox.append(self.session.send(MessageType.HEARTBEAT, beat))
         self._speech.beats += 1
-
-    def _initial_frames(self) -> Iterator[bytearray]:
-        """INIT frames of every shard, made one at a time."""
-        for shard in self._plan.owned:
-            values = self._hooks.initial(shard.index)
-            for part in range(part_count(shard.numel)):
-                body = values[part * PART_NUMEL : (part + 1) * PART_NUMEL].data.cast("B")
-                yield self.session.send(MessageType.INIT, body, shard=shard.index, part=part)
 
     # ---- frames in
 
@@ -469,6 +462,8 @@ class Machine:
                 self._on_error(body)
             case Bye():
                 self._on_bye(body)
+            case _ if header.type is MessageType.CKPT:
+                self._hooks.checkpoint(self._plan.server, header.version)
 
     def _on_cookie(self, now_s: float) -> None:
         self._standing.wait(now_s)
@@ -490,7 +485,7 @@ class Machine:
         if self._epochs.enter(self.session.epoch, header.version):
             self._forget_above(header.version)
         self._pull = True
-        self._initial.start(self._initial_frames() if welcome.init_wanted else None)
+        self._initial.start(wanted=welcome.init_wanted)
         if welcome.mode == "reset" and self._standing.resolved != NONE:
             self._hooks.reset(self._shards)
             self.resets += 1
@@ -514,7 +509,7 @@ class Machine:
         self._epochs.heard(status.version)
         self._answers += 1
         if self.session.state is State.LEAVING:
-            self.left = self._answers > self._leave_fence
+            self._farewell.answered(self._answers)
             return
         current = self.round
         if current is not None and self._answers > current.fence:
@@ -573,8 +568,8 @@ class Machine:
 
     def _on_bye(self, bye: Bye) -> None:
         self._outbox.clear()
-        self.left = True
-        if self._leave is None:
+        self._farewell.left = True
+        if self._farewell.leave is None:
             msg = f"the server ended the job ({bye.reason}){': ' if bye.text else ''}{bye.text}"
             raise GaveUpError(msg)
 

@@ -7,9 +7,10 @@ import random
 import numpy as np
 import pytest
 
+from psq.client.farewell import ALONE_S
 from psq.client.hooks import Hooks
 from psq.client.initial import INITIAL_WINDOW
-from psq.client.machine import ALONE_S, Machine
+from psq.client.machine import Machine
 from psq.client.round import merge
 from psq.codec import get_codec
 from psq.errors import (
@@ -170,9 +171,8 @@ def test_initial_weights_wait_while_the_link_still_reads_the_ones_before():
     parts = 3 * INITIAL_WINDOW
     plan = Plan.of([(f"w{i}", (1 << 18,)) for i in range(parts)], preset("fp32"), 2)
     talk = Talk(rank=0, plan=plan)
-    talk.machine._hooks = dataclasses.replace(
-        talk.machine._hooks, initial=lambda shard: np.ones(plan.layout.shards[shard].numel, "f4")
-    )
+    sizes = [shard.numel for shard in plan.layout.shards]
+    talk.machine._initial._values = lambda shard: np.ones(sizes[shard], np.float32)
     lent: list[bytearray] = []
     talk.machine._initial._is_lent = lambda frame: any(frame is each for each in lent)
     taken = talk.machine.sent
