@@ -54,6 +54,7 @@ __all__ = [
     "list_checkpoints",
     "load_checkpoint",
     "open_checkpoint",
+    "parse_name",
     "verify",
     "write_checkpoint",
 ]
@@ -190,7 +191,8 @@ def write_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        StateError: the disk refused; there is no such checkpoint then; the others are as before.
+        StateError: the disk refused; the others are as before, and unless it was the very last
+            step, there is no such checkpoint.
         UsageError: something in it cannot be saved.
 
     Cost: one pass over the bytes, for the checksum.
@@ -303,6 +305,12 @@ def _write_array(
 # ---- reading
 
 
+def parse_name(name: str) -> tuple[int, int] | None:
+    """(version, serial) of a checkpoint's folder; None if it is none."""
+    match = _NAME.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
 def list_checkpoints(folder: Path) -> list[Listed]:
     """The checkpoints in a folder by their names, newest first; none if there is no folder.
 
@@ -313,8 +321,8 @@ def list_checkpoints(folder: Path) -> list[Listed]:
         return []
     with explained("read", folder):
         names = [entry.name for entry in folder.iterdir()]
-    found = [(_NAME.fullmatch(name), name) for name in names]
-    listed = [Listed(folder / name, int(m[1]), int(m[2])) for m, name in found if m]
+    found = [(folder / name, parse_name(name)) for name in names]
+    listed = [Listed(path, *numbers) for path, numbers in found if numbers]
     return sorted(listed, key=lambda one: (one.version, one.serial), reverse=True)
 
 
@@ -328,7 +336,7 @@ def current(folder: Path) -> Path | None:
     if not place.exists():
         return None
     name = read_sealed(place).removesuffix("\n")
-    if _NAME.fullmatch(name) is None:
+    if parse_name(name) is None:
         msg = f"{place} names {name!r:.80}, which is no checkpoint's name"
         raise StateError(msg)
     return folder / name

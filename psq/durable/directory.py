@@ -38,6 +38,34 @@ _LOCK: Final = "LOCK"
 _EPOCH_0: Final = "epoch 0\n"
 
 
+class _Lock:
+    """An exclusive flock on a directory's LOCK, which also has our pid.
+
+    Raises:
+        StateError: another process holds it, or the disk refused.
+    """
+
+    def __init__(self, path: Path) -> None:
+        place = path / _LOCK
+        with explained("lock", place), contextlib.ExitStack() as stack:
+            fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            stack.callback(os.close, fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(fd, _PID_BYTES, 0).decode("ascii", "replace").strip()
+                msg = (
+                    f"{path} is open in another process (pid {holder or 'unknown'}): one directory "
+                    "serves one process; stop that one, or name another directory"
+                )
+                raise StateError(msg) from None
+            os.pwrite(fd, f"{os.getpid()}\n".encode().rjust(_PID_BYTES), 0)
+            self._release = stack.pop_all()
+
+    def close(self) -> None:
+        self._release.close()
+
+
 @dataclass(frozen=True, slots=True)
 class StateDirectory:
     """A directory that is open, and ours alone.
@@ -53,7 +81,7 @@ class StateDirectory:
     run_id: bytes
     epoch: int
     created: bool
-    _lock_fd: int
+    _lock: _Lock
 
     @classmethod
     def open(cls, path: Path, *, create: bool, run_id: bytes | None = None) -> Self:
@@ -74,13 +102,13 @@ class StateDirectory:
             raise StateError(msg)
         _make_or_refuse(path, create=create)
         with contextlib.ExitStack() as stack:
-            lock_fd = _lock(path)
-            stack.callback(os.close, lock_fd)
+            lock = _Lock(path)
+            stack.callback(lock.close)
             _clean(path)
             created = not (path / _FORMAT).exists()
             if created:
                 _initialise(path, run_id or secrets.token_bytes(RUN_ID_BYTES), create=create)
-            opened = cls(path, _check_run(path, run_id), _count_up(path), created, lock_fd)
+            opened = cls(path, _check_run(path, run_id), _count_up(path), created, lock)
             stack.pop_all()
         return opened
 
@@ -93,11 +121,8 @@ class StateDirectory:
             StateError: it is no state directory, or another process has it open.
         """
         _make_or_refuse(path.absolute(), create=False)
-        lock_fd = _lock(path.absolute())
-        try:
+        with contextlib.closing(_Lock(path.absolute())):
             yield
-        finally:
-            os.close(lock_fd)
 
     @property
     def checkpoints(self) -> Path:
@@ -110,8 +135,8 @@ class StateDirectory:
         return self.path / "journal"
 
     def close(self) -> None:
-        """Let others open it; only once."""
-        os.close(self._lock_fd)
+        """Let others open it."""
+        self._lock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -157,29 +182,6 @@ def _make_folder(path: Path) -> None:
         _make_folder(path.parent)
     path.mkdir(exist_ok=True)
     sync_folder(path.parent)
-
-
-def _lock(path: Path) -> int:
-    """An open descriptor that holds the lock."""
-    place = path / _LOCK
-    with explained("lock", place):
-        lock_fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.pwrite(lock_fd, f"{os.getpid()}\n".encode().rjust(_PID_BYTES), 0)
-    except BlockingIOError:
-        holder = os.pread(lock_fd, _PID_BYTES, 0).decode("ascii", "replace").strip() or "unknown"
-        os.close(lock_fd)
-        msg = (
-            f"{path} is open in another process (pid {holder}): one directory serves one process; "
-            "stop that one, or name another directory"
-        )
-        raise StateError(msg) from None
-    except OSError as error:
-        os.close(lock_fd)
-        with explained("lock", place):
-            raise error from None
-    return lock_fd
 
 
 def _initialise(path: Path, run_id: bytes, *, create: bool) -> None:

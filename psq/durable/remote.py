@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from psq.durable.checkpoint import adopt, verify
+from psq.durable.checkpoint import adopt, parse_name, verify
 from psq.durable.files import sync
 from psq.durable.manifest import MANIFEST, META, read_manifest
 from psq.errors import ConfigError, PsqError, StateError
 
 __all__ = ["copy_checkpoint", "fetch_checkpoint", "is_url", "list_remote"]
-
-_NAME: Final = re.compile(r"checkpoint-(\d{20})-(\d{4})")
 
 
 def is_url(text: str) -> bool:
@@ -83,7 +80,7 @@ def list_remote(url: str) -> list[str]:
         storage, place = _storage(url.rstrip("/"))
         found = storage.glob(f"{place}/checkpoint-*/{MANIFEST}")
     names = sorted((entry.rsplit("/", 2)[-2] for entry in found), reverse=True)
-    return [f"{url.rstrip('/')}/{name}" for name in names if _NAME.fullmatch(name)]
+    return [f"{url.rstrip('/')}/{name}" for name in names if parse_name(name)]
 
 
 def fetch_checkpoint(url: str, folder: Path) -> Path:
@@ -99,8 +96,8 @@ def fetch_checkpoint(url: str, folder: Path) -> Path:
         ConfigError: as `copy_checkpoint`.
     """
     source = url.rstrip("/")
-    match = _NAME.fullmatch(source.rsplit("/", 1)[-1])
-    if match is None:
+    numbers = parse_name(source.rsplit("/", 1)[-1])
+    if numbers is None:
         msg = f"{url} is no checkpoint's URL: name one that psq ckpt ls shows"
         raise StateError(msg)
 
@@ -116,7 +113,7 @@ def fetch_checkpoint(url: str, folder: Path) -> Path:
             msg = f"the copy at {source} is damaged: {problems[0]}"
             raise StateError(msg)
 
-    return adopt(folder, int(match[1]), fill)
+    return adopt(folder, numbers[0], fill)
 
 
 def _bring(storage: Any, place: str, name: str, folder: Path) -> None:

@@ -126,3 +126,12 @@ def test_a_disk_that_refuses_takes_no_epoch_and_holds_no_lock(tmp_path, monkeypa
     assert struck
     with StateDirectory.open(tmp_path, create=False) as opened:
         assert opened.epoch == 2
+
+
+def test_closing_twice_closes_nothing_else(tmp_path):
+    opened = StateDirectory.open(tmp_path, create=True)
+    opened.close()
+    with StateDirectory.open(tmp_path, create=False):
+        opened.close()
+        with pytest.raises(StateError, match="another process"):
+            StateDirectory.open(tmp_path, create=False)

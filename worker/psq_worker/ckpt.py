@@ -47,9 +47,11 @@ def _folder(place: str) -> Path:
 
 
 def _is_one(place: str) -> bool:
+    from psq.durable.checkpoint import parse_name  # noqa: PLC0415 - as above
     from psq.durable.manifest import MANIFEST  # noqa: PLC0415 - as above
 
-    return Path(place).name.startswith("checkpoint-") or (Path(place) / MANIFEST).exists()
+    path = Path(place)
+    return parse_name(path.resolve().name) is not None or (path / MANIFEST).exists()
 
 
 def _listed(place: str) -> list[Listed]:
@@ -58,11 +60,16 @@ def _listed(place: str) -> list[Listed]:
     Raises:
         StateError: there is none.
     """
-    from psq.durable.checkpoint import Listed, list_checkpoints  # noqa: PLC0415 - as above
+    from psq.durable.checkpoint import (  # noqa: PLC0415 - as above
+        Listed,
+        list_checkpoints,
+        parse_name,
+    )
     from psq.durable.manifest import read_manifest  # noqa: PLC0415 - as above
 
     if _is_one(place):
-        return [Listed(Path(place), read_manifest(Path(place)).version, 0)]
+        path = Path(place).resolve()
+        return [Listed(path, *(parse_name(path.name) or (read_manifest(path).version, 0)))]
     listed = list_checkpoints(_folder(place))
     if not listed:
         msg = f"there is no checkpoint in {_folder(place)}"
