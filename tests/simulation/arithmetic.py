@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final
 
 from psq.codec import get_codec
 from psq.plan import Plan
-from psq_proto.frames import Buffer, Header, encode_frame
+from psq_proto.frames import Buffer, Header, decode_frame, encode_frame
 from psq_proto.messages import Flags, MessageType
 from psq_server.state import Judge, Judged, Pushed, Reduce
 
@@ -98,7 +99,8 @@ class IntegerWeights:
         self.values: dict[int, tuple[int, int]] = {shard.index: (0, 0) for shard in plan.owned}
         self.versions = dict.fromkeys(self.values, 0)
         self._run_id, self._epoch = run_id, epoch
-        self._on_reduced = on_reduced
+        self.on_reduced = on_reduced
+        self._last: dict[int, bytearray] = {}
 
     def init(self, shard: int, values: Buffer) -> None:
         """Take a shard's first weights."""
@@ -112,10 +114,11 @@ class IntegerWeights:
         before = self.values[shard]
         now = self.values[shard] = (before[0] + change[0], before[1] + change[1])
         self.versions[shard] = action.round + 1
-        self._on_reduced(action.round, shard, action.said, now)
-        if self.plan.recipe.downlink.kind == "delta":
-            return self._frame(shard, Flags.DELTA, change)
-        return self._frame(shard, Flags.FULL, now)
+        self.on_reduced(action.round, shard, action.said, now)
+        is_delta = self.plan.recipe.downlink.kind == "delta"
+        kind, news = (Flags.DELTA, change) if is_delta else (Flags.FULL, now)
+        frame = self._last[shard] = self._frame(shard, kind, news)
+        return frame
 
     def judge(self, action: Judge) -> Judged:
         """Refuse some ranks, always the same ones in the same round."""
@@ -127,10 +130,35 @@ class IntegerWeights:
         """The version that a shard has now, and the sealed WEIGHTS of all of it."""
         return self.versions[shard], (self._frame(shard, Flags.FULL, self.values[shard]),)
 
-    def load(self, values: Mapping[int, tuple[int, int]], version: int) -> None:
-        """Be as at a version that was kept."""
-        self.values = dict(values)
-        self.versions = dict.fromkeys(self.values, version)
+    # ---- what outlives the process
+
+    @property
+    def last_frames(self) -> dict[int, tuple[Buffer, ...]]:
+        """What was broadcast last of each shard."""
+        return {shard: (frame,) for shard, frame in self._last.items()}
+
+    def facts(self) -> tuple[dict[str, object], dict[str, object]]:
+        """What belongs to the arrays of this moment; there are no parameters."""
+        return {"versions": dict(self.versions)}, {}
+
+    def still(self) -> dict[int, bytes]:
+        """By shard its two numbers, and the last frame."""
+        return {s: pack(*v) + bytes(self._last.get(s, b"")) for s, v in self.values.items()}
+
+    shadow = still
+
+    def let_go(self) -> None:
+        """What `shadow` gave is a copy."""
+
+    def resume(self, facts: Mapping[str, dict[int, int]], arrays: Mapping[int, bytes]) -> None:
+        """Take what was kept, and seal it for this epoch."""
+        self.versions = dict(facts["versions"])
+        for shard, kept in arrays.items():
+            self.values[shard] = numbers(kept[: NUMBERS.size])
+            if kept[NUMBERS.size :]:
+                header, body = decode_frame(kept[NUMBERS.size :])
+                again = replace(header, epoch=self._epoch, body_len=0, body_crc=0)
+                self._last[shard] = encode_frame(again, body)
 
     def _frame(self, shard: int, flags: Flags, said: tuple[int, int]) -> bytearray:
         header = Header(

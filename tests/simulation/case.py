@@ -49,8 +49,10 @@ class Case:
         worker_crashes, server_crashes: how often these die, and are started again.
         takeovers: how often a worker hangs, another takes its rank, and the first wakes up.
         keeps: how likely a worker that died finds what it had kept.
-        disk_errors: how often the disk refuses for a while.
+        disk_errors, slow_disks: how often the disk refuses, or takes long, for a while.
+        rot: how likely a server that died finds its newest checkpoint rotten.
         durability: "journal" or "off".
+        checkpoint_every: rounds from one checkpoint to the next; 0: there is only the first.
     """
 
     seed: int
@@ -77,7 +79,10 @@ class Case:
     takeovers: int = 0
     keeps: float = 0.0
     disk_errors: int = 0
+    slow_disks: int = 0
+    rot: float = 0.0
     durability: str = "off"
+    checkpoint_every: int = 0
 
     @classmethod
     def of(cls, seed: int, given: Mapping[str, Any] | None = None) -> Case:
@@ -120,9 +125,27 @@ def _draw(seed: int) -> Case:
         skips=rng.random() < 0.2,
         slow=rng.choice((-1, -1, -1, 0, 1)),
     )
-    names = ("cuts", "flips", "doubles", "holds", "jumps", "stalls", "worker_crashes")
-    faults = {name: rng.choice((0, 0, 1, 2)) for name in names}
-    return replace(case, **faults, keeps=rng.choice((0.0, 0.5, 1.0)))
+    return replace(case, **_faults(rng))
+
+
+def _faults(rng: random.Random) -> dict[str, Any]:
+    """How often what strikes; in every third case nothing but processes that die."""
+    names = ("cuts", "flips", "doubles", "holds", "jumps", "stalls")
+    wild = rng.random() < 0.7
+    faults: dict[str, Any] = {name: rng.choice((0, 0, 1, 2)) if wild else 0 for name in names}
+    faults["worker_crashes"] = rng.choice((0, 1, 2))
+    faults["keeps"] = rng.choice((0.0, 0.5, 1.0, 1.0))
+    faults["takeovers"] = rng.choice((0, 0, 0, 0))
+    if rng.random() < 0.6:
+        faults |= {
+            "durability": "journal",
+            "checkpoint_every": rng.choice((0, 1, 2)),
+            "server_crashes": rng.choice((0, 1, 1, 2)),
+            "disk_errors": rng.choice((0, 0, 1)),
+            "slow_disks": rng.choice((0, 0, 1)),
+            "rot": rng.choice((0.0, 0.5)),
+        }
+    return faults
 
 
 @cache

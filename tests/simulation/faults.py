@@ -10,8 +10,10 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from .disk import Killed
 from .network import NOTICE_S, RECONNECT_S, Connection
-from .worker import Worker
+from .server import Server
+from .worker import Kept, Worker
 
 if TYPE_CHECKING:
     from .run import Simulation
@@ -39,6 +41,9 @@ class Faults:
             (case.stalls, self._stall),
             (case.worker_crashes, self._crash_worker),
             (case.takeovers, self._take_over),
+            (case.server_crashes, self._crash_server),
+            (case.disk_errors, self._break_disk),
+            (case.slow_disks, self._slow_disk),
         ]
         for count, strike in kinds:
             for _ in range(count):
@@ -126,8 +131,10 @@ class Faults:
             connection = link.cut(at_once=True)
             if connection is not None:
                 self._server_notices(connection)
-        worker.stop("dead")
-        self._start_again(worker.rank)
+        keeps = self.rng.random() < self.simulation.case.keeps
+        kept = worker.keep() if keeps else None
+        worker.stop("dead", keeps=kept is not None)
+        self._start_again(worker.rank, kept)
 
     def _take_over(self) -> None:
         """A process hangs, somebody starts another in its place, and then it goes on."""
@@ -139,9 +146,78 @@ class Faults:
         worker.stalled_until_s = self.simulation.schedule.now_s + self.rng.uniform(*STALL_S)
         self._start_again(worker.rank)
 
-    def _start_again(self, rank: int) -> None:
+    def _server(self) -> Server | None:
+        alive = [s for s in self.simulation.servers if s.process is not None and s.process.alive]
+        return self.rng.choice(alive) if alive else None
+
+    def _crash_server(self) -> None:
+        """A server's process dies now, or amid what it next does with its disk."""
+        server = self._server()
+        if server is None:
+            return
+        if self.rng.random() < 0.5:
+            self._strike("server_crashes", server.index)
+            self._kill_server(server)
+            return
+        steps = self.rng.randint(1, 12)
+
+        def trap() -> None:
+            nonlocal steps
+            steps -= 1
+            if not steps:
+                server.disk.trap = _nothing
+                self._strike("server_crashes", server.index, "at its disk")
+                self._kill_server(server)
+                raise Killed
+
+        server.disk.trap = trap
+
+    def _kill_server(self, server: Server) -> None:
+        schedule, rng = self.simulation.schedule, self.rng
+        server.crash()
+        if self.simulation.case.rot > rng.random() and server.disk.rot():
+            self._strike("rotten", server.index)
+        back_s = rng.uniform(*DOWN_S)
+        schedule.after(back_s, server.start)
+        for worker in self.simulation.everyone:
+            if not worker.alive:
+                continue
+            link = worker.links[server.index]
+            connection = link.cut(at_once=rng.random() < 0.8)
+            if connection is None:
+                continue
+            connection.lost_up_s = schedule.now_s
+            self._meet_again(worker, server, connection, back_s)
+
+    def _meet_again(
+        self, worker: Worker, server: Server, connection: Connection, back_s: float
+    ) -> None:
+        """The worker tries until the server is there."""
+        link, schedule, rng = worker.links[server.index], self.simulation.schedule, self.rng
+        schedule.after(rng.uniform(0.0, back_s), lambda: link.drop(connection))
+        again_s = back_s + rng.uniform(*RECONNECT_S)
+        schedule.after(again_s, lambda: self.simulation.connect(worker, server.index))
+
+    def _break_disk(self) -> None:
+        server = self._server()
+        if server is not None and self.simulation.case.durability == "journal":
+            self._strike("disk_errors", server.index)
+            until_s = self.simulation.schedule.now_s + self.rng.uniform(*HOLD_S)
+            server.disk.broken_until_s = until_s
+
+    def _slow_disk(self) -> None:
+        server = self._server()
+        if server is not None and self.simulation.case.durability == "journal":
+            self._strike("slow_disks", server.index)
+            server.disk.slow_until_s = self.simulation.schedule.now_s + self.rng.uniform(*HOLD_S)
+
+    def _start_again(self, rank: int, kept: Kept | None = None) -> None:
         down_s = self.rng.uniform(*DOWN_S)
-        self.simulation.schedule.after(down_s, lambda: self.simulation.start_worker(rank))
+        self.simulation.schedule.after(down_s, lambda: self.simulation.start_worker(rank, kept))
+
+
+def _nothing() -> None:
+    """No trap is set."""
 
 
 def _close(connection: Connection, *, heard: bool) -> None:

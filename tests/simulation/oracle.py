@@ -16,6 +16,7 @@ It knows everything that happens in all processes, which no process does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
@@ -31,6 +32,8 @@ from .clock import Violation
 __all__ = ["Oracle", "Ticket", "reference"]
 
 _TYPE_OFFSET: Final = 5
+MANY: Final = 1000
+"""More processes than a run has."""
 _OF_A_VERSION: Final = frozenset({MessageType.VERDICT, MessageType.STATUS, MessageType.WELCOME})
 
 
@@ -82,8 +85,10 @@ class Oracle:
         }
         self.newest = dict.fromkeys(shards, 0)
         self.versions = dict.fromkeys(range(case.servers), 0)
-        self.durable = dict.fromkeys(range(case.servers), 0)
+        self.nothing = -1 if case.durability == "journal" else 0
+        self.durable = dict.fromkeys(range(case.servers), self.nothing)
         self.promised = dict.fromkeys(range(case.servers), 0)
+        """The newest version that anybody was told of, or computed from."""
         self.up = dict.fromkeys(range(case.servers), True)
         self.losses = 0
         self.failed = ""
@@ -93,12 +98,26 @@ class Oracle:
         self._said: dict[tuple[int, int, int], int] = {}
         self._sent: dict[tuple[int, int, int], bytes] = {}
         self._dirty: set[int] = set()
+        self._void: set[tuple[int, int, tuple[int, int]]] = set()
+        """What crashes took back: it may still be under way, but nobody may compute from it."""
 
     # ---- workers
 
     def begins(self, owner: int) -> None:
         """A residual begins, at zero."""
         self.residuals[owner] = dict.fromkeys(self.wanted, 0)
+
+    def new_owner(self) -> int:
+        """A residual of zeros, of a process that begins anew."""
+        owner = len(self.residuals) + MANY
+        self.begins(owner)
+        return owner
+
+    def misfit(self, rank: int, words: list[str]) -> None:
+        """A process could not go on from what was kept: only another process may be why."""
+        if rank not in self.contested:
+            msg = f"rank {rank} cannot go on from what it kept: {words}"
+            raise Violation(msg)
 
     def wants(self, owner: int, shard: int, value: int) -> None:
         """A worker has made a direction; it is in its residual."""
@@ -152,8 +171,13 @@ class Oracle:
                 if ticket.owner == owner and ticket.state == "open":
                     ticket.state = "orphan"
 
+    def check_taken(self, rank: int, shard: int, version: int, has: tuple[int, int]) -> None:
+        """What a worker has just taken is what the server made, or had made before a crash."""
+        if (shard, version, has) not in self._void:
+            self.check_replica(rank, shard, version, has)
+
     def check_replica(self, rank: int, shard: int, version: int, has: tuple[int, int]) -> None:
-        """What a worker holds is what the server made."""
+        """What a worker computes from is what the server made."""
         made = self.history[shard].get(version)
         if made != has:
             msg = f"rank {rank} holds {has} as version {version} of shard {shard}, made was {made}"
@@ -223,12 +247,59 @@ class Oracle:
         if durable:
             self.durable[server] = version
 
+    def is_durable(self, server: int, version: int) -> None:
+        """This version of a server's, and all before it, is on its disk."""
+        self.durable[server] = max(self.durable[server], version)
+
+    def down(self, server: int) -> None:
+        """A server died."""
+        self.up[server] = False
+
+    def recovered(self, server: int, version: int, values: Mapping[int, tuple[int, int]]) -> None:
+        """A server is back with this version, and these weights; none before the first version.
+
+        Raises:
+            Violation: it answered for a later one, or these are others than it had.
+        """
+        if version < self.promised[server]:
+            msg = (
+                f"server {server} is back at version {version}, and had answered for "
+                f"{self.promised[server]}"
+            )
+            raise Violation(msg)
+        self.up[server] = True
+        self.versions[server] = version
+        self.durable[server] = max(self.durable[server], version) if values else self.nothing
+        mine = [shard for shard, owner in enumerate(self.owners) if owner == server]
+        for shard in mine:
+            made = self.history[shard]
+            for later in [v for v in made if v > version]:
+                self._void.add((shard, later, made.pop(later)))
+            self.newest[shard] = version
+            if values and values[shard] != made.get(version):
+                msg = f"shard {shard} is back as {values[shard]}, was {made.get(version)}"
+                raise Violation(msg)
+        for ticket in self.tickets.values():
+            if ticket.shard in mine and ticket.round is not None and ticket.round >= version:
+                ticket.round = None
+        self._dirty.update(mine)
+
     def goes_down(self, server: int, frame: Buffer) -> None:
         """A server says something: it answers for no version that a crash would take back."""
-        if frame[_TYPE_OFFSET] not in _OF_A_VERSION:
+        kind = frame[_TYPE_OFFSET]
+        if self.case.durability != "journal":
+            return
+        if kind == MessageType.WEIGHTS:
+            ahead = self.case.consistency == "bsp" and not self.case.judged
+        elif kind in _OF_A_VERSION:
+            ahead = False
+        else:
             return
         header = decode_frame(frame).header
-        if header.version > self.durable[server]:
+        allowed = self.durable[server] + (ahead and self.durable[server] >= 0)
+        if kind == MessageType.WEIGHTS and header.version <= allowed:
+            return
+        if header.version > max(0, self.durable[server]) or kind == MessageType.WEIGHTS:
             msg = (
                 f"server {server} says {header.type.name} of version {header.version}: "
                 f"{self.durable[server]} is on disk"

@@ -8,17 +8,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from psq_server.state import StopRequested
+
 from .case import Case
 from .clock import Schedule, Violation
+from .disk import Disk
 from .faults import Faults
 from .network import Network
 from .oracle import Oracle
 from .server import Server
-from .worker import Worker
+from .worker import Kept, Worker
 
 __all__ = ["Failure", "Outcome", "Simulation", "Tally", "replay_command", "run_seed", "run_seeds"]
 
 MAX_EVENTS: Final = 20_000
+RETRY_S: Final = 0.1
+SUPERVISE_S: Final = 1.0
 END_S: Final = 60.0
 """How long after the last fault a job may take to end."""
 
@@ -47,7 +52,15 @@ class Simulation:
         self.network = Network(self.schedule, rng)
         self.oracle = Oracle(case)
         self.servers = [
-            Server(index, self.schedule, self.network, self.oracle) for index in range(case.servers)
+            Server(
+                index,
+                case,
+                self.schedule,
+                self.network,
+                self.oracle,
+                Disk(self.schedule, random.Random(f"{case.seed}/disk{index}")),  # noqa: S311
+            )
+            for index in range(case.servers)
         ]
         self.workers: dict[int, Worker] = {}
         self.everyone: list[Worker] = []
@@ -56,12 +69,33 @@ class Simulation:
         for rank in range(case.workers):
             self.start_worker(rank)
         self.faults = Faults(self)
+        self.schedule.after(SUPERVISE_S, self._supervise)
 
-    def start_worker(self, rank: int) -> Worker:
-        """A process for a rank."""
-        worker = Worker(
-            rank, len(self.everyone), self.case, self.schedule, self.network, self.oracle
-        )
+    def _supervise(self) -> None:
+        """What a launcher does: start who is missing, and stop servers that nobody will tell.
+
+        A worker that is done and finds no server takes it that the job has ended. If the server was
+        only down, nobody has told it.
+        """
+        self.schedule.after(SUPERVISE_S, self._supervise)
+        current = list(self.workers.values())
+        for worker in current:
+            others = any(w.alive for w in self.everyone if w.rank == worker.rank)
+            if worker.fate == "fenced" and not others:
+                self.start_worker(worker.rank)
+        if any(worker.fate != "done" for worker in current):
+            return
+        for server in self.servers:
+            alone = any(worker.left_alone[server.index] for worker in current)
+            process = server.process
+            if alone and process is not None and process.alive and not server.stopping:
+                server.stopping = True
+                process.happen(StopRequested("SIGTERM"))
+
+    def start_worker(self, rank: int, kept: Kept | None = None) -> Worker:
+        """A process for a rank; it may go on from what the one before has kept."""
+        owner = len(self.everyone) if kept is None else kept.owner
+        worker = Worker(rank, owner, self.case, self.schedule, self.network, self.oracle, kept)
         self.everyone.append(worker)
         self.workers[rank] = worker
         for server in range(self.case.servers):
@@ -71,10 +105,12 @@ class Simulation:
     def connect(self, worker: Worker, server: int) -> None:
         """Connect a worker to a server, if both are there and they are not."""
         link, process = worker.links[server], self.servers[server].process
-        if not worker.alive or link.connection is not None:
+        if not worker.alive or link.connection is not None or self.servers[server].ended:
             return
         if process is not None and process.alive:
             process.connect(link.connect(process), link)
+        else:
+            self.schedule.after(RETRY_S, lambda: self.connect(worker, server))
 
     @property
     def over(self) -> bool:

@@ -1,21 +1,34 @@
 """A server's process without a socket: the state machine, its outbox, and integers for weights.
 
 It does what `psq_server.loop` does, in the same order: an event, all that its actions bring about,
-then the next frame.
+then the next frame. The gate and what stands between it and the disk are the real ones; so is the
+replay after a crash.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Final
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
 
+import msgpack
+
+from psq.plan import Plan
 from psq_proto.frames import Buffer
+from psq_server.commits import Commits
 from psq_server.outbox import Outbox
+from psq_server.recovery import replay
 from psq_server.state import (
     Action,
     Adopt,
+    Blocked,
     Broadcast,
+    Checkpointed,
     Committed,
+    Durable,
     Echo,
     Event,
     FrameReceived,
@@ -36,58 +49,164 @@ from psq_server.state import (
 )
 
 from .arithmetic import IntegerWeights
-from .clock import LocalClock, Schedule
+from .case import Case
+from .clock import LocalClock, Schedule, Violation
+from .disk import Disk, Entry, Killed, Store
 from .network import Connection, Network, ServerEnd, WorkerLink
 from .oracle import Oracle
 
-__all__ = ["Server"]
+__all__ = ["Process", "Server"]
 
 RUN_ID: Final = b"simulated run id"
 TICK_S: Final = 0.25
 FLUSH_S: Final = 0.01
 LEASE_S: Final = 2.0
 REDUCE_S: Final = 0.001
+LINGER_S: Final = 0.5
 
 
 class Server:
     """One server of a job, through all of its processes."""
 
-    def __init__(self, index: int, schedule: Schedule, network: Network, oracle: Oracle) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917 - a server gets its world as arguments
+        self,
+        index: int,
+        case: Case,
+        schedule: Schedule,
+        network: Network,
+        oracle: Oracle,
+        disk: Disk,
+    ) -> None:
         self.index = index
+        self.case = case
         self.schedule = schedule
         self.network = network
         self.oracle = oracle
+        self.disk = disk
+        disk.on_durable = lambda version: oracle.is_durable(index, version)
         self.clock = LocalClock(schedule, 1000.0 * (index + 1))
         self.epoch = 0
         self.process: Process | None = None
         self.ended: Stop | None = None
+        self.stopping = False
+
+    @property
+    def settings(self) -> Settings:
+        """What the next process is told."""
+        case = self.case
+        return Settings(
+            RUN_ID,
+            self.epoch,
+            lease_s=LEASE_S,
+            give_up_after_s=900.0,
+            durability="journal" if case.durability == "journal" else "off",
+            checkpoint_every=case.checkpoint_every or None,
+        )
 
     def start(self) -> None:
-        """A new process."""
+        """A new process, which takes up what is on the disk."""
+        if self.ended:
+            return
         self.epoch += 1
-        self.process = Process(self, self.epoch)
         self.schedule.note("server starts", self.index, self.epoch)
+        self.process = Process(self)
+        with suppress(Killed):
+            self.process.begin()
+
+    def crash(self) -> None:
+        """The process dies; what was not synced is lost, or some of it."""
+        process = self.process
+        if process is None or not process.alive:
+            return
+        process.die()
+        self.process = None
+        self.stopping = False
+        self.disk.cut_power()
+        self.oracle.down(self.index)
+
+
+@dataclass(slots=True)
+class _Log:
+    """Where the process says what happens; the story takes it."""
+
+    server: Server
+
+    def write(self, level: str, event: str, fields: Mapping[str, Any]) -> None:
+        """One line."""
+        self.server.schedule.note("log", self.server.index, level, event, fields)
+
+
+@dataclass(slots=True)
+class _Recovered:
+    """What a disk had."""
+
+    state: ServerState
+    weights: IntegerWeights | None = None
+    last: Entry | None = None
 
 
 class Process:
     """One process of a server's, from start to end."""
 
-    def __init__(self, server: Server, epoch: int) -> None:
+    def __init__(self, server: Server) -> None:
         self.server = server
-        self.epoch = epoch
+        self.epoch = server.epoch
         self.alive = True
         self.end = ServerEnd(server.network)
         self.end.on_sent = self._goes_down
-        self.settings = Settings(RUN_ID, epoch, lease_s=LEASE_S, give_up_after_s=900.0)
-        self.state = ServerState(self.settings, server.clock.now_s())
         self.outbox = Outbox(self.end, lambda shard: self._hold().full(shard))
-        self.weights: IntegerWeights | None = None
         self._events: deque[Event] = deque()
         self._flushing = False
         self._wake_s = -1.0
+        kept = server.case.durability == "journal"
+        self.store = Store(server.disk, self.epoch, self._hear) if kept else None
+        self.state: ServerState
+        self.weights: IntegerWeights | None = None
+        self.commits: Commits
+
+    def begin(self) -> None:
+        """Take up what is on the disk, and serve."""
+        server = self.server
+        recovered = self._recover()
+        self.state, self.weights = recovered.state, recovered.weights
+        if self.store is not None and self.weights is not None:
+            version = self.state.snapshot(server.clock.now_s()).version
+            self.store.open_journal(version, recovered.last)
+        self.commits = Commits(
+            self.state,
+            self.store,  # type: ignore[arg-type]
+            self._hold,  # type: ignore[arg-type]
+            _Log(server),  # type: ignore[arg-type]
+            clock=server.clock.now_s,
+        )
+        self.outbox.is_paused = lambda: self.commits.is_busy
         server.schedule.after(TICK_S, self._tick)
 
-    # ---- what the network and the clock bring
+    def _recover(self) -> _Recovered:
+        """Go on from the newest checkpoint and what the journal has after it."""
+        server, now_s = self.server, self.server.clock.now_s()
+        if self.store is None or not server.disk.images:
+            server.oracle.recovered(server.index, 0, {})
+            return _Recovered(ServerState(server.settings, now_s))
+        image = server.disk.images[-1]
+        meta = msgpack.unpackb(image.meta, strict_map_key=False)
+        captured = meta["server"]
+        weights = self._make_weights(Plan.parse(captured["plan"]))
+        weights.resume(meta["facts"], image.arrays)
+        weights.on_reduced = _unseen
+        entries = list(server.disk.read())
+        replayed = replay(captured, entries, weights)
+        last = next((e for e in reversed(entries) if e.number == replayed.last_number), None)
+        weights.on_reduced = self._reduced
+        state = ServerState.restore(
+            server.settings, captured, now_s, shards=weights.versions, frames=weights.last_frames
+        )
+        version = state.snapshot(now_s).version
+        server.schedule.note("recovered", server.index, image.version, replayed.rounds, version)
+        server.oracle.recovered(server.index, version, weights.values)
+        return _Recovered(state, weights, last)
+
+    # ---- what the network, the disk and the clock bring
 
     def connect(self, connection: Connection, link: WorkerLink) -> None:
         """A worker has connected."""
@@ -105,6 +224,17 @@ class Process:
             self.outbox.forget(connection.name)
             self.happen(PeerGone(connection.name))
 
+    def _hear(self) -> None:
+        """Take what the disk has answered."""
+        if not self.alive:
+            return
+        for news in self.commits.hear():
+            if isinstance(news, Durable | Blocked | Checkpointed):
+                self.happen(news)
+            else:
+                self._do(news)
+        self._plan_ahead()
+
     def _tick(self) -> None:
         if self.alive:
             self.happen(Tick())
@@ -117,16 +247,23 @@ class Process:
     def happen(self, event: Event) -> None:
         """Handle an event, and every event that its actions bring about."""
         self._events.append(event)
-        while self._events and self.alive:
-            event, now_s = self._events.popleft(), self.server.clock.now_s()
-            actions = self.state.handle(event, now_s)
-            for action in actions:
-                if isinstance(action, Committed):  # the verdicts stand before it
-                    self.server.oracle.committed(self.server.index, action.version, durable=True)
-            for action in actions:
-                self._do(action)
-            self.state.validate()
+        try:
+            while self._events and self.alive:
+                self._handle(self._events.popleft())
+        except Killed:
+            self._events.clear()
+            return
         self._plan_ahead()
+
+    def _handle(self, event: Event) -> None:
+        actions = self.state.handle(event, self.server.clock.now_s())
+        durable = self.state.level != "journal"
+        for action in actions:
+            if isinstance(action, Committed):  # the verdicts stand before it
+                self.server.oracle.committed(self.server.index, action.version, durable=durable)
+        for action in self.commits.admit(actions):
+            self._do(action)
+        self.state.validate()
 
     def _plan_ahead(self) -> None:
         while self.outbox.gone and self.alive:
@@ -145,6 +282,12 @@ class Process:
             self.outbox.flush()
             self._plan_ahead()
 
+    def die(self) -> None:
+        """Nothing of this process does anything any more."""
+        self.alive = False
+        if self.store is not None:
+            self.store.alive = False
+
     # ---- what the state machine wants
 
     def _do(self, action: Action) -> None:
@@ -159,15 +302,21 @@ class Process:
             case Initialize(shard, _, values):
                 self._hold().init(shard, values)
             case Adopt():
-                self.weights = IntegerWeights(action.plan, RUN_ID, self.epoch, self._reduced)
+                self.weights = self._make_weights(action.plan)
             case Stop():
-                self.alive = False
-                self.server.ended = action
-                self.server.schedule.note("server ends", self.server.index, action.reason)
+                self._stop(action)
             case Log():
                 self.server.schedule.note("log", self.server.index, action.event, action.fields)
             case _:
                 pass
+
+    def _stop(self, action: Stop) -> None:
+        """The process ends; its connections do a while later."""
+        self.die()
+        self.server.ended = action
+        self.server.schedule.note("server ends", self.server.index, action.reason)
+        for connection, link in self.end.links.values():
+            self.server.schedule.after(LINGER_S, partial(link.drop, connection))
 
     def _transmit(self, action: Send | Echo | Broadcast | SendFull) -> None:
         match action:
@@ -184,6 +333,9 @@ class Process:
                 for peer in action.peers:
                     self.outbox.send_full(peer, action.versions)
 
+    def _make_weights(self, plan: Plan) -> IntegerWeights:
+        return IntegerWeights(plan, RUN_ID, self.epoch, self._reduced)
+
     def _reduced(
         self, round_: int, shard: int, said: tuple[Pushed, ...], now: tuple[int, int]
     ) -> None:
@@ -193,5 +345,12 @@ class Process:
         self.server.oracle.goes_down(self.server.index, frame)
 
     def _hold(self) -> IntegerWeights:
-        assert self.weights is not None
+        if self.weights is None:
+            msg = "weights are asked for before there is a plan"
+            raise Violation(msg)
         return self.weights
+
+
+def _unseen(round_: int, shard: int, said: tuple[Pushed, ...], now: tuple[int, int]) -> None:
+    """A replay: the oracle has seen these rounds."""
+    del round_, shard, said, now

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from psq.client.channel import Channel
 from psq.client.hooks import Hooks
+from psq.client.identity import Identity
 from psq.client.machine import Machine
 from psq.errors import FencedError, PsqError
 from psq.plan import Plan
@@ -28,13 +30,36 @@ from .clock import LocalClock, Schedule, Violation
 from .network import Network, WorkerLink
 from .oracle import Oracle
 
-__all__ = ["Worker"]
+__all__ = ["Kept", "Worker"]
 
 HEARTBEAT_S: Final = 1.0
 SAY_S: Final = 0.002
 SLOW: Final = 10
 
-Phase = Literal["joining", "computing", "saying", "finishing", "leaving", "gone"]
+Phase = Literal["offering", "joining", "computing", "saying", "finishing", "leaving", "gone"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a process that died leaves to the next of its rank, where it leaves anything.
+
+    It is what `psq.torch.keeper` keeps: who it was and what it computed from when its last step
+    began, and of each shard the residual, and what was said since.
+
+    Attributes:
+        owner: the number of its residual's history.
+        identities: who it was to each server.
+        values, residual: by shard.
+        said: the tickets of what was under way.
+        wanted: of each shard, the last version that a direction was made at.
+    """
+
+    owner: int
+    identities: tuple[Identity, ...]
+    values: dict[int, tuple[int, int]]
+    residual: dict[int, int]
+    said: dict[int, int]
+    wanted: dict[int, int]
 
 
 class Worker:
@@ -45,6 +70,7 @@ class Worker:
         owner: the number of its residual's history, as the oracle knows it.
         fate: how it ended: "done", "fenced", "dead", or in a server's words.
         stalled_until_s: it reads nothing before.
+        left_alone: of each server, whether it was not there when this process ended.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - a process gets its world as arguments
@@ -55,6 +81,7 @@ class Worker:
         schedule: Schedule,
         network: Network,
         oracle: Oracle,
+        kept: Kept | None = None,
     ) -> None:
         self.rank = rank
         self.owner = owner
@@ -64,16 +91,21 @@ class Worker:
         self.phase: Phase = "joining"
         self.fate = ""
         self.stalled_until_s = 0.0
+        self.left_alone: tuple[bool, ...] = ()
         self.plan: Plan = oracle.plan
         self.rng = random.Random(f"{case.seed}/{owner}")  # noqa: S311 - a simulation
         self.clock = LocalClock(schedule, self.rng.uniform(0.0, 1e5))
         self.values = dict.fromkeys(range(case.shards), (0, 0))
         self.residual = dict.fromkeys(self.values, 0)
         self.said: dict[int, int] = {}
+        self._wanted: dict[int, int] = {}
         self._unsaid: list[int] = []
+        self._kept = kept
+        self._base: tuple[tuple[Identity, ...], dict[int, tuple[int, int]]] | None = None
         self._timer_s = float("inf")
         self._step = 0
-        oracle.begins(owner)
+        if kept is None:
+            oracle.begins(owner)
         self.links = [
             WorkerLink(network, rank, server, self._on_arrival) for server in range(case.servers)
         ]
@@ -81,6 +113,10 @@ class Worker:
             link.on_sent = self._goes_up
         self.channels = [self._channel(server, link) for server, link in enumerate(self.links)]
         self.machines = [channel.machine for channel in self.channels]
+        if kept is not None:
+            self.phase = "offering"
+            for machine, identity in zip(self.machines, kept.identities, strict=True):
+                machine.offer(identity)
         schedule.after(0.0, self._pump)
 
     def _channel(self, server: int, link: WorkerLink) -> Channel:
@@ -180,8 +216,10 @@ class Worker:
     def _is_over(self) -> bool:
         if self.phase == "leaving":
             return all(machine.left for machine in self.machines)
+        if self.phase == "offering":
+            return all(machine.welcomed for machine in self.machines)
         if self.phase == "joining":
-            return all(machine.joined and machine.settled for machine in self.machines)
+            return all(machine.ready for machine in self.machines)
         return all(machine.settled for machine in self.machines)
 
     @property
@@ -193,17 +231,57 @@ class Worker:
         if self.phase == "leaving":
             self.stop("done")
             return
+        if self.phase == "offering":
+            self._take_up()
+            return
         if self.phase == "finishing":
             for machine in self.machines:
                 if machine.round is not None:
                     self._end_round(machine)
-        if self.version >= self.case.rounds:
+        is_held = any(machine.round is not None for machine in self.machines)
+        if self.version >= self.case.rounds and not is_held:
             self.phase = "leaving"
             for machine in self.machines:
                 machine.leave(Leave("done"))
             self._pump()
             return
         self._begin()
+
+    def _take_up(self) -> None:
+        """Go on as the process before, if that fits every server; else begin anew."""
+        kept = self._kept
+        assert kept is not None
+        self.phase, self._kept = "joining", None
+        self._base = (kept.identities, kept.values)
+        misfits = [words for machine in self.machines if (words := machine.misfit())]
+        self.schedule.note("goes on", self.rank, self.owner, misfits)
+        if misfits:
+            self.oracle.misfit(self.rank, misfits)
+            self.oracle.loses(self.owner)
+            self.owner, self._base = self.oracle.new_owner(), None
+            for machine in self.machines:
+                machine.offer(None)
+        else:
+            self.values, self.residual = dict(kept.values), dict(kept.residual)
+            self.said, self._wanted = dict(kept.said), dict(kept.wanted)
+            for machine in self.machines:
+                machine.take_up()
+        self._pump()
+
+    def keep(self) -> Kept | None:
+        """What a process that comes after this one may go on from; None before its first step."""
+        if self._kept is not None or self._base is None:
+            return self._kept
+        identities, values = self._base
+        pending = [machine.identity().pending for machine in self.machines]
+        return Kept(
+            self.owner,
+            tuple(replace(i, pending=p) for i, p in zip(identities, pending, strict=True)),
+            values,
+            dict(self.residual),
+            dict(self.said),
+            dict(self._wanted),
+        )
 
     def _end_round(self, machine: Machine) -> None:
         ended = machine.end_round()
@@ -214,12 +292,17 @@ class Worker:
     def _begin(self) -> None:
         """Begin a step: it computes for a while, then says one shard after the other."""
         in_step = self.case.consistency.startswith("bsp")
+        is_held = any(machine.round is not None for machine in self.machines)
         self._step = self.version
         for server, machine in enumerate(self.machines):
-            if machine.replica.version == self._step or not in_step:
+            held = machine.round is not None  # it goes on after a crash
+            if held or machine.replica.version == self._step or not in_step:
                 number = machine.begin(RATE).number
                 self.oracle.computes(self.rank, server, number)
         self._check_replica()
+        if not is_held:
+            identities = tuple(machine.identity() for machine in self.machines)
+            self._base = (identities, dict(self.values))
         self.phase = "computing"
         self._unsaid = list(self.values)
         slow = SLOW if self.case.slow == self.rank else 1
@@ -248,12 +331,14 @@ class Worker:
         channel = self.channels[self.oracle.owners[shard]]
         machine = channel.machine
         current = machine.round
-        if current is None:
-            return  # this server is ahead: it has what would be said
-        weight = self.values[shard][0]
-        wants = direction(self.rank, current.number, shard, weight)
-        self.residual[shard] += wants
-        self.oracle.wants(self.owner, shard, wants)
+        if current is None or shard in current.pushed or shard in current.skipped:
+            return  # this server is ahead: it has what would be said; or it was said before a crash
+        if self._wanted.get(shard) != current.number:
+            self._wanted[shard] = current.number
+            weight = self.values[shard][0]
+            wants = direction(self.rank, current.number, shard, weight)
+            self.residual[shard] += wants
+            self.oracle.wants(self.owner, shard, wants)
         if not channel.machine._plan.due(shard, current.number):
             return
         if self.case.skips and is_skipped(self.rank, current.number, shard):
@@ -280,7 +365,7 @@ class Worker:
         came = numbers(body)
         before = self.values[header.shard] if header.flags & Flags.DELTA else (0, 0)
         now = self.values[header.shard] = (before[0] + came[0], before[1] + came[1])
-        self.oracle.check_replica(self.rank, header.shard, header.version, now)
+        self.oracle.check_taken(self.rank, header.shard, header.version, now)
 
     def _restore(self, shard: int) -> None:
         machine = self.machines[self.oracle.owners[shard]]
@@ -304,11 +389,12 @@ class Worker:
 
     # ---- the end
 
-    def stop(self, fate: str) -> None:
-        """This process is over."""
+    def stop(self, fate: str, *, keeps: bool = False) -> None:
+        """This process is over, and with it its residual, unless it was kept."""
+        self.left_alone = tuple(link.connection is None for link in self.links)
         self.phase = "gone"
         self.fate = fate
-        if fate != "done":
+        if fate != "done" and not keeps:
             self.oracle.loses(self.owner)
         self.schedule.note("worker is gone", self.rank, self.owner, fate)
         for link in self.links:
