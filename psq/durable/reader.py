@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NoReturn, Self
 
+import numpy as np
 from crc32c import crc32c
 
 from psq.durable.digests import DIGEST_BYTES
@@ -251,17 +252,16 @@ class JournalReader:
             self.promised = synced
             self.unproven = [record for record in self.unproven if record.number > synced]
 
-    def _take(self, opened: _Opened, offset: int, header: Header, body: bytearray) -> Record:
-        view = memoryview(body)
-        parsed = parse_front(view[: header.front_bytes], header.data_bytes)
+    def _take(self, opened: _Opened, offset: int, header: Header, body: memoryview) -> Record:
+        parsed = parse_front(body[: header.front_bytes], header.data_bytes)
         if parsed is None:
             _damaged(opened.path, offset, "its checksums hold, and it is no record of a journal")
         meta, lengths = parsed
         buffers, at = [], header.front_bytes
         for length in lengths:
-            buffers.append(view[at : at + length])
+            buffers.append(body[at : at + length])
             at += length
-        chain = chain_of(opened.raw_header, [view])
+        chain = chain_of(opened.raw_header, [body])
         record = Record(header.number, header.kind, meta, tuple(buffers), chain)
         self.end = Position(record.number, chain)
         self.last = replace(record, buffers=())
@@ -309,12 +309,12 @@ class _Opened:
         self.raw_header = os.pread(self._fd, HEADER_BYTES, offset)
         return parse_header(self.raw_header, self._salt)
 
-    def body(self, offset: int, header: Header) -> bytearray | None:
+    def body(self, offset: int, header: Header) -> memoryview | None:
         """What follows a header; None if its checksum is another, or it is not all there."""
         if offset + header.body_bytes > self.size:
             return None
-        body = bytearray(header.body_bytes)
-        left = memoryview(body)
+        # Not a bytearray, which clears its memory first; NumPy also asks for large pages.
+        body = left = np.empty(header.body_bytes, np.uint8).data
         while left.nbytes:
             came = os.preadv(self._fd, [left], offset)
             if not came:

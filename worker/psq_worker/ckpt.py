@@ -27,7 +27,7 @@ EXIT_DIFFERENT: Final = 1
 JSON_OPTION: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@click.group()
+@click.group(short_help="Look into checkpoints, take weights out of them.")
 def ckpt() -> None:
     """Look into checkpoints: list, verify, export weights, compare, copy, prune."""
 
@@ -102,7 +102,7 @@ def _journal(place: str) -> Path | None:
 # ---- ls
 
 
-@ckpt.command("ls")
+@ckpt.command("ls", short_help="List the checkpoints at PLACE, newest first.")
 @click.argument("place")
 @JSON_OPTION
 def list_place(place: str, *, as_json: bool) -> None:
@@ -177,7 +177,7 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
 # ---- verify
 
 
-@ckpt.command()
+@ckpt.command(short_help="Read every byte, and say what is wrong.")
 @click.argument("place")
 @JSON_OPTION
 def verify(place: str, *, as_json: bool) -> int:
@@ -232,7 +232,7 @@ def _read_journal(folder: Path) -> Iterable[str]:
 # ---- export, diff
 
 
-@ckpt.command()
+@ckpt.command(short_help="Write the weights as safetensors.")
 @click.argument("place")
 @click.option("-o", "--output", required=True, metavar="FILE", help="Where the weights go.")
 def export(place: str, output: str) -> None:
@@ -247,7 +247,7 @@ def export(place: str, output: str) -> None:
     click.echo(f"{output}: {size_bytes:,} bytes, of {path.name}", err=True)
 
 
-@ckpt.command()
+@ckpt.command(short_help="Say what differs between two checkpoints.")
 @click.argument("a")
 @click.argument("b")
 @JSON_OPTION
@@ -273,7 +273,7 @@ def diff(a: str, b: str, *, as_json: bool) -> int:
 # ---- copy, prune
 
 
-@ckpt.command("copy")
+@ckpt.command("copy", short_help="Copy a checkpoint to a URL, or from one.")
 @click.argument("source")
 @click.argument("target")
 def copy_place(source: str, target: str) -> None:
@@ -300,7 +300,7 @@ def copy_place(source: str, target: str) -> None:
         click.echo(fetch_checkpoint(source, _folder(target)))
 
 
-@ckpt.command()
+@ckpt.command(short_help="Remove old checkpoints, and their journal.")
 @click.argument("directory")
 @click.option("--keep", default=2, show_default=True, help="Valid checkpoints to keep, 2 or more.")
 @JSON_OPTION
