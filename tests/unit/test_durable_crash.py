@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import durable_life
 import pytest
 
+import psq
 from psq.durable.checkpoint import list_checkpoints, verify
 from psq.durable.directory import StateDirectory
 from psq.durable.failpoints import FAILPOINT_ENV, NAMES, reach
@@ -83,3 +85,12 @@ def test_a_failpoint_that_cannot_strike_is_refused(text):
     assert done.returncode != 0
     assert f"{ConfigError.__name__}: {FAILPOINT_ENV}='{text}': expected NAME:N" in done.stderr
     assert ConfigError.exit_code == EXIT_CONFIG
+
+
+def test_every_failpoint_has_one_place_and_every_place_a_name():
+    root = Path(psq.__file__).parents[1]
+    sources = [file for part in ("psq", "server", "worker") for file in (root / part).rglob("*.py")]
+    places = [
+        name for file in sources for name in re.findall(r'\breach\("([^"]+)"\)', file.read_text())
+    ]
+    assert sorted(places) == sorted(NAMES)
