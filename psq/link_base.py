@@ -43,6 +43,8 @@ DRAIN_LIMIT: Final = 64  # messages taken in one go, before the loop looks at it
 QUEUE_FRAMES: Final = 64  # SNDHWM and RCVHWM
 WORKER_LINGER_S: Final = 2.0
 SERVER_LINGER_S: Final = 0.5
+RECONNECT_MS: Final = 100
+MAX_RECONNECT_MS: Final = 500  # a server that came back is not to wait for its workers
 
 _SHORT_FRAME_BYTES: Final = 255
 _SHORT_FRAMING_BYTES: Final = 2
@@ -228,8 +230,8 @@ def _set_options(socket: zmq.Socket[bytes], endpoint: str, linger_ms: int) -> No
         zmq.LINGER: linger_ms,
         zmq.HANDSHAKE_IVL: 3000,
         zmq.CONNECT_TIMEOUT: 1000,
-        zmq.RECONNECT_IVL: 100,
-        zmq.RECONNECT_IVL_MAX: 5000,
+        zmq.RECONNECT_IVL: RECONNECT_MS,
+        zmq.RECONNECT_IVL_MAX: MAX_RECONNECT_MS,
         zmq.TCP_KEEPALIVE: 1,
         zmq.TCP_KEEPALIVE_IDLE: 5,
         zmq.TCP_KEEPALIVE_INTVL: 2,

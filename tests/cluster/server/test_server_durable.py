@@ -25,14 +25,21 @@ def same_bytes(a, b):
 class Run:
     """One job of two workers, and its server, which may be started again on the same directory."""
 
-    def __init__(self, cluster, name, *options, recipe="server-adam", **variables):
+    def __init__(self, cluster, name, *options, recipe="server-adam", job=None, **variables):
         self.cluster = cluster
         self.saved = cluster.folder / f"{name}.safetensors"
         self.outs = [cluster.folder / f"{name}.{rank}.npz" for rank in range(2)]
         self.options = ("--save", str(self.saved), *options)
         self.server = cluster.server(*self.options, **variables)
         self.workers = [
-            cluster.worker(rank, self.server.endpoint, *JOB, "--out", str(out), PSQ_RECIPE=recipe)
+            cluster.worker(
+                rank,
+                self.server.endpoint,
+                *JOB,
+                *("--out", str(out)),
+                PSQ_RECIPE=recipe,
+                **(job or {}),
+            )
             for rank, out in enumerate(self.outs)
         ]
 
@@ -86,6 +93,54 @@ def test_a_killed_server_that_comes_back_ends_with_the_same_bytes(cluster, plain
     ended = run.end()
     assert "event=recovered" in run.server.err()
     assert_same(ended, undisturbed(cluster, plain, recipe))
+
+
+JOBS = {
+    "judged": {"PSQ_WITH": "aggregate=clip aggregate.norm=0.5"},
+    "overlapped": {"PSQ_OVERLAP": "1"},
+    "adam of the workers, few steps pushed": {"recipe": "local-adam", "PSQ_LOCAL_STEPS": "3"},
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_so_does_another_kind_of_job(cluster, name):
+    job = dict(JOBS[name])
+    recipe = job.pop("recipe", "server-adam")
+    plain = Run(cluster, "plain", recipe=recipe, job=job).end()
+    point = "commit.durable:6"
+    run = Run(cluster, "killed", *kept(cluster), recipe=recipe, job=job, PSQ_FAILPOINT=point)
+    assert_killed(run.server)
+    run.again()
+    assert_same(run.end(), plain)
+
+
+def test_one_of_two_servers_may_be_killed(cluster):
+    """Each keeps its own part; the other one waits with the workers."""
+    ended = []
+    for killed in (False, True):
+        name = "killed" if killed else "plain"
+        saves = [cluster.folder / f"{name}.{number}.safetensors" for number in range(2)]
+        told = [
+            ("--save", str(save), "--state-dir", str(cluster.folder / f"{name}.state.{number}"))
+            for number, save in enumerate(saves)
+        ]
+        first = cluster.server(*told[0])
+        point = {"PSQ_FAILPOINT": "commit.durable:6"} if killed else {}
+        second = cluster.server(*told[1], **point)
+        connect = f"{first.endpoint},{second.endpoint}"
+        outs = [cluster.folder / f"{name}.{rank}.npz" for rank in range(2)]
+        size = ("--steps", str(STEPS), "--hidden", "256")
+        workers = [
+            cluster.worker(rank, connect, *size, "--out", str(out)) for rank, out in enumerate(outs)
+        ]
+        if killed:
+            assert_killed(second)
+            second = cluster.server(*told[1], "--bind", second.endpoint)
+        assert [program.wait() for program in (*workers, first, second)] == [0, 0, 0, 0]
+        parts = [load_file(save.with_stem(f"{save.stem}.server{n}-of-2")) for n, save in
+                 enumerate(saves)]  # fmt: skip
+        ended.append([*parts, *map(weights, outs)])
+    assert_same(*ended)
 
 
 KILLS = [
