@@ -8,6 +8,7 @@ a server needs the parts of a recipe, not its name.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
@@ -44,7 +45,9 @@ def find_preset(name: str) -> Preset:
         return PRESETS[name]
     found = entry(RECIPES_GROUP, name, Preset)
     if found is None:
-        msg = f"no recipe {name!r}; there are: {', '.join(names())}"
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        msg = f"no recipe {name!r}; {hint}there are: {', '.join(names())}"
         raise ConfigError(msg)
     made, package = found
     return dataclasses.replace(made, package=package)

@@ -105,6 +105,11 @@ def test_the_finer_one_stays_within_its_budget():
     assert costs.down_bits <= 1.1
 
 
+def test_a_name_that_is_nearly_right_is_shown_the_right_one():
+    with pytest.raises(ConfigError, match="did you mean qadam-1bit"):
+        preset("qadam1bit")
+
+
 def test_a_recipe_that_needs_more_workers_says_so():
     recipe = preset("ef-sgd").with_options("aggregate=krum", "aggregate.f=2")
     with pytest.raises(ConfigError, match="krum"):
