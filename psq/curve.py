@@ -43,6 +43,9 @@ RELOAD_S: Final = 1.0
 CURVE_BYTES: Final = 33
 """What encryption adds to each frame: a command's name, a nonce, flags and a checksum."""
 ANSWERS_PER_TURN: Final = 64
+RENEW_AFTER: Final = 64
+HANDSHAKES_S: Final = 4.0
+"""What a handshake may take (`HANDSHAKE_IVL`), and some more."""
 _ZAP: Final = "inproc://zeromq.zap.01"
 _VERSION: Final = b"1.0"
 _DOMAIN: Final = b"psq"
@@ -122,18 +125,27 @@ def decide(
 class Doorman:
     """Knows whose keys may come in, and answers libzmq.
 
+    libzmq keeps, for as long as a connection lives, the line over which it once asked: 34 KB for
+    each. So after some answers a new socket takes the place of the old one, which goes when every
+    handshake that may have asked there is over, and the lines with it, and their memory at last.
+
     Args:
         context: of the socket that it stands before.
+        poller: is told of the sockets at which there may be something to answer.
         folder: the authorized keys.
         note: takes a line for the log.
 
     Attributes:
-        socket: can be read when there is something to answer.
+        sockets: those.
         authorized: who is let in, by public key.
         refused: how many were not.
     """
 
-    def __init__(self, context: Context, folder: Path, note: Callable[[str], None]) -> None:
+    def __init__(
+        self, context: Context, poller: zmq.Poller, folder: Path, note: Callable[[str], None]
+    ) -> None:
+        self._context = context
+        self._poller = poller
         self._folder = folder
         self._note = note
         self.refused = 0
@@ -142,22 +154,55 @@ class Doorman:
         self._changed = False
         self.authorized, _ = read_authorized(folder)
         self._due_s = time.monotonic() + RELOAD_S
-        self.socket = context.socket(zmq.REP)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.bind(_ZAP)
+        self.sockets: list[Socket] = []
+        self._answered = 0
+        self._close_s = 0.0
+        self._is_held = False  # the memory of lines that have gone
+        self._open()
 
     def answer(self) -> None:
         """Answer who is waiting, some at a time."""
+        for socket in self.sockets:
+            self._answer_at(socket)
+
+    def renew(self, now_s: float) -> None:
+        """Let libzmq forget the lines of those who have been answered, if there are many."""
+        if now_s < self._close_s:
+            return
+        if len(self.sockets) > 1:
+            self._close(self.sockets.pop(0))
+            self._close_s, self._is_held = now_s + RELOAD_S, True
+        elif self._is_held:
+            self._is_held = False
+            _give_back_memory()
+        elif self._answered >= RENEW_AFTER:
+            self._answered, self._close_s = 0, now_s + HANDSHAKES_S
+            self.sockets[0].unbind(_ZAP)  # who asks between this and the next line tries again
+            self._open()
+
+    def _open(self) -> None:
+        socket = self._context.socket(zmq.REP)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(_ZAP)
+        self._poller.register(socket, zmq.POLLIN)
+        self.sockets.append(socket)
+
+    def _close(self, socket: Socket) -> None:
+        self._poller.unregister(socket)
+        socket.close(0)
+
+    def _answer_at(self, socket: Socket) -> None:
         for _ in range(ANSWERS_PER_TURN):
             try:
-                request = self.socket.recv_multipart(zmq.DONTWAIT)
+                request = socket.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
+            self._answered += 1
             reply, refused, where = decide(request, self.authorized)
             if refused and _touched_ns(self._folder) != self._touched_ns:
                 self._look()  # the key may have been added this moment
                 reply, refused, where = decide(request, self.authorized)
-            self.socket.send_multipart(reply)
+            socket.send_multipart(reply)
             if refused:
                 self.refused += 1
                 self._note(f"a key that is not in {AUTHORIZED} was refused, from {where}")
@@ -190,7 +235,17 @@ class Doorman:
 
     def close(self) -> None:
         """Go; whoever knocks from now on is refused."""
-        self.socket.close(0)
+        while self.sockets:
+            self._close(self.sockets.pop())
+
+
+def _give_back_memory() -> None:
+    """Let malloc return what lies free between what is used, where the libc can."""
+    import ctypes  # noqa: PLC0415 - 10 ms, and only after many handshakes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _changes(before: Mapping[str, Authorized], after: Mapping[str, Authorized]) -> str:

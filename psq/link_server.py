@@ -115,7 +115,6 @@ class ServerLink(Link):
         limit = max_connections or connection_limit()
         self._connections = Connections(self._socket, self._notes.add, limit)
         self._poller.register(self._connections.socket, zmq.POLLIN)
-        self._house = {self._connections.socket}
         try:
             if keys is not None:
                 self._employ(keys)
@@ -229,25 +228,28 @@ class ServerLink(Link):
     def _employ(self, keys: ServerKeys) -> None:
         """Let in authorized keys only."""
         self._added_bytes = CURVE_BYTES
-        self._doorman = Doorman(self._context, keys.authorized, self._notes.add)
-        self._house.add(self._doorman.socket)
-        self._poller.register(self._doorman.socket, zmq.POLLIN)
+        self._doorman = Doorman(self._context, self._poller, keys.authorized, self._notes.add)
         use_server_keys(self._socket, keys)
 
     def _wait(self, timeout_s: float) -> tuple[bool, bool]:
         """(whether a message can be read, whether something else that is watched can)."""
         ready = dict(self._poller.poll(poll_ms(timeout_s)))
         now_s = time.monotonic()
+        house = [self._connections.socket]
         if self._doorman is not None:
-            if self._doorman.socket in ready:
-                self._doorman.answer()
-            if self._doorman.reload(now_s):
-                self._connections.keep_only(self._doorman.authorized, _REVOKED)
+            house += self._doorman.sockets
+            self._mind_the_door(self._doorman, now_s)
         if self._connections.socket in ready:
             self._connections.hear()
         self._connections.sweep(now_s)
         readable = bool(ready.get(self._socket, 0) & zmq.POLLIN)
-        return readable, any(it not in self._house and it is not self._socket for it in ready)
+        return readable, any(it not in house and it is not self._socket for it in ready)
+
+    def _mind_the_door(self, doorman: Doorman, now_s: float) -> None:
+        doorman.answer()
+        doorman.renew(now_s)
+        if doorman.reload(now_s):
+            self._connections.keep_only(doorman.authorized, _REVOKED)
 
     def _shut(self, linger_s: float | None) -> None:
         self._connections.close()

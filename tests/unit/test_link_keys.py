@@ -270,10 +270,24 @@ def test_a_server_whose_door_nobody_answers_does_not_start(place, monkeypatch):
 
 def test_without_a_doorman_libzmq_itself_refuses(server, place):
     """The second lock: a socket that enforces its domain lets nobody in unasked."""
-    server._doorman.socket.unbind("inproc://zeromq.zap.01")
+    server._doorman.sockets[0].unbind("inproc://zeromq.zap.01")
     with WorkerLink(server.endpoint, keys=place.mine) as worker:
         until(lambda: worker.failures, server, worker)
         assert not worker.send(b"hello")
+
+
+def test_the_door_stays_open_while_its_socket_is_renewed(server, place, monkeypatch):
+    monkeypatch.setattr(curve, "RENEW_AFTER", 1)
+    monkeypatch.setattr(curve, "HANDSHAKES_S", 0.0)
+    first = server._doorman.sockets[0]
+    with WorkerLink(server.endpoint, keys=place.mine) as before:
+        say(server, before, b"one")
+        until(lambda: first.closed, server, before)
+        assert len(server._doorman.sockets) == 1
+        say(server, before, b"two")
+        with WorkerLink(server.endpoint, keys=place.worker(1)) as after:
+            [(_, _, key)] = say(server, after, b"three")
+            assert key.name == "rank1"
 
 
 def test_a_port_is_free_again_after_a_server_that_did_not_start(place, monkeypatch):
