@@ -108,6 +108,7 @@ class ServerLink(Link):
         super().__init__(zmq.ROUTER, bind, linger_s, make_context())
         self.key: Authorized | None = None
         self._notes = _Notes()
+        self._house_s = 0.0
         self._doorman: Doorman | None = None
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.BACKLOG, 1024)
@@ -234,22 +235,27 @@ class ServerLink(Link):
     def _wait(self, timeout_s: float) -> tuple[bool, bool]:
         """(whether a message can be read, whether something else that is watched can)."""
         ready = dict(self._poller.poll(poll_ms(timeout_s)))
+        readable = bool(ready.pop(self._socket, 0) & zmq.POLLIN)
+        if ready:
+            if ready.pop(self._connections.socket, 0):
+                self._connections.hear()
+            if self._doorman is not None:
+                knocks = [ready.pop(socket, 0) for socket in self._doorman.sockets]
+                if any(knocks):
+                    self._doorman.answer()
         now_s = time.monotonic()
-        house = [self._connections.socket]
-        if self._doorman is not None:
-            house += self._doorman.sockets
-            self._mind_the_door(self._doorman, now_s)
-        if self._connections.socket in ready:
-            self._connections.hear()
-        self._connections.sweep(now_s)
-        readable = bool(ready.get(self._socket, 0) & zmq.POLLIN)
-        return readable, any(it not in house and it is not self._socket for it in ready)
+        if now_s >= self._house_s:
+            self._house_s = now_s + SWEEP_S
+            self._keep_house(now_s)
+        return readable, bool(ready)
 
-    def _mind_the_door(self, doorman: Doorman, now_s: float) -> None:
-        doorman.answer()
-        doorman.renew(now_s)
-        if doorman.reload(now_s):
-            self._connections.keep_only(doorman.authorized, _REVOKED)
+    def _keep_house(self, now_s: float) -> None:
+        """See who is let in now, and who is to be hung up on."""
+        if self._doorman is not None:
+            self._doorman.renew(now_s)
+            if self._doorman.reload(now_s):
+                self._connections.keep_only(self._doorman.authorized, _REVOKED)
+        self._connections.sweep(now_s)
 
     def _shut(self, linger_s: float | None) -> None:
         self._connections.close()
