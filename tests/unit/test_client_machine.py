@@ -28,6 +28,8 @@ from psq.plan import Plan
 from psq.presets import preset
 from psq_proto.frames import Header, decode_control, decode_frame, encode_frame
 from psq_proto.messages import (
+    NO_VERSION,
+    NONE,
     Bye,
     Error,
     ErrorCode,
@@ -118,7 +120,7 @@ class Talk:
         return Header(
             MessageType.WEIGHTS,
             run_id=self.server.run_id,
-            epoch=1,
+            epoch=self.server.epoch,
             plan=self.plan.digest,
             codec=codec,
             flags=flags,
@@ -638,3 +640,61 @@ def test_a_buffer_that_is_still_being_read_is_replaced_not_written():
 def test_the_first_message_is_well_formed():
     frame = decode_frame(bytes(Talk().machine.next_frame(0.0)))
     assert decode_control(frame).software.startswith("psq ")
+
+
+# ---- a server that comes back
+
+
+def come_back(talk: Talk, version: int, epoch: int = 2) -> None:
+    """The server is another process, in a later epoch, and at this version."""
+    talk.hear(ServerSession(run_id=b"r" * 16, epoch=1).answer(stale_of(talk)))
+    talk.server = ServerSession(run_id=b"r" * 16, epoch=epoch)
+    talk.welcome(version=version)
+
+
+def asked(talk: Talk) -> int:
+    """The version that the next PULL says the worker has."""
+    while (frame := talk.machine.next_frame(talk.now_s)) is not None:
+        message = talk.server.receive(bytes(frame))
+        talk.machine.sent(talk.now_s)
+        if message.header.type is MessageType.PULL:
+            return message.header.version
+    pytest.fail("nothing was pulled")
+
+
+def test_shards_of_a_round_that_never_happened_are_forgotten_and_taken_whole():
+    talk = Talk(plan=THREE).join().push()
+    talk.delta(1, shard=0)  # one shard of a round that was under way
+    assert talk.machine.replica.versions == {0: 1, 1: 0, 2: 0}
+    come_back(talk, version=0)
+    assert talk.machine.replica.versions == {0: NONE, 1: 0, 2: 0}
+    assert asked(talk) == NO_VERSION
+    talk.weights(0, shard=0)
+    assert talk.machine.replica.version == 0
+    assert talk.machine.round is not None  # it is pending, and goes on
+    assert any("came back at version 0" in note for note in talk.machine.notes)
+
+
+def test_what_the_server_has_too_is_kept():
+    talk = Talk(plan=THREE).join().push()
+    for shard in (0, 1, 2):
+        talk.delta(1, shard=shard)
+    come_back(talk, version=1)
+    assert talk.machine.replica.versions == {0: 1, 1: 1, 2: 1}
+    assert asked(talk) == 1
+
+
+def test_joining_again_in_the_same_epoch_forgets_nothing():
+    talk = Talk(plan=THREE).join().push()
+    talk.delta(1, shard=0)
+    come_back(talk, version=0, epoch=1)
+    assert talk.machine.replica.versions == {0: 1, 1: 0, 2: 0}
+
+
+def test_a_server_behind_what_it_committed_is_named_as_such():
+    talk = Talk().join().push()
+    talk.verdict(1, Verdict("applied"))
+    talk.hear(ServerSession(run_id=b"r" * 16, epoch=1).answer(stale_of(talk)))
+    talk.server = ServerSession(run_id=b"r" * 16, epoch=2)
+    with pytest.raises(RemoteProtocolError, match=r"ROLLBACK: .* round 0, .* of round 1"):
+        talk.welcome(version=0)

@@ -241,3 +241,25 @@ def test_an_answer_may_be_in_any_codec_that_the_plan_has_for_the_shard():
     foreign = weights(1, flags=Flags.MEAN, codec=get_codec("uniform:bits=8").wire_id)
     with pytest.raises(RemotePayloadError, match=r"the recipe says mean in .* or "):
         versions.wants(foreign, 100)
+
+
+def test_later_versions_are_forgotten_and_wanted_whole():
+    versions, plan = replica()
+    take_full(versions, 4)
+    assert versions.wants(delta(5), payload_bytes(plan))
+    versions.took(delta(5))
+    assert versions.forget_above(5) == []
+    assert versions.forget_above(4) == [0]
+    assert versions.version == -1
+    assert not versions.wants(delta(5), payload_bytes(plan))
+    take_full(versions, 4)
+    assert versions.version == 4
+
+
+def test_half_of_a_later_version_is_forgotten_as_well():
+    versions, _ = replica()
+    take_full(versions, 4)
+    versions.took(weights(6, part=0))
+    assert versions.forget_above(4) == [0]
+    take_full(versions, 4)
+    assert versions.version == 4
