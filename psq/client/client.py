@@ -34,7 +34,7 @@ from psq.client.pulse import Pulse
 from psq.client.round import RoundResult, merge
 from psq.client.waits import Patience, Wait
 from psq.clock import parse_consistency
-from psq.errors import ConfigError, GaveUpError, PsqError
+from psq.errors import ConfigError, GaveUpError, PsqError, StateError
 from psq.keys import WorkerKeys
 from psq.link import WorkerLinks
 from psq.plan import Plan
@@ -187,12 +187,13 @@ class Client:
         """How far each server's clock is from this machine's; None before its first answer."""
         return [machine.offset.best for machine in self._machines]
 
-    def join(self, attempts: Sequence[Attempt] = ()) -> int:
+    def join(self, attempts: Sequence[Attempt] = (), *, lost: bool = False) -> int:
         """Join the job and take the weights; blocks until every server has some.
 
         Args:
             attempts: whom to go on as, the best first; the first that fits every server is loaded.
                 If none does, the worker begins anew, which is logged and counted (`resets`).
+            lost: there was something to go on from, and it is of no use: this is a reset as well.
 
         Returns:
             The version of the weights: how many rounds the job has behind it.
@@ -204,7 +205,7 @@ class Client:
             FencedError: another process has this rank.
         """
         with self._lock:
-            if attempts:
+            if attempts or lost:
                 self._take_up(attempts)
             self._pump(self._ready, self._patience)
         self._pulse.start()
@@ -218,8 +219,8 @@ class Client:
             self._pump(lambda: all(each.welcomed for each in self._machines), self._patience)
             faults = [(each.name, each.machine.misfit()) for each in self._channels]
             fault = next((": ".join(filter(None, pair)) for pair in faults if pair[1]), "")
+            fault = fault or _load(attempt)
             if not fault:
-                attempt.load()
                 for machine in self._machines:
                     machine.take_up()
                 _log.info("rank %d goes on from %s", self.rank, attempt.name)
@@ -230,6 +231,11 @@ class Client:
         for machine in self._machines:
             machine.resets += 1
             machine.offer(None)
+
+    def confirm(self, server: int, version: int, digest: int) -> None:
+        """Tell a server that this worker's copy of a checkpoint of its is on the disk."""
+        with self._lock:
+            self._machines[server].confirm(version, digest)
 
     def begin(self, rate: float, weight: int = 1) -> int:
         """Open the next step, with the learning rate this worker asks for.
@@ -490,3 +496,12 @@ class Client:
                     channel.put_aside()
         finally:
             self._lock.release()
+
+
+def _load(attempt: Attempt) -> str:
+    """Load it; why that cannot be done, in words, if it cannot."""
+    try:
+        attempt.load()
+    except StateError as error:
+        return str(error)
+    return ""

@@ -154,7 +154,7 @@ class Slots:
 
     Attributes:
         nbytes: of the file.
-        fresh: it was made just now.
+        replaced: there was one of another spec, which is gone now.
 
     Raises:
         StateError: there is no room for it, or it cannot be opened.
@@ -166,7 +166,7 @@ class Slots:
         self._shards = spec.layout.shards
         self._parts = [spec.parts(shard) for shard in self._shards]
         self._places, self._weight_places, self.nbytes = _places(spec, self._parts)
-        self.fresh = False
+        self.replaced = False
         try:
             self._map = self._open()
         except OSError as error:
@@ -304,9 +304,9 @@ class Slots:
         fd = os.open(self.path, flags, 0o600)
         try:
             head = self.spec.head
-            same = os.fstat(fd).st_size == self.nbytes and os.pread(fd, len(head), 0) == head
-            if not same:
-                self.fresh = True
+            size = os.fstat(fd).st_size
+            if size != self.nbytes or os.pread(fd, len(head), 0) != head:
+                self.replaced = size > 0
                 os.ftruncate(fd, 0)
                 os.ftruncate(fd, self.nbytes)
                 os.posix_fallocate(fd, 0, self.nbytes)  # else a full disk is a SIGBUS later

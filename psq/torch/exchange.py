@@ -114,7 +114,12 @@ class Exchange:
         self.encode_s = self.decode_s = 0.0
         self.payload_bytes = self.said_numel = 0
         hooks = Hooks(
-            table.flat_weights, self.decode, self.restore, self.reset, self.decoder.planes
+            table.flat_weights,
+            self.decode,
+            self.restore,
+            self.reset,
+            self.decoder.planes,
+            checkpoint=self._want_copy,
         )
         self.client = self._make_client(plan, config, hooks)
 
@@ -134,7 +139,8 @@ class Exchange:
     def join(self) -> None:
         """Join the job, as the process before this one if it has left what fits."""
         keeper = self.keeper
-        self.client.join(keeper.attempts() if keeper is not None else ())
+        attempts = keeper.attempts() if keeper is not None else ()
+        self.client.join(attempts, lost=keeper is not None and bool(keeper.lost))
         self.publish_replica()
         if keeper is not None and not keeper.resumed:
             keeper.begin_anew(self.client.version, self.client.identities)
@@ -241,7 +247,7 @@ class Exchange:
     def load_script(self) -> None:
         """Put back what is not the exchange's own: random numbers, buffers, an optimizer."""
         if self.keeper is not None:
-            self.keeper.load_script()
+            self.keeper.load_script(self.client.version, self.client.identities)
 
     def close(self, *, done: bool) -> None:
         """Leave what is kept to the next process, or to nobody if the job is done."""
@@ -252,6 +258,7 @@ class Exchange:
         """All of a round is done: whoever comes after this process begins with the next one."""
         if self.keeper is not None:
             self.keeper.close_round(self.client.version, self.client.identities)
+            self.keeper.copies.confirm(self.client.confirm)
 
     def publish(self) -> None:
         """Make the model compute with what has come.
@@ -467,6 +474,11 @@ class Exchange:
         self.compressor.rescale(shard, factor)
         if self.open and self._said[shard] and not self._is_eager:
             self._rescaled[shard] = factor * self._rescaled.get(shard, np.float32(1.0))
+
+    def _want_copy(self, server: int, version: int) -> None:
+        """A server makes this version a checkpoint: keep what goes with it."""
+        if self.keeper is not None:
+            self.keeper.copies.want(server, version)
 
     def reset(self, shards: Sequence[int]) -> None:
         """Forget the residuals of these shards."""

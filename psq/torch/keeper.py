@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from psq.client import Attempt, Identity, Kept, Pending
+from psq.durable.checkpoint import Checkpoint
 from psq.durable.failpoints import reach
 from psq.durable.slots import Record, Slots, Spec, Stage
 from psq.errors import StateError, UsageError
@@ -38,6 +40,7 @@ from psq.plan import Plan
 from psq.torch.asked import Asked
 from psq.torch.averaging import Averaging
 from psq.torch.chance import random_state, set_random_state
+from psq.torch.copies import Copies, Copy
 from psq.torch.decoder import RETURN, Decoder
 from psq.torch.folder import WorkerFolder
 from psq.torch.parameters import ParameterTable
@@ -71,6 +74,8 @@ class Keeper:
 
     Attributes:
         resumed: this process goes on from what another has kept.
+        lost: why it cannot go on from what another has left in the fast files.
+        copies: durable copies.
         settled: shards that have taken back already what comes back to them in the round at hand.
         waiting: shards that were not due in the round at hand, and have been seen to.
     """
@@ -106,6 +111,8 @@ class Keeper:
             twice=self._twice,
         )
         self._slots = Slots(folder.slots, self._spec)
+        self.copies = Copies(folder.copies, rank)
+        self.lost = "it is of another job, or of other settings of it" * self._slots.replaced
         self._files = [
             os.open(folder.say(which), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             for which in range(2)
@@ -115,6 +122,7 @@ class Keeper:
         self._script: dict[str, tuple[Save, Load]] = {}
         self._found: dict[str, Any] = {}
         self._begun: dict[int, Record] = {}
+        self._is_from_disk = False
         self.resumed = False
         self.settled: set[int] = set()
         self.waiting: set[int] = set()
@@ -159,9 +167,11 @@ class Keeper:
         versions = {k: v for each in identities for k, v in each.versions.items()}
         if self._twice:
             self._save_weights(versions, which)
-        self._say(which, version, identities, versions)
+        self._say(which, self._standing(version, identities))
         if not self._twice:
             self._save_weights(versions, 0)
+        if servers := self.copies.wanted(version):
+            self.copies.write(self._copy(version, identities, servers))
 
     def begin_anew(self, version: int, identities: Sequence[Identity]) -> None:
         """Nobody was before this process: what there is now is the beginning."""
@@ -205,23 +215,33 @@ class Keeper:
         self._slots.save(shard, record, payload)
         self._dirty.discard(shard)
 
-    def _say(
-        self,
-        which: int,
-        version: int,
-        identities: Sequence[Identity],
-        versions: Mapping[int, int],
-    ) -> None:
+    def _standing(self, version: int, identities: Sequence[Identity]) -> bytes:
+        """Where the worker stands, beside vectors and weights."""
+        versions = {k: v for each in identities for k, v in each.versions.items()}
         said = {
             "version": version,
             "identities": [[i.run_id, i.lineage, i.resolved, i.version] for i in identities],
             "versions": np.array([versions[shard.index] for shard in self._shards], np.int64),
             "chance": random_state(),
-            "script": {name: save() for name, (save, _) in self._script.items()},
+            "script": self._found.get("script", {})
+            | {name: save() for name, (save, _) in self._script.items()},
             "model": dict(self._own_tensors()),
             "optimizer": None if self._averaging is None else self._averaging.state(),
         }
-        data = pack(said, "what this worker keeps")
+        return pack(said, "what this worker keeps")
+
+    def _copy(self, version: int, identities: Sequence[Identity], servers: tuple[int, ...]) -> Copy:
+        """All of it as of now, to be written aside. Cost: a copy of the vectors."""
+        arrays = {f"state.{k}": v.copy() for k, v in self._spec.arrays.items()}
+        if self._twice:  # nobody else has these
+            for shard in self._shards:
+                arrays[f"weights.{shard.index}"] = self._table.flat_weights(shard.index)
+        counts = [list(astuple(self._compressor.counts(each.index))) for each in self._shards]
+        standing = self._standing(version, identities)
+        meta = {"job": self._spec.job, "counts": counts, "standing": standing}
+        return Copy(version, servers, arrays, meta)
+
+    def _say(self, which: int, data: bytes) -> None:
         os.pwrite(self._files[which], data, 0)
         reach("keeper.close")
         self._count, self._which = self._count + 1, which
@@ -250,14 +270,49 @@ class Keeper:
 
     def attempts(self) -> list[Attempt]:
         """What this process may go on from, the best first."""
+        found: list[tuple[int, Attempt]] = []
         try:
-            found = self._read()
+            slots = self._read()
+            found += [slots] if slots is not None else []
         except StateError as error:
-            _log.warning("%s holds nothing that one could go on from: %s", self._folder.fast, error)
-            return []
-        return [] if found is None else [found]
+            self.lost = str(error)
+        if self.lost:
+            words = "%s holds nothing that one could go on from: %s"
+            _log.warning(words, self._folder.fast, self.lost)
+        for each in self.copies.found():
+            found += self._from_copy(each)
+        # The newest first: offering an older one makes a server forget what it knows of the rank.
+        found.sort(key=lambda pair: -pair[0])
+        return [attempt for _, attempt in found]
 
-    def _read(self) -> Attempt | None:
+    def _from_copy(self, copy: Checkpoint) -> list[tuple[int, Attempt]]:
+        """What a durable copy is worth; nothing, where it is another job's."""
+        if copy.meta.get("job") != self._spec.job:
+            _log.warning("%s is of another job, or of other settings of it", copy.path)
+            return []
+        said = unpack(bytes(copy.meta["standing"]), str(copy.path))
+        versions = dict(enumerate(said["versions"].tolist())) if self._twice else {}
+        identities = [
+            self._identity(server, entry, {}, versions)
+            for server, entry in enumerate(said["identities"])
+        ]
+        name = f"its copy of version {copy.version}, {copy.path}"
+        return [(copy.version, Attempt(name, identities, lambda: self._load_copy(copy, said)))]
+
+    def _load_copy(self, copy: Checkpoint, said: dict[str, Any]) -> None:
+        arrays = copy.read_all()  # checked whole before anything is changed
+        for name, vector in self._spec.arrays.items():
+            vector[:] = arrays[f"state.{name}"]
+        counts = {k: ShardCounts(*each) for k, each in enumerate(copy.meta["counts"])}
+        self._compressor.recall(counts)
+        if self._twice:
+            for shard in self._shards:
+                self._put_weights(shard.index, arrays[f"weights.{shard.index}"])
+        self._found = said
+        self.resumed = True
+        self._is_from_disk = True
+
+    def _read(self) -> tuple[int, Attempt] | None:
         """What the slots hold; None: nothing.
 
         Raises:
@@ -276,7 +331,7 @@ class Keeper:
         have = {shard: self._slots.weights(shard, self._weights_which)[0] for shard in wanted}
         intact = {shard: version for shard, version in wanted.items() if have[shard] == version}
         identities = [
-            self._identity(server, entry, known, intact)
+            self._identity(server, entry, dict(enumerate(known)), intact)
             for server, entry in enumerate(said["identities"])
         ]
         pending = [each.pending.number for each in identities if each.pending is not None]
@@ -285,23 +340,28 @@ class Keeper:
         if pending and len(intact) < len(wanted):
             msg = f"round {pending[0]} was begun, and the weights that it began with are torn"
             raise StateError(msg)
-        return Attempt(
+        attempt = Attempt(
             f"what it kept in {self._folder.fast} at version {said['version']}"
             + (f", round {pending[0]} begun" if pending else ""),
             identities,
             lambda: self._load(said, known, intact),
         )
+        return int(said["version"]), attempt
 
     @property
     def _weights_which(self) -> int:
         return self._which if self._twice else 0
 
     def _identity(
-        self, server: int, entry: Sequence[Any], records: Sequence[Record], intact: dict[int, int]
+        self,
+        server: int,
+        entry: Sequence[Any],
+        records: Mapping[int, Record],
+        intact: Mapping[int, int],
     ) -> Identity:
         run_id, lineage, resolved, version = entry
         owned = [k for k, owner in enumerate(self._plan.layout.owners) if owner == server]
-        if any(records[shard].number > version for shard in owned):
+        if any(records[shard].number > version for shard in owned if shard in records):
             msg = f"a shard is of a later round than version {version}"
             raise StateError(msg)
         return Identity(
@@ -310,11 +370,11 @@ class Keeper:
             resolved,
             version,
             {shard: intact[shard] for shard in owned if shard in intact},
-            self._pending(version, owned, records),
+            self._pending(version, owned, records) if records else None,
         )
 
     def _pending(
-        self, number: int, owned: Sequence[int], records: Sequence[Record]
+        self, number: int, owned: Sequence[int], records: Mapping[int, Record]
     ) -> Pending | None:
         begun = [shard for shard in owned if records[shard].number == number]
         spoken = [k for k in begun if records[k].payload_bytes or records[k].stage == Stage.SKIPPED]
@@ -383,18 +443,26 @@ class Keeper:
     def _load_weights(self, shard: int) -> None:
         numel = self._shards[shard].numel
         planes = self._slots.weights(shard, self._weights_which)[1].reshape(-1, numel)
-        at = 0
-        for segment in self._table.weights(shard):
-            segment[:] = planes[0, at : at + segment.size]
-            at += segment.size
+        self._put_weights(shard, planes[0])
         rule = self._decoder.rule
         if rule is not None:
             for plane, name in zip(planes[1:], self._decoder.shared, strict=True):
                 rule.of(name, shard)[:] = plane
 
+    def _put_weights(self, shard: int, values: NDArray[np.float32]) -> None:
+        at = 0
+        for segment in self._table.weights(shard):
+            segment[:] = values[at : at + segment.size]
+            at += segment.size
+
     @torch.no_grad()
-    def load_script(self) -> None:
-        """Last of all: the model's own tensors, the user's optimizer, the random numbers."""
+    def load_script(self, version: int, identities: Sequence[Identity]) -> None:
+        """Last of all: the model's own tensors, the user's optimizer, the random numbers.
+
+        Args:
+            version: of the weights there are.
+            identities: who the worker is.
+        """
         if not self.resumed:
             return
         kept = self._found["model"]
@@ -407,6 +475,8 @@ class Keeper:
         if self._averaging is not None:
             self._averaging.load_state(self._found["optimizer"])
         set_random_state(self._found["chance"])
+        if self._is_from_disk:  # the slots know nothing of it yet
+            self.begin_anew(version, identities)
 
     def keep(self, name: str, save: Save, load: Load) -> None:
         """Keep something of the script's, and give it back if there was one before.
@@ -430,6 +500,7 @@ class Keeper:
         """Leave what is kept to the next process, or to nobody if the job is done."""
         if not self._files:
             return  # it was closed before
+        self.copies.close()
         while self._files:
             os.close(self._files.pop())
         self._slots.close()
