@@ -131,10 +131,16 @@ class Life:
 
     def outcome(self) -> Outcome:
         """Wait for the end of all, which must be a good one, and say what each came to."""
-        for place in (*range(self.world_size), SERVER):
-            program = self.programs[place]
-            code = program.wait(END_S)
-            assert code == 0, f"{program.name} ended with {code}:\n{program.err()[-3000:]}"
+        programs = list(self.programs.values())
+        codes: list[int | None] = []
+
+        def all_ended_or_one_badly() -> bool:
+            codes[:] = [program.exit_code() for program in programs]
+            return None not in codes or any(codes)
+
+        wait_until(all_ended_or_one_badly, f"the end of {self.folder.name}", END_S)
+        for program, code in zip(programs, codes, strict=True):
+            assert not code, f"{program.name} ended with {code}:\n{program.err()[-3000:]}"
         found = {f"server.{name}": _digest(array) for name, array in load_file(self.saved).items()}
         for rank in range(self.world_size):
             with np.load(self.folder / f"rank{rank}.npz") as arrays:
