@@ -178,7 +178,8 @@ class Server:
         """Wait until the disk has answered all that was asked of it."""
         while True:
             self._hear()
-            if not self.commits._gate.waiting and not self.state._world.is_writing:
+            is_writing = self.state._world.is_writing and not self.state.stopped
+            if not (self.commits._gate.waiting or is_writing):
                 return
             ready, _, _ = select.select([self.store.fd], [], [], END_S)
             assert ready, "the disk did not answer"
