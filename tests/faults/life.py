@@ -12,7 +12,8 @@ import hashlib
 import os
 import re
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -47,6 +48,7 @@ class Life:
         recipe: of the job.
         options: of the server, besides those that every life has.
         through: what the workers connect to, given the server's endpoint.
+        state: the server's state directory; None: one in the folder.
         starts: how often each place was filled.
     """
 
@@ -57,6 +59,7 @@ class Life:
     recipe: str = "server-adam"
     options: tuple[str, ...] = ("--checkpoint-every", "20")
     through: Callable[[str], str] = str
+    state: Path | None = None
     starts: dict[int, int] = field(default_factory=dict)
     programs: dict[int, Program] = field(default_factory=dict)
     endpoint: str = "tcp://127.0.0.1:0"
@@ -91,7 +94,8 @@ class Life:
 
     def _server(self, name: str, words: list[str], *, ready: bool) -> Program:
         options = ["--bind", self.endpoint, "--save", str(self.saved), *self.options]
-        argv = [str(SERVE), *words, *options, "--state-dir", str(self.folder / "server")]
+        state = self.state or self.folder / "server"
+        argv = [str(SERVE), *words, *options, "--state-dir", str(state)]
         server = Forked(name, self.folder, self.zygote, {"argv": argv, "env": environment()})
         if ready:
             self.endpoint = server.wait_line(r"^psq-server ready endpoint=(\S+)")[1]
@@ -128,6 +132,30 @@ class Life:
             f"step {step} of rank {rank}",
             END_S,
         )
+
+    def wait_death(self, places: Collection[int]) -> int:
+        """Which of these has ended, once one has."""
+        ended: list[int] = []
+
+        def look() -> bool:
+            ended[:] = [p for p in sorted(places) if self.programs[p].exit_code() is not None]
+            return bool(ended)
+
+        wait_until(look, f"the end of one of {sorted(places)}", END_S)
+        return ended[0]
+
+    def wait_silence(self, seconds: float) -> None:
+        """Until no worker has told of a step for so long."""
+        seen, since_s = (-2,), time.monotonic()
+
+        def look() -> bool:
+            nonlocal seen, since_s
+            now = tuple(self.step(rank) for rank in range(self.world_size))
+            if now != seen:
+                seen, since_s = now, time.monotonic()
+            return time.monotonic() > since_s + seconds
+
+        wait_until(look, f"{seconds} s without a step", END_S)
 
     def outcome(self) -> Outcome:
         """Wait for the end of all, which must be a good one, and say what each came to."""
