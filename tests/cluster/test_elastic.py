@@ -207,3 +207,101 @@ try:
 finally:
     print("version", ps.version, flush=True)
 """
+
+
+def wait_visits(cluster, count: int) -> None:
+    """Wait until so many batches have been written down."""
+    pause, ends_s = threading.Event(), time.monotonic() + 60.0
+    while sum(len(indices) for indices in visited(cluster).values()) < count:
+        assert time.monotonic() < ends_s, "nobody visits anything"
+        pause.wait(0.01)
+
+
+def unfinished(cluster) -> set[tuple[int, int]]:
+    """What killed workers had begun and not heard of: (epoch, index)."""
+    found: set[tuple[int, int]] = set()
+    for path in cluster.folder.glob("visits.*"):
+        last: list = []
+        for line in path.read_text().splitlines():
+            epoch, applied, indices = json.loads(line)
+            begun = [(epoch, index) for index in indices]
+            if applied is None:
+                found |= set(last)  # a process before never heard of it
+            last = begun if applied is None else []
+        found |= set(last)
+    return found
+
+
+def assert_once(cluster, size: int, epochs: int) -> None:
+    """Every index was visited once an epoch; what a killed worker never heard of may have been."""
+    seen = visited(cluster)
+    open_ends = unfinished(cluster)
+    for epoch in range(epochs):
+        indices = seen.get(epoch, [])
+        assert len(indices) == len(set(indices)), f"epoch {epoch}: an index twice"
+        missing = set(range(size)) - set(indices)
+        assert {(epoch, index) for index in missing} <= open_ends, f"epoch {epoch}: lost {missing}"
+
+
+@pytest.mark.parametrize("consistency", RULES)
+def test_workers_that_are_killed_and_replaced_lose_no_index(cluster, consistency):
+    size, batch, epochs = 400, 5, 2
+    host = cluster.server("--world-size", str(SIZE), "--min-workers", "1", "--json")
+    words = ("--size", str(size), "--batch", str(batch), "--epochs", str(epochs), "--pause-ms", "8")
+
+    def begin(rank):
+        return hand_out(cluster, host, rank, *words, consistency=consistency)
+
+    workers = [begin(rank) for rank in range(SIZE)]
+    wait_visits(cluster, 60)
+    for rank, goal in ((2, 150), (0, 300)):
+        os.kill(workers[rank].pid, signal.SIGKILL)
+        assert workers[rank].wait() == -signal.SIGKILL
+        wait_visits(cluster, goal)
+        workers[rank] = begin(rank)
+    assert [each.wait() for each in workers] == [0] * SIZE
+    assert host.wait() == 0
+    assert json.loads(host.out().splitlines()[-1])["joins"] == SIZE + 2
+    assert_once(cluster, size, epochs)
+
+
+def test_a_worker_that_is_told_to_end_loses_no_index_and_nobody_waits(cluster):
+    size, epochs = 300, 1
+    host = cluster.server("--world-size", str(SIZE), "--min-workers", "1", "--json")
+    command = ["--size", str(size), "--batch", "5", "--pause-ms", "8", "--epochs", str(epochs)]
+    told = ["--world-size", str(SIZE), "--connect", host.endpoint, "--progress", "none"]
+    visits = [cluster.folder / f"visits.{rank}" for rank in range(SIZE)]
+    workers = [
+        cluster.command(
+            *(sys.executable, "-m", "psq_worker", "--rank", str(rank), *told, str(TRAIN), "--"),
+            *(*command, "--visits", str(visits[rank])),
+        )
+        for rank in range(SIZE)
+    ]
+    wait_visits(cluster, 60)
+    workers[1].signal(signal.SIGTERM)
+    assert workers[1].wait() == 0
+    assert [each.wait() for each in workers] == [0] * SIZE
+    assert host.wait() == 0
+    assert json.loads(host.out().splitlines()[-1])["evicted"] == 0
+    assert_once(cluster, size, epochs)
+    assert not logged(host, "evicted")
+
+
+def test_a_server_that_is_killed_and_comes_back_knows_what_was_visited(cluster):
+    size, epochs = 300, 2
+    words = ("--size", str(size), "--batch", "5", "--epochs", str(epochs), "--pause-ms", "8")
+    kept = ("--state-dir", str(cluster.folder / "state"), "--durability", "journal")
+    told = ("--world-size", str(SIZE), "--min-workers", "1", *kept)
+    host = cluster.server(*told)
+    workers = [hand_out(cluster, host, rank, *words) for rank in range(SIZE)]
+    for goal in (60, 350):
+        wait_visits(cluster, goal)
+        os.kill(host.pid, signal.SIGKILL)
+        assert host.wait() == -signal.SIGKILL
+        host = cluster.server(*told, "--bind", host.endpoint)
+    assert [each.wait() for each in workers] == [0] * SIZE
+    assert host.wait() == 0
+    assert logged(host, "recovered")
+    assert_once(cluster, size, epochs)
+    assert not unfinished(cluster), "every worker lived to hear of everything"

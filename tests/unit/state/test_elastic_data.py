@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 
 from psq.errors import RemoteError
+from psq.presets import preset
 from psq_proto.messages import Verdict
 from psq_server.state import PeerGone, Tick
 from psq_server.state.elastic import RECONNECT_S
@@ -50,22 +51,29 @@ def test_each_rank_gets_its_own_part_whoever_asks_first(elastic):
     assert first.draw().left == 70
 
 
-def test_what_is_rejected_is_handed_out_again(elastic):
-    job, (first, second, third) = elastic(consistency="bsp,quorum=2")
+def test_what_is_rejected_is_handed_out_again(cluster, plan_of):
+    recipe = preset("server-adam").with_codecs(uplink="sign").with_options("aggregate=clip")
+    job = cluster(plan_of(3, recipe=recipe))
+    first, second, third = job.started()
     for worker in (first, second, third):
         worker.draw()
-    job.judgement = ({}, {})
-    push_all((first, second))
-    job.now_s += LEASE_S / 2
-    for _ in range(12):  # until there is a deadline, and the third is late for it
-        if job.version == 0:
-            job.tick(1)
-            for worker in (first, second, third):
-                worker.beat(0)
-    third.leave("interrupted")
-    assert job.version == 1
+    job.judgement = ({}, {2: "krum: rank 2 is far"})
+    push_all((first, second, third))
+    assert [worker.take(Verdict)[0].outcome for worker in (second, third)] == [
+        "applied",
+        "rejected",
+    ]
     assert job.world.ledger.visited == ((0, 20),)
     assert first.draw().ranges == ((20, 30),)
+
+
+def test_what_was_skipped_as_a_whole_is_visited_too(elastic):
+    job, (first, second, third) = elastic()
+    first.draw()
+    first.skip()
+    push_all((second, third))
+    assert first.take(Verdict)[0].outcome == "applied"
+    assert job.world.ledger.visited == ((0, 10),)
 
 
 def test_a_killed_rank_gives_its_range_back(elastic):
