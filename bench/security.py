@@ -5,9 +5,9 @@ without, and takes each process's own CPU time; what keys cost is the difference
 `peers` connects many workers with keys, which then say nothing, and compares the server's resident
 memory before and after; the rate is of the whole handshake, both sides and the door included, on
 the cores that both share. `endless` is one peer whose message never ends, in plaintext, which costs
-the most memory for each byte sent.
+the most memory for each byte sent. `floor` is the cipher alone, of the libsodium that libzmq uses.
 
-    python bench/security.py [cost|peers|endless ...] [--frames 128,1024] [--megabytes 512]
+    python bench/security.py [cost|peers|endless|floor ...] [--frames 128,1024] [--megabytes 512]
                              [--rounds 7] [--peers 4000] [--json]
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -50,14 +51,16 @@ def main() -> None:
         {"cost": receive, "peers": crowd}[options.child[0]](options)
         return
     found: dict[str, Any] = {}
-    for what in options.what or ["cost", "peers", "endless"]:
-        found[what] = {"cost": cost, "peers": peers, "endless": endless}[what](options)
+    for what in options.what or list(PARTS):
+        found[what] = PARTS[what](options)
     print(json.dumps(found, indent=2) if options.json else table(found))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", default=[], help="cost, peers, endless; none: all")
+    parser.add_argument(
+        "what", nargs="*", default=[], help="cost, peers, endless, floor; none: all"
+    )
     parser.add_argument("--frames", default="128,1024", help="KiB")
     parser.add_argument("--megabytes", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
@@ -295,6 +298,31 @@ def endless(options: argparse.Namespace) -> dict[str, Any]:
         }
 
 
+# ---- the cipher alone
+
+
+def floor(options: argparse.Namespace) -> list[dict[str, Any]]:
+    maps = Path("/proc/self/maps").read_text().split()
+    sodium = ctypes.CDLL(next(word for word in maps if "libsodium" in word))
+    sodium.sodium_init()
+    nonce, key, rows = bytes(24), bytes(32), []
+    for nbytes in (int(kib) * 1024 for kib in options.frames.split(",")):
+        plain, sealed = os.urandom(nbytes), ctypes.create_string_buffer(nbytes + 16)
+        opened, size = ctypes.create_string_buffer(nbytes), ctypes.c_ulonglong(nbytes)
+        times_s: dict[str, list[float]] = {"seal": [], "open": []}
+        for _ in range(200_000_000 // nbytes):
+            began_s = time.thread_time()
+            sodium.crypto_secretbox_easy(sealed, plain, size, nonce, key)
+            sealed_s = time.thread_time()
+            sealed_size = ctypes.c_ulonglong(nbytes + 16)
+            assert not sodium.crypto_secretbox_open_easy(opened, sealed, sealed_size, nonce, key)  # noqa: S101
+            times_s["seal"].append(sealed_s - began_s)
+            times_s["open"].append(time.thread_time() - sealed_s)
+        each = {name: statistics.median(found) / nbytes * 1e9 for name, found in times_s.items()}
+        rows.append({"frame_kib": nbytes // 1024, **each})
+    return rows
+
+
 def table(found: dict[str, Any]) -> str:
     lines = []
     for what, rows in found.items():
@@ -303,6 +331,8 @@ def table(found: dict[str, Any]) -> str:
             lines.append(f"{what}: {' '.join(said)}")
     return "\n".join(lines)
 
+
+PARTS = {"cost": cost, "peers": peers, "endless": endless, "floor": floor}
 
 if __name__ == "__main__":
     main()
