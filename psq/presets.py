@@ -46,8 +46,8 @@ def find_preset(name: str) -> Preset:
     found = entry(RECIPES_GROUP, name, Preset)
     if found is None:
         near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        msg = f"no recipe {name!r}; {hint}there are: {', '.join(names())}"
+        hint = f"; did you mean {near[0]}?" if near else ""
+        msg = f"no recipe {name!r}; there are: {', '.join(names())}{hint}"
         raise ConfigError(msg)
     made, package = found
     return dataclasses.replace(made, package=package)
