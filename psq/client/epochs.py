@@ -2,7 +2,10 @@
 
 A server that keeps its state goes on, in a new epoch, from the last version that was durable. What
 it had sent of a later one (single shards of a round that was under way) never happened: the round
-is made again, perhaps with other members. So the worker forgets these shards and gets them whole.
+is made again, perhaps with other members. So the worker forgets these shards and gets them whole:
+all that are newer than what it knew to be committed, for by the time it joins again the server may
+have committed other bytes under the same number. (Where rounds close as wholes, what came was
+committed.)
 
 What the server had called committed cannot have gone. If the server is behind that, it came back
 with an older state than this worker's (an old copy of its directory, or checkpoints without a
@@ -11,18 +14,37 @@ journal), and to train on would silently repeat rounds: that is a rollback, and 
 
 from __future__ import annotations
 
+from psq.clock import parse_consistency
 from psq.errors import RemoteProtocolError
+from psq.plan import Plan
 from psq_proto.messages import NONE
 
-__all__ = ["Epochs"]
+__all__ = ["Epochs", "comes_early"]
+
+
+def comes_early(plan: Plan) -> bool:
+    """Whether shards of this job leave a server before their round is committed."""
+    if plan.recipe.whole or plan.recipe.downlink.kind == "mean":
+        return False
+    return parse_consistency(plan.consistency).eager
 
 
 class Epochs:
-    """The epochs and versions of one server, as far as a worker has heard of them."""
+    """The epochs and versions of one server, as far as a worker has heard of them.
 
-    def __init__(self) -> None:
+    Args:
+        early: whether shards come before their round is committed.
+
+    Attributes:
+        sure: in a new epoch, the version above which nothing that this worker has is for certain
+            the server's.
+    """
+
+    def __init__(self, *, early: bool = False) -> None:
+        self._early = early
         self._epoch = NONE
         self._committed = NONE
+        self.sure = NONE
 
     def heard(self, version: int) -> None:
         """The server says that this version is committed."""
@@ -42,6 +64,7 @@ class Epochs:
             )
             raise RemoteProtocolError(msg)
         is_new = self._epoch not in (NONE, epoch)
+        self.sure = self._committed if self._early else version
         self._epoch = epoch
         self.heard(version)
         return is_new

@@ -34,7 +34,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from psq.client.epochs import Epochs
+from psq.client.epochs import Epochs, comes_early
 from psq.client.farewell import FAREWELL_BEAT_S, Farewell
 from psq.client.frames import Frame, PushFrames
 from psq.client.hooks import Hooks
@@ -140,7 +140,7 @@ class Machine:
         self.turns = Turns(plan)
         self._pull = self._pull_whole = self._progress = False
         self._gap_version = NONE
-        self._epochs = Epochs()
+        self._epochs = Epochs(early=comes_early(plan))
         self._status: Status | None = None
         self._farewell = Farewell()
 
@@ -434,8 +434,7 @@ class Machine:
         except StaleFrameError:
             return  # of an earlier conversation; the session has seen to it
         except RemoteWireError as error:
-            self.damaged_frames += 1
-            self.notes.append(f"dropped a damaged frame: {error}")
+            self._note_damage(f"dropped a damaged frame: {error}")
             return
         if header.type is MessageType.WEIGHTS and isinstance(body, memoryview):
             self.take_weights(header, body)  # nearly all of what comes
@@ -483,15 +482,16 @@ class Machine:
         if self._standing.is_trial:
             return
         if self._epochs.enter(self.session.epoch, header.version):
-            self._forget_above(header.version)
+            self._forget_above(self._epochs.sure)
         self._pull = True
         self._initial.start(wanted=welcome.init_wanted)
-        if welcome.mode == "reset" and self._standing.resolved != NONE:
+        is_reset = welcome.mode == "reset"
+        if is_reset and (self.round is not None or self._standing.resolved != NONE):
             self._hooks.reset(self._shards)
             self.resets += 1
             self.notes.append("the server does not know this residual: it starts again from zero")
         if self.round is not None:
-            self.round.fence = 0
+            self.round.welcomed(header.version, is_reset=is_reset)
 
     def _forget_above(self, version: int) -> None:
         """The server came back: what it had sent of a later version never happened."""
@@ -500,8 +500,8 @@ class Machine:
         self._gap_version = NONE
         if forgotten:
             self.notes.append(
-                f"the server came back at version {version}: {name_shards(forgotten)} of a later "
-                "one are taken again, whole"
+                f"the server came back, and had committed version {version}: "
+                f"{name_shards(forgotten)} of a later one are taken again, whole"
             )
 
     def _on_status(self, status: Status) -> None:
@@ -559,12 +559,18 @@ class Machine:
 
     def _on_error(self, error: Error) -> None:
         if error.code == ErrorCode.WIRE:
-            self.damaged_frames += 1
-            self.notes.append(f"the server dropped a damaged frame: {error.text}")
+            self._note_damage(f"the server dropped a damaged frame: {error.text}")
             return
         kind = RemotePayloadError if error.code == ErrorCode.PAYLOAD else RemoteProtocolError
         msg = f"the server refused ({error.code}): {error.text}"
         raise kind(msg)
+
+    def _note_damage(self, words: str) -> None:
+        """A frame was dropped; INIT or LEAVE nobody would miss, so these begin again with HELLO."""
+        self.damaged_frames += 1
+        self.notes.append(words)
+        if self.joined and (self.session.state is State.LEAVING or self.replica.version == NONE):
+            self._standing.begin_again()
 
     def _on_bye(self, bye: Bye) -> None:
         self._outbox.clear()

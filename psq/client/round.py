@@ -55,6 +55,7 @@ class Round:
         skipped_whole: nothing was pushed, and one message says so of all shards.
         outcome: the verdict; empty until it is known.
         refused: the shards that the verdict names.
+        forgotten: the shards of which nothing goes back, see `welcomed`.
         reason, server_s: see `RoundResult`.
         target: the version that the weights must reach before the next step.
         fence: how many heartbeats had been sent when something was said last; what the answers to
@@ -71,6 +72,7 @@ class Round:
     skipped_whole: bool = False
     outcome: Literal["", "applied", "rejected"] = ""
     refused: tuple[int, ...] = ()
+    forgotten: frozenset[int] = frozenset()
     reason: str = ""
     server_s: float = 0.0
     target: int = 0
@@ -110,10 +112,23 @@ class Round:
         self.refused, self.server_s = verdict.rejected, verdict.server_s
         self.target = max(self.target, version)
 
+    def welcomed(self, version: int, *, is_reset: bool) -> None:
+        """A new connection: no heartbeat is under way on it.
+
+        After a reset the server does not know the history that this contribution belongs to, and
+        nobody can say whether something of it counts: it is over, and what was pushed does not go
+        back into a residual. If the server is still at its version, the next has the same number.
+        """
+        self.fence = 0
+        if is_reset and not self.outcome:
+            self.outcome, self.reason = "rejected", "the server does not know this residual"
+            self.forgotten = frozenset(self.pushed)
+            self.target = max(self.number, version)
+
     def rejected(self) -> list[int]:
-        """The shards that were pushed and do not count."""
+        """The shards that were pushed, do not count, and go back into the residual."""
         lost = self.pushed if self.outcome == "rejected" else self.pushed.intersection(self.refused)
-        return sorted(lost)
+        return sorted(lost - self.forgotten)
 
     @property
     def counts(self) -> bool:

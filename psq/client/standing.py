@@ -52,10 +52,14 @@ class Standing:
 
     def offer(self, identity: Identity | None) -> None:
         """Join as this identity; None begins a new history."""
-        self.again, self.hello_at_s = True, 0.0
+        self.begin_again()
         self.is_trial, self._offered, self._welcomed = identity is not None, identity, None
         self.lineage = self._rng.getrandbits(64) if identity is None else identity.lineage
         self.resolved = NONE if identity is None else identity.resolved
+
+    def begin_again(self) -> None:
+        """Whatever was said and answered, say HELLO now."""
+        self.again, self.hello_at_s = True, 0.0
 
     def hello(self) -> Hello:
         """The next HELLO, as often as nobody answers it the same."""

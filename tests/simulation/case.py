@@ -133,6 +133,7 @@ def _faults(rng: random.Random) -> dict[str, Any]:
     names = ("cuts", "flips", "doubles", "holds", "jumps", "stalls")
     wild = rng.random() < 0.7
     faults: dict[str, Any] = {name: rng.choice((0, 0, 1, 2)) if wild else 0 for name in names}
+    faults["doubles"] *= rng.choice((1, 6))
     faults["worker_crashes"] = rng.choice((0, 1, 2))
     faults["keeps"] = rng.choice((0.0, 0.5, 1.0, 1.0))
     faults["takeovers"] = rng.choice((0, 0, 0, 0))

@@ -131,7 +131,8 @@ class Faults:
             connection = link.cut(at_once=True)
             if connection is not None:
                 self._server_notices(connection)
-        keeps = self.rng.random() < self.simulation.case.keeps
+        contested = worker.rank in self.simulation.oracle.contested
+        keeps = self.rng.random() < self.simulation.case.keeps and not contested
         kept = worker.keep() if keeps else None
         worker.stop("dead", keeps=kept is not None)
         self._start_again(worker.rank, kept)

@@ -29,7 +29,7 @@ LATE_S: Final = 0.5
 """How much later what was under way may come, after its connection broke."""
 RECONNECT_S: Final = (0.02, 0.4)
 CUT_ALL_S: Final = 0.002
-UNFLIPPED: Final = frozenset({MessageType.INIT, MessageType.LEAVE})
+UNFLIPPED: Final = frozenset[int]()
 DOUBLED: Final = frozenset(
     {MessageType.HELLO, MessageType.PUSH, MessageType.PULL, MessageType.HEARTBEAT}
     | {MessageType.VERDICT, MessageType.WEIGHTS, MessageType.STATUS, MessageType.COOKIE}

@@ -163,6 +163,14 @@ class Oracle:
         self.residuals[owner] = dict.fromkeys(self.wanted, 0)
         self.losses += 1
 
+    def hand_over(self, ticket: int, owner: int | None) -> None:
+        """What was said belongs to another residual now, or to none."""
+        heard = self.tickets[ticket]
+        if owner is None:
+            heard.state = "orphan"
+        else:
+            heard.owner = owner
+
     def loses(self, owner: int) -> None:
         """A residual is gone, with all that was under way of it."""
         self.forgets(owner)

@@ -119,7 +119,10 @@ class Simulation:
         One that came too late to join, or hangs while another has its rank, would give up some day.
         """
         return all(server.ended for server in self.servers) and not any(
-            worker.alive and worker.phase != "joining" for worker in self.workers.values()
+            worker.alive
+            and worker.phase not in {"offering", "joining"}
+            and worker.rank not in self.oracle.contested
+            for worker in self.workers.values()
         )
 
     def run(self) -> Outcome:
@@ -152,9 +155,9 @@ class Simulation:
 
     def _check_end(self) -> None:
         for worker in self.everyone:
-            if worker.alive and worker is not self.workers[worker.rank]:
+            if worker.alive:
                 worker.stop("dead")
-            allowed = {"done", "dead", ""}  # "": it came too late to join
+            allowed = {"done", "dead"}
             if worker.rank in self.oracle.contested:
                 allowed.add("fenced")
             if worker.fate not in allowed:

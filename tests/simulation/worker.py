@@ -379,7 +379,14 @@ class Worker:
             msg = f"rank {self.rank} was told to forget its residuals of {shards}"
             raise Violation(msg)
         self.oracle.forgets(self.owner)
+        self.owner = self.oracle.new_owner()
         self.residual = dict.fromkeys(self.values, 0)
+        for shard in list(self.said):
+            current = self.machines[self.oracle.owners[shard]].round
+            void = shard in shards and (current is None or not current.outcome)
+            self.oracle.hand_over(self.said[shard], None if void else self.owner)
+            if void:
+                del self.said[shard]
 
     def _goes_up(self, frame: Buffer) -> None:
         if not self.alive:

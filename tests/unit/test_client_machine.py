@@ -672,16 +672,25 @@ def test_shards_of_a_round_that_never_happened_are_forgotten_and_taken_whole():
     talk.weights(0, shard=0)
     assert talk.machine.replica.version == 0
     assert talk.machine.round is not None  # it is pending, and goes on
-    assert any("came back at version 0" in note for note in talk.machine.notes)
+    assert any("had committed version 0" in note for note in talk.machine.notes)
 
 
-def test_what_the_server_has_too_is_kept():
+def test_what_was_heard_to_be_committed_is_kept():
     talk = Talk(plan=THREE).join().push()
     for shard in (0, 1, 2):
         talk.delta(1, shard=shard)
+    talk.verdict(1, Verdict("applied"))
     come_back(talk, version=1)
     assert talk.machine.replica.versions == {0: 1, 1: 1, 2: 1}
     assert asked(talk) == 1
+
+
+def test_a_shard_of_a_round_that_may_have_been_made_again_is_taken_whole():
+    talk = Talk(plan=THREE).join().push()
+    talk.delta(1, shard=0)  # and then the server was lost, and came back, and made the round again
+    come_back(talk, version=1)
+    assert talk.machine.replica.versions == {0: NONE, 1: 0, 2: 0}
+    assert asked(talk) == NO_VERSION
 
 
 def test_joining_again_in_the_same_epoch_forgets_nothing():
