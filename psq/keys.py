@@ -17,7 +17,6 @@ network: `psq.curve` hands the keys to ZeroMQ.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import stat
@@ -142,6 +141,8 @@ class WorkerKeys:
 
 def fingerprint(public: str) -> str:
     """What people compare and logs show: 16 hexadecimal digits of the key's SHA-256."""
+    import hashlib  # noqa: PLC0415 - 4 ms, which a server's start can do without
+
     return hashlib.sha256(public.encode()).hexdigest()[:16]
 
 

@@ -35,6 +35,8 @@ NOTES_PER_PERIOD: Final = 8
 NOTES_PERIOD_S: Final = 10.0
 _SPARE_FILES: Final = 256  # descriptors that connections leave to everything else
 _NO_DESCRIPTOR: Final = -1
+MAX_PARTS: Final = 64
+"""Of a message that is dropped: psq's have one part. Each costs the loop a microsecond."""
 _REVOKED: Final = "a connection whose key is not authorized any more was ended"
 
 
@@ -216,6 +218,10 @@ class ServerLink(Link):
         self._connections.came(fd, peer, public, nbytes)
         if parts > 1 or fd == _NO_DESCRIPTOR:
             self.refused += 1
+            if parts > MAX_PARTS:
+                self._connections.hang_up(
+                    fd, "a message had more parts than anybody needs: hung up"
+                )
             return None
         if self._doorman is not None:
             self.key = self._doorman.authorized.get(public)

@@ -118,6 +118,13 @@ def test_a_message_of_several_parts_is_dropped_and_its_sender_stays(server, peer
     assert (server.refused, server.hung_up, server.connections) == (1, 0, 1)
 
 
+def test_who_sends_messages_of_many_parts_is_hung_up_on(server, peer):
+    peer.sendall(MORE * 10_000 + b"\x00\x01x")
+    until(server, lambda: server.refused == 1)
+    until(server, lambda: has_ended(peer))
+    until(server, lambda: server.connections == 0)
+
+
 def test_an_honest_peer_that_sends_much_is_not_cut_off(server):
     """More than 100 times what may be unread, in the largest frames, and in small ones."""
     with WorkerLink(server.endpoint) as worker:

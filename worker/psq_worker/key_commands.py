@@ -47,7 +47,7 @@ def keygen(
         click.echo(f"{output}: keys of {workers} ranks are there and stay", err=True)
 
 
-@click.group()
+@click.group(short_help="List, add or revoke the keys that a server takes.")
 def keys() -> None:
     """Say whose keys a server takes, and change it while it runs."""
 
