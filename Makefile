@@ -17,7 +17,7 @@ INSTALLED_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard psq/n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test lint types check build bench bars results theory gan fuzz clean distclean
+.PHONY: help install run test lint types check build bench bars results theory gan fuzz faults soak clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,14 @@ fuzz: $(STAMP) ## fuzz native decoders (FUZZ_SECONDS=600, needs clang), then all
 	@$(BIN)/python tests/fuzz/fuzz.py --seconds $(or $(FUZZ_SECONDS),600)
 	$(BIN)/python -m pytest -q --timeout 1800 --hypothesis-profile fuzz tests/fuzz tests/wire \
 		tests/unit/state/test_state_hostile.py --deselect tests/fuzz/test_codec_fuzz.py
+
+faults: $(STAMP) ## real faults for real processes, all of them, then kills (45 minutes; KILLS=100 of each kind)
+	FAULTS=all $(BIN)/python -m pytest -q --timeout 1800 tests/faults
+	PYTHONPATH=tests $(BIN)/python -m faults.hostile
+	PYTHONPATH=tests $(BIN)/python -m faults.killer --kills $(or $(KILLS),100)
+
+soak: $(STAMP) ## one long job and a fault every ten seconds; says what leaks (SOAK_SECONDS=600)
+	@PYTHONPATH=tests $(BIN)/python -m faults.soak --seconds $(or $(SOAK_SECONDS),600)
 
 clean: ## remove what was built, drawn and cached; .venv stays
 	rm -rf build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
