@@ -105,7 +105,7 @@ class Book:
             world_size=self.plan.world_size,
             has_weights=True,
         )
-        self.world.down(peer, session.send(MessageType.WELCOME, welcome))
+        self.world.down(peer, session.send(MessageType.WELCOME, welcome, version=self.round))
 
     def on_pull(self, peer, session, *_) -> None:
         for shard in self.owned:

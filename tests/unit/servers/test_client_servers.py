@@ -72,6 +72,7 @@ class Wire:
     def __init__(self, world: "World", server: int) -> None:
         self.world, self.server = world, server
         self.endpoint = f"tcp://server:{server}"
+        self.hint = ""
         self.sent_bytes = self.received_bytes = 0
         self.closed = False
         self.peer = b""
