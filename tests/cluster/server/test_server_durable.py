@@ -247,6 +247,25 @@ def test_a_server_that_is_told_to_stop_keeps_its_state_and_goes_on_later(cluster
     assert int(recovered[1]) == summary["version"] >= 5
 
 
+def test_checkpoints_are_copied_and_only_so_many_stay(cluster):
+    url = f"file://{cluster.folder / 'copies'}"
+    options = ("--keep-checkpoints", "3", "--checkpoint-url", url)
+    Run(cluster, "copied", *kept(cluster, "--checkpoint-every", "1", *options)).end()
+    stay = list((cluster.folder / "state" / "checkpoints").glob("checkpoint-*"))
+    assert len(stay) == 3
+    copies = {path.name for path in (cluster.folder / "copies").glob("checkpoint-*")}
+    assert copies > {path.name for path in stay}
+
+
+def test_another_job_than_the_one_that_was_asked_for_is_refused(cluster):
+    run = Run(cluster, "killed", *kept(cluster), PSQ_FAILPOINT="commit.durable:4")
+    assert_killed(run.server)
+    run.options = (*run.options, "--recipe", "qadam-1bit")
+    run.again(ready=False)
+    assert run.server.wait() == 78
+    assert "recipe: qadam-1bit was asked for" in run.server.err()
+
+
 def test_a_tree_is_refused_by_name(cluster):
     server = cluster.server(*kept(cluster), "--children", "0,1", ready=False)
     assert server.wait() == 78
