@@ -40,11 +40,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=32)
     parser.add_argument("--pause-ms", type=float, default=0.0, help="what a step takes besides")
     parser.add_argument("--visits", type=Path, help="file for a line about each batch")
     given = parser.parse_args()
     x, y = data(given.size)
-    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
+    model = nn.Sequential(nn.Linear(16, given.hidden), nn.Tanh(), nn.Linear(given.hidden, 4))
     with psq.torch.Worker(model, lr=0.01) as ps:
         print(f"joined version={ps.version}")
         sampler = psq.torch.ElasticSampler(ps, given.size, batch_size=given.batch)

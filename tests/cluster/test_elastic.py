@@ -305,3 +305,38 @@ def test_a_server_that_is_killed_and_comes_back_knows_what_was_visited(cluster):
     assert logged(host, "recovered")
     assert_once(cluster, size, epochs)
     assert not unfinished(cluster), "every worker lived to hear of everything"
+
+
+def test_of_two_servers_the_first_hands_out_the_data(cluster):
+    size, epochs = 200, 1
+    hosts = [cluster.server("--world-size", str(SIZE), "--min-workers", "1") for _ in range(2)]
+    connect = ",".join(host.endpoint for host in hosts)
+    words = ("--size", str(size), "--batch", "7", "--epochs", str(epochs), "--hidden", "8192")
+    workers = [
+        cluster.worker(
+            *(rank, connect, *words, "--visits", str(cluster.folder / f"visits.{rank}")),
+            script=TRAIN,
+            PSQ_WORLD_SIZE=str(SIZE),
+        )
+        for rank in range(SIZE)
+    ]
+    assert [each.wait() for each in workers] == [0] * SIZE
+    assert [host.wait() for host in hosts] == [0, 0]
+    assert_once(cluster, size, epochs)
+    assert [len(logged(host, "data")) for host in hosts] == [1, 0]
+
+
+def test_in_bsp_a_job_hands_out_the_same_data_again(cluster):
+    size, epochs = 120, 2
+    runs = []
+    for run in range(2):
+        host = cluster.server("--world-size", str(SIZE))
+        words = ("--size", str(size), "--batch", "7", "--epochs", str(epochs))
+        for path in cluster.folder.glob("visits.*"):
+            path.unlink()
+        ranks = range(SIZE) if run else reversed(range(SIZE))
+        workers = [hand_out(cluster, host, rank, *words) for rank in ranks]
+        assert [each.wait() for each in workers] == [0] * SIZE
+        assert host.wait() == 0
+        runs.append({path.name: path.read_text() for path in cluster.folder.glob("visits.*")})
+    assert runs[0] == runs[1]

@@ -88,8 +88,9 @@ def _peers_of(world: World, seq: int) -> tuple[int, ...]:
     """The ranks for whose contribution to the same round a range is cut at the same time."""
     if world.need_job().consistency.max_staleness != 0 or seq != world.round.number:
         return ()
-    there = elastic.present(world)
-    return tuple(r for r in there if not _is_late(world, world.members[r], seq))
+    needed = set(world.ranks) - world.finished - elastic.absent(world)
+    members = ((rank, world.members.get(rank)) for rank in needed)
+    return tuple(r for r, member in members if member is None or not _is_late(world, member, seq))
 
 
 # ---- who goes
@@ -113,7 +114,9 @@ def replace(world: World, rank: int) -> None:
 
     What is reduced of that counts, so its data are visited; but its verdict is nobody's.
     """
-    mine = world.round.get(rank)
+    mine, held = world.round.get(rank), world.ledger.held.get(rank)
+    if held is not None and not held.drawn:
+        return  # cut for whoever would come
     if rank in world.round.closing or (mine is not None and mine.counted):
         world.ledger.disown(rank)
     else:
@@ -132,7 +135,10 @@ def check(world: World) -> None:
     """
     world.ledger.check()
     for rank, held in world.ledger.held.items():
-        member = world.members[rank]
+        member = world.members.get(rank)
+        if member is None:
+            assert not held.drawn, rank
+            continue
         assert member.resolved is None or member.resolved.seq < held.seq, (rank, held.seq)
         if member.evicted or member.gone:
             mine = world.round.get(rank) or world.round.closing.get(rank)

@@ -30,6 +30,7 @@ __all__ = [
     "RECONNECT_S",
     "absent",
     "check",
+    "due_s",
     "end_gathering",
     "enough",
     "first_round",
@@ -157,6 +158,18 @@ def is_lost(world: World, member: Member) -> bool:
     if member.peer is None and since_s is not None and world.now_s - since_s >= RECONNECT_S:
         return True
     return world.now_s - member.seen_s > world.settings.lease_s
+
+
+def due_s(world: World) -> float | None:
+    """When the next rank whose connection ended is lost; None: none is, or rounds wait for all."""
+    if not world.is_elastic or not world.gathered:
+        return None
+    cuts = [
+        member.cut_s
+        for member in world.members.values()
+        if member.cut_s is not None and not (member.gone or member.evicted)
+    ]
+    return min(cuts) + RECONNECT_S if cuts else None
 
 
 def end_gathering(world: World) -> None:

@@ -201,7 +201,8 @@ class ServerState:
     def wake_s(self) -> float | None:
         """When a `Tick` is needed, whatever else happens; None: at any time."""
         world = self._world
-        due = [world.due_s, world.ending[1] if world.ending else None]
+        ending_s = world.ending[1] if world.ending else None
+        due = [world.due_s, ending_s, elastic.due_s(world)]
         return min((due_s for due_s in due if due_s is not None), default=None)
 
     def handle(self, event: Event, now_s: float) -> list[Action]:

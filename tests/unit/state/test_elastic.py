@@ -66,6 +66,17 @@ def test_a_killed_rank_is_given_up_soon_and_the_round_closes(elastic, consistenc
     assert job.state.snapshot(job.now_s).workers["lost"] == 1
 
 
+def test_the_machine_says_when_it_has_to_look_at_a_rank_that_was_cut_off(elastic):
+    job, (_, _, third) = elastic()
+    assert job.state.wake_s is None
+    kill(job, third)
+    assert job.state.wake_s == job.now_s + RECONNECT_S
+    job.now_s = job.state.wake_s
+    job.tick()
+    assert job.logged("evicted")
+    assert job.state.wake_s is None
+
+
 def test_a_silent_rank_is_given_up_after_a_lease(elastic):
     job, (first, second, third) = elastic()
     for worker in (first, second):

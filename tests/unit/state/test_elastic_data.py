@@ -51,6 +51,19 @@ def test_each_rank_gets_its_own_part_whoever_asks_first(elastic):
     assert first.draw().left == 70
 
 
+def test_who_joins_late_finds_its_own_part_uncut_by_those_who_were_faster(cluster, plan_of):
+    job = cluster(plan_of(3))
+    first = job.connect(0).join(lineage=1)
+    first.init()
+    first.pull()
+    assert first.draw().ranges == ((0, 10),)
+    third, second = (job.connect(rank).join(lineage=rank) for rank in (2, 1))
+    for worker in (third, second):
+        worker.pull()
+    assert third.draw().ranges == ((20, 30),)
+    assert second.draw().ranges == ((10, 20),)
+
+
 def test_what_is_rejected_is_handed_out_again(cluster, plan_of):
     recipe = preset("server-adam").with_codecs(uplink="sign").with_options("aggregate=clip")
     job = cluster(plan_of(3, recipe=recipe))
@@ -142,7 +155,7 @@ def test_a_range_that_was_cut_and_not_drawn_goes_back_with_the_round(elastic):
 
 
 def test_who_leaves_frees_its_range_at_once(elastic):
-    job, (first, second, third) = elastic()
+    job, (_, _, third) = elastic()
     third.draw()
     third.leave("interrupted")
     newcomer = job.connect(2).join(lineage=500)
