@@ -370,6 +370,12 @@ class LaunchConfig:
         low=2,
         high=MAX_LOCAL_WORKERS,
     )
+    max_restarts: int = setting(
+        0,
+        "with --state-dir: how often each server and worker that dies is started again",
+        low=0,
+        high=1_000_000,
+    )
     json: bool = switch("print the summary as JSON on stdout")
     debug: bool = switch("show a traceback with an error")
 

@@ -11,7 +11,8 @@
   and SIGKILL to the whole process group after `STOP_GRACE_S`.
 - Each child holds the read end of a pipe whose write end only the parent has (`psq.process`): when
   the parent is killed in a way it cannot handle, the children end themselves.
-- One child that ends with a code other than 0 ends all; the error carries its code and last words.
+- One child that ends with a code other than 0 ends all, unless somebody starts it again
+  (`on_death`); the error carries its code and last words.
 
 Signals are turned into `InterruptedByError` inside `pump`, never in the middle of something else.
 """
@@ -43,16 +44,18 @@ READ_BYTES: Final = 65_536
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 OnLine = Callable[[str, str], None]
+OnDeath = Callable[["Children", str, int], str]
 
 
 class ChildFailedError(PsqError):
     """A child ended although it should not have, or with a code other than 0."""
 
-    def __init__(self, name: str, code: int, tail: Sequence[str]) -> None:
+    def __init__(self, name: str, code: int, tail: Sequence[str], why: str = "") -> None:
         self.child = name
         self.exit_code = code
         said = "".join(f"\n    {line}" for line in tail)
         words = f"its last words:{said}" if said else "it said nothing"
+        words = f"{why}; {words}" if why else words
         super().__init__(f"{name} ended with {_describe(code)}; {words}")
 
 
@@ -85,10 +88,17 @@ class Children:
 
     Args:
         on_line: called with a child's name and each line it prints, on stdout or stderr.
+        on_death: called with this, the name of a child that ended with a code other than 0, and the
+            code; it may `start` a child of that name, and returns why it did not.
+        grace_s: how long children that are told to end may take for it.
     """
 
-    def __init__(self, on_line: OnLine) -> None:
+    def __init__(
+        self, on_line: OnLine, on_death: OnDeath | None = None, *, grace_s: float = STOP_GRACE_S
+    ) -> None:
         self._on_line = on_line
+        self._on_death = on_death
+        self._grace_s = grace_s
         self._children: dict[str, _Child] = {}
         self._selector = selectors.DefaultSelector()
         self._signals: list[int] = []
@@ -111,7 +121,7 @@ class Children:
         trace: TracebackType | None,
     ) -> None:
         try:
-            self.stop()
+            self.stop(self._grace_s)
         finally:
             for number, handler in self._old_handlers.items():
                 signal.signal(number, handler)
@@ -173,11 +183,21 @@ class Children:
         self._read(timeout_s)
         if self._signals:
             raise InterruptedByError(self._signals[0])
-        for child in self._children.values():
+        for child in list(self._children.values()):
             code = child.process.poll()
             if code:
                 self._read_rest(child)
-                raise ChildFailedError(child.name, code if code > 0 else 128 - code, child.tail)
+                self._bury(child, code if code > 0 else 128 - code)
+
+    def _bury(self, child: _Child, code: int) -> None:
+        """A child has died: another takes its place, or all end."""
+        why = "" if self._on_death is None else self._on_death(self, child.name, code)
+        if self._children[child.name] is child:
+            raise ChildFailedError(child.name, code, child.tail, why.strip())
+        self._kill_group(child)
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.data, _Stream) and key.data.child is child:
+                self._close_stream(key.data)
 
     def fail(self, name: str) -> ChildFailedError:
         """The error for a child that ended with code 0 but too early."""

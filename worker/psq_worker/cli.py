@@ -39,18 +39,24 @@ __all__ = ["main", "psq", "worker", "worker_main"]
 # What the launcher itself says to each process.
 SAID_BY_LAUNCHER: Final = ("connect", "rank", "world_size", "progress", "progress_every")
 # What psq launch hands on to the server; the workers get every setting of theirs.
-FOR_SERVER: Final = ("save", "lease", "give_up_after", "metrics_host", "metrics_port", "keys")
+FOR_SERVER: Final = (
+    *("save", "lease", "give_up_after", "metrics_host", "metrics_port", "keys"),
+    *("durability", "checkpoint_every", "checkpoint_seconds", "keep_checkpoints", "checkpoint_url"),
+)
+LAUNCHER_SAYS: Final = ("timeline_filename", "state_dir")  # to each process, in its own words
 # What means nothing where there is one process and no server.
 ABOUT_MESSAGES: Final = (
     *("connect", "recipe", "with", "uplink", "downlink"),
     *("consistency", "overlap", "residual", "codec", "give_up_after"),
-    *("timeline_filename", "keys"),
+    *("timeline_filename", "keys", "state_dir"),
 )
 # What a simulated worker has instead of a setting: virtual machines, and one process.
 NOT_SIMULATED: Final = (
     *("connect", "rank", "world_size", "overlap", "codec", "give_up_after"),
-    *("progress", "progress_every", "timeline_filename", "keys"),
+    *("progress", "progress_every", "timeline_filename", "keys", "state_dir"),
 )
+# A demo is over in a minute, and begins anew.
+NOT_FOR_DEMO: Final = (*SAID_BY_LAUNCHER, "tree", "keys", "state_dir", "max_restarts")
 TASK_ONLY: Final = ("task", "steps", "batch_size", "schedule", "eval_every", "data")
 NOT_FOR_LAUNCH: Final = (
     *SAID_BY_LAUNCHER,
@@ -136,16 +142,39 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
         fanout=config.tree or 0,
         save=told_server.save,
         timeline=told.timeline_filename or told_server.timeline_filename,
+        state_dir=kept_where(config, told.state_dir or told_server.state_dir),
+        max_restarts=config.max_restarts,
         metrics_port=first_metrics_port(told_server, servers),
         server_words=flag_words(given, ServerConfig, only=FOR_SERVER),
         aggregator_words=aggregator_words(told_server),
-        worker_words=(*flag_words(given, WorkerConfig, without=("timeline_filename",)), *words),
+        worker_words=(*flag_words(given, WorkerConfig, without=LAUNCHER_SAYS), *words),
     )
     run_launch(commands, script or told.task, as_json=config.json)
 
 
+def kept_where(config: LaunchConfig, state_dir: str | None) -> str | None:
+    """The folder in which a launched job keeps its state, if it does.
+
+    Raises:
+        ConfigError: it cannot, or nothing is kept that a process could go on from.
+    """
+    if config.max_restarts and state_dir is None:
+        msg = (
+            "max_restarts: without --state-dir a process that is started again has nothing to go "
+            "on from: name a folder, or leave it out"
+        )
+        raise ConfigError(msg)
+    if state_dir is not None and config.tree is not None:
+        msg = (
+            "state_dir: a tree cannot go on after a crash, since what an aggregator has added up "
+            "is in its memory alone: leave --tree or --state-dir out"
+        )
+        raise ConfigError(msg)
+    return state_dir
+
+
 @psq.command(epilog=EPILOG, short_help="Train through psq and by plain Adam, compare.")
-@options(LaunchConfig, DemoConfig, WorkerConfig, skip=(*SAID_BY_LAUNCHER, "tree", "keys"))
+@options(LaunchConfig, DemoConfig, WorkerConfig, skip=NOT_FOR_DEMO)
 def demo(given: Given) -> None:
     """Show what psq does: train a task through it and by plain Adam, compare, draw a picture."""
     need("torch", "rich")

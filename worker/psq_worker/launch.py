@@ -8,8 +8,9 @@
 With a tree there are aggregators between them (`psq_worker.aggregators`), and workers connect to
 those. They are servers like the others here, and end with them.
 
-The job ends when every worker has ended with code 0 and the servers after them. Whatever else
-happens ends all of them: see `psq_worker.children`, and `psq_worker.watch` for what is made of
+The job ends when every worker has ended with code 0 and the servers after them. A process that dies
+is started again, where that was asked for (`psq_worker.restarts`). Whatever else happens ends all
+of them: see `psq_worker.children`, and `psq_worker.watch` for what is made of
 their words. Nothing here imports torch or zmq.
 """
 
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -27,9 +29,10 @@ from psq.config.setting import ENV_PREFIX
 from psq.errors import StateError
 from psq_worker.aggregators import Aggregator, Tree, plan_tree
 from psq_worker.board import Board
-from psq_worker.children import Children
+from psq_worker.children import STOP_GRACE_S, Children
 from psq_worker.display import View, make_view
 from psq_worker.doctor import cores
+from psq_worker.restarts import Order, Restarts
 from psq_worker.watch import Watch, server_names
 
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ __all__ = [
 KERNEL_ENV: Final = "PSQ_KERNEL"
 THREADS_ENV: Final = "OMP_NUM_THREADS"
 LOCAL: Final = "tcp://127.0.0.1:0"
+KEPT_GRACE_S: Final = 12.0
+"""How long processes that keep their state may take to end: the protocol gives them 10 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,8 @@ class Commands:
         fanout: how many a server hears at most, where there are aggregators in between; 0: none.
         save: the file that the weights go to, if anywhere; several servers leave their parts beside
             it, which become one file at the end.
+        state_dir: the folder in which everybody keeps what another process needs to go on.
+        max_restarts: how often each server and worker may be started again.
         timeline: the file that the timeline goes to, if anywhere; each process leaves its part
             beside it, which become one file at the end.
         metrics_port: of server 0; the next numbers are the other servers'. 0 lets each take a free
@@ -77,6 +84,8 @@ class Commands:
     fanout: int = 0
     save: str | None = None
     timeline: str | None = None
+    state_dir: str | None = None
+    max_restarts: int = 0
     metrics_port: int = 0
     server_words: tuple[str, ...] = ()
     aggregator_words: tuple[str, ...] = ()
@@ -115,16 +124,22 @@ def launch(commands: Commands, view: View, env: Mapping[str, str]) -> Board:
     servers = server_names(commands.servers)
     tree = plan_tree(commands.workers, commands.fanout) if commands.fanout else None
     watch = Watch(board, view, ranks, servers)
-    with _tracing(commands, view), _merging(commands, view), Children(watch.on_line) as children:
+    restarts = Restarts(commands.max_restarts, view, servers=tuple(servers))
+    grace_s = STOP_GRACE_S if commands.state_dir is None else KEPT_GRACE_S
+    whole = Children(watch.on_line, restarts.revive, grace_s=grace_s)
+    with _tracing(commands, view), _merging(commands, view), whole as children:
         for number, name in enumerate(servers):
             command = _server_command(commands, number, tree)
             children.start(name, command, _without_pin(env), outlives=True)
+            restarts.orders[name] = partial(_server_again, commands, watch, name, env)
         roots = watch.wait_ready(children)
         talks_to = dict.fromkeys(range(commands.workers), roots)
         if tree is not None:
             talks_to = _start_tree(commands, tree, watch, children, _only_kernel(env))
         for rank, name in enumerate(ranks):
-            children.start(name, _worker_command(commands, talks_to[rank], rank), env)
+            command = _worker_command(commands, talks_to[rank], rank)
+            restarts.orders[name] = partial(_same_again, command, env)
+            children.start(name, command, env)
         watch.wait_trained(children)
         watch.wait_end(children)
     return board
@@ -269,10 +284,25 @@ def _aggregator_command(commands: Commands, aggregator: Aggregator, parent: str)
     return [sys.executable, "-m", "psq_server", *commands.aggregator_words, *own]
 
 
-def _server_command(commands: Commands, number: int, tree: Tree | None = None) -> list[str]:
-    own = ["--bind", LOCAL, "--world-size", str(commands.workers), "--no-json"]
+def _server_again(commands: Commands, watch: Watch, name: str, env: Mapping[str, str]) -> Order:
+    """A server in the place of one that died: where the workers look for it."""
+    number = server_names(commands.servers).index(name)
+    command = _server_command(commands, number, bind=watch.endpoint(name) or LOCAL)
+    return command, _without_pin(env), True
+
+
+def _same_again(command: list[str], env: Mapping[str, str]) -> Order:
+    return command, env, False
+
+
+def _server_command(
+    commands: Commands, number: int, tree: Tree | None = None, bind: str = LOCAL
+) -> list[str]:
+    own = ["--bind", bind, "--world-size", str(commands.workers), "--no-json"]
     own += ["--children", tree.children] if tree is not None else []
     own += _timeline_words(commands)
+    if commands.state_dir is not None:
+        own += ["--state-dir", str(Path(commands.state_dir) / f"server-{number}")]
     if commands.metrics_port:
         own += ["--metrics-port", str(commands.metrics_port + number)]
     return [sys.executable, "-m", "psq_server", *commands.server_words, *own]
@@ -282,6 +312,8 @@ def _worker_command(commands: Commands, endpoints: Sequence[str], rank: int) -> 
     own = ["--connect", ",".join(endpoints), "--rank", str(rank)]
     told = ["--world-size", str(commands.workers), "--progress", "json", "--json"]
     told += _timeline_words(commands)
+    if commands.state_dir is not None:
+        told += ["--state-dir", commands.state_dir]
     return [sys.executable, "-m", "psq_worker", *own, *told, *commands.worker_words]
 
 
