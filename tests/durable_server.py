@@ -29,7 +29,9 @@ from psq_server.state import (
     FrameReceived,
     Initialize,
     Judge,
+    Log,
     Reduce,
+    Save,
     Send,
     SendFull,
     ServerState,
@@ -123,6 +125,7 @@ class Server:
         self.plan, self.now_s, self.connections = plan, 100.0, 0
         self.peers: dict[bytes, Speaker] = {}
         self.stopped: Stop | None = None
+        self.saved: int | None = None
         self.log = io.StringIO()
         self.directory = StateDirectory.open(path, create=True)
         self.notes: list[tuple[str, str]] = []
@@ -228,6 +231,10 @@ class Server:
                     for shard in action.versions:
                         for frame in self.weights.full(shard)[1]:
                             self._deliver(peer, frame)
+            case Save():
+                self.saved = action.version
+            case Log():
+                self.log.write(f"event={action.event}\n")
             case Stop():
                 self.stopped = action
 

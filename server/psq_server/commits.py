@@ -64,6 +64,8 @@ class Commits:
         self._log = log
         self._clock = clock
         self._since_s: float | None = None
+        self._last_keep: int | None = None
+        """The ticket of the checkpoint that the process ends with."""
         version = state.snapshot(clock()).version
         self._gate = Gate(
             state.level, whole=state.closes_whole, version=version if version >= 0 else None
@@ -106,22 +108,37 @@ class Commits:
             return
         for news in self._store.news():
             yield from self._take(news)
+        if self._is_overdue():
+            yield from self._end_by_journal()
 
     def give_up(self) -> StateError | None:
         """Why the process ends although the disk has not taken its end; None while it waits.
 
         Nobody hears what waited for it: it is as if this process had died.
         """
-        if not self._gate.holds_stop:
-            return None
-        now_s = self._clock()
-        self._since_s = now_s if self._since_s is None else self._since_s
-        if now_s - self._since_s < STOP_S:
+        if not self._is_overdue():
             return None
         why = self._gate.blocked or "it is slow"
         text = f"the disk did not take the last state within {STOP_S:g} s: {why}"
         self._log.write("error", "not-kept", {"text": text})
         return StateError(text)
+
+    def _is_overdue(self) -> bool:
+        """Whether the end of the process has waited for the disk for too long."""
+        if not self._gate.holds_stop:
+            return False
+        now_s = self._clock()
+        self._since_s = now_s if self._since_s is None else self._since_s
+        return now_s - self._since_s >= STOP_S
+
+    def _end_by_journal(self) -> Iterator[Action]:
+        """Do without the last checkpoint, where the journal has all that would be in it."""
+        if self._last_keep is None or self._gate.level != "journal" or self._gate.blocked:
+            return
+        ticket, self._last_keep = self._last_keep, None
+        text = "the last checkpoint is not finished: the next start replays the journal instead"
+        self._log.write("warning", "no-checkpoint", {"text": text})
+        yield from self._gate.done(ticket)
 
     def _take(self, news: News) -> Iterator[Answer | Action]:
         match news:
@@ -163,6 +180,7 @@ class Commits:
             "parameters": parameters,
             "export": metadata_of(held.plan, run_id, step.version),
         }
+        self._last_keep = step.ticket
         # While something waits for it nothing moves: no copy is needed, and it can be tried again.
         arrays = held.shadow() if step.ticket is None else held.still()
         store.keep(step.version, arrays, meta, step.ticket)

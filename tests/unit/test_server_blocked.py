@@ -2,6 +2,7 @@
 
 import errno
 import select
+import threading
 
 import pytest
 from durable_server import END_S, Server, begun
@@ -13,7 +14,7 @@ from psq.durable.files import sync
 from psq.plan import Plan
 from psq.presets import preset
 from psq_proto.messages import NONE, Heartbeat, MessageType, Status, Verdict
-from psq_server.state import StopRequested
+from psq_server.state import StopRequested, Tick
 
 PLAN = Plan.of([("x", (40, 30)), ("b", (7,))], preset("server-adam"), 2)
 NO_SPACE = "No space left on device"
@@ -156,3 +157,47 @@ def test_another_checkpoint_that_fails_holds_up_nobody(tmp_path, monkeypatch):
     assert server.store.failed_checkpoints == 2
     assert status(speakers[0]).resolved == 1 != NONE
     server.crash()
+
+
+def test_a_last_checkpoint_that_is_slow_is_done_without_where_the_journal_has_it_all(
+    tmp_path, monkeypatch
+):
+    server, speakers = begun(tmp_path / "state", PLAN)
+    for speaker in speakers:
+        speaker.push(0)
+    server.settle()
+    real, may_go = psq_server.store.write_checkpoint, threading.Event()
+
+    def slow(*given):
+        assert may_go.wait(END_S)
+        return real(*given)
+
+    monkeypatch.setattr(psq_server.store, "write_checkpoint", slow)
+    server.happen(StopRequested("SIGTERM"))
+    server._hear()
+    assert server.stopped is None
+    server.now_s += 5.6
+    server._hear()
+    assert server.commits.give_up() is None
+    assert server.stopped is not None
+    assert server.stopped.exit_code == 0
+    may_go.set()
+    server.crash()
+
+
+def test_a_round_that_is_half_made_at_the_end_is_not_saved(tmp_path):
+    plan = Plan.of([("x", (1 << 20,)), ("b", (7,))], preset("server-adam"), 2)
+    server, speakers = begun(tmp_path / "state", plan)
+    for speaker in speakers:
+        speaker.push(0, [0])  # the first of two shards is reduced
+    server.happen(StopRequested("SIGTERM"))
+    server.now_s += 3.0
+    server.happen(Tick())
+    assert server.stopped is not None
+    assert server.saved is None
+    assert "event=not-saved" in server.log.getvalue()
+    server.crash()
+    came_back = Server(tmp_path / "state", plan)
+    assert came_back.version == 0
+    assert came_back.weights.reducer.counts()[0][0] == 0
+    came_back.crash()

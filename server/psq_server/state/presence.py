@@ -274,9 +274,16 @@ def _end_without(world: World, member: Member, how: str) -> None:
 def finish(world: World, exit_code: int, reason: EndReason, text: str) -> None:
     """Save, say BYE to everybody, stop."""
     if world.has_weights:
-        if world.level != "off" and not _shards_ahead(world):
+        is_whole = not _shards_ahead(world)
+        if world.level != "off" and is_whole:
             keeping.announce(world, last=True)
-        world.out.append(Save(world.version))
+        if world.level == "off" or is_whole:
+            world.out.append(Save(world.version))
+        else:
+            text = (
+                "a round was half made; psq ckpt export takes the weights from the state directory"
+            )
+            world.log("not-saved", "warning", version=world.version, text=text)
     byes = _say_bye(world, reason, text)
     world.out.extend(bye for bye, _ in byes)
     waited_for = tuple(bye for bye, member in byes if member is not None and not member.gone)
