@@ -195,6 +195,7 @@ def test_a_round_that_is_half_made_at_the_end_is_not_saved(tmp_path):
     server.happen(Tick())
     assert server.stopped is not None
     assert server.saved is None
+    assert "SIGTERM" in server.stopped.text
     assert "event=not-saved" in server.log.getvalue()
     server.crash()
     came_back = Server(tmp_path / "state", plan)

@@ -280,10 +280,8 @@ def finish(world: World, exit_code: int, reason: EndReason, text: str) -> None:
         if world.level == "off" or is_whole:
             world.out.append(Save(world.version))
         else:
-            text = (
-                "a round was half made; psq ckpt export takes the weights from the state directory"
-            )
-            world.log("not-saved", "warning", version=world.version, text=text)
+            why = "a round was half made: psq ckpt export takes the weights from the state directory"
+            world.log("not-saved", "warning", version=world.version, text=why)
     byes = _say_bye(world, reason, text)
     world.out.extend(bye for bye, _ in byes)
     waited_for = tuple(bye for bye, member in byes if member is not None and not member.gone)
