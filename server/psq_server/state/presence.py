@@ -280,7 +280,7 @@ def finish(world: World, exit_code: int, reason: EndReason, text: str) -> None:
         if world.level == "off" or is_whole:
             world.out.append(Save(world.version))
         else:
-            why = "a round was half made: psq ckpt export takes the weights from the state directory"
+            why = "half a round was made: psq ckpt export has the weights of the last whole one"
             world.log("not-saved", "warning", version=world.version, text=why)
     byes = _say_bye(world, reason, text)
     world.out.extend(bye for bye, _ in byes)
