@@ -5,8 +5,9 @@ descriptor it has; each frame tells which descriptor it came through; and the ke
 bytes a descriptor has received. What was received, less what came out as frames, is what libzmq
 holds for that connection. Of a message that never ends libzmq keeps every part (30 bytes of memory
 for each byte sent, without encryption), and no option of its bounds that: so whoever has more
-unread than a frame, although all that could be read was, is hung up on. So is whoever was never
-heard, oldest first, when there are too many connections.
+unread than a frame, although all that could be read was, is hung up on. So is, of those who are no
+members of the job, whoever has most, while they have more than `STRANGERS_BYTES` together; and who
+was never heard, oldest first, when there are too many connections.
 
 Only descriptors of the server's own port are ever shut down. Linux counts the bytes; elsewhere they
 are not watched.
@@ -37,6 +38,8 @@ SWEEP_S: Final = 0.1
 SWEEP_SHARE: Final = 20
 UNREAD_BYTES: Final = MAX_FRAME_BYTES + 128 * 1024
 """One frame, and what belongs to handshakes and buffers."""
+STRANGERS_BYTES: Final = 8 << 20
+"""What all connections may have unread that speak for no rank: some plans, or probes, under way."""
 EVENTS_PER_TURN: Final = 1024
 SHED_S: Final = 0.1
 """How soon connections are given up again, where there is still no descriptor for another."""
@@ -85,6 +88,7 @@ class Connections:
         socket: can be read when something happened.
         hung_up: how many were ended from here.
         strangers: how many handshakes failed because the other end spoke no psq, or no encryption.
+        members: the routing ids that speak for a rank; whoever knows sets it.
     """
 
     def __init__(self, router: Socket, note: Callable[[str], None], limit: int) -> None:
@@ -100,6 +104,7 @@ class Connections:
         self._sweep_s = 0.0
         self.hung_up = 0
         self.strangers = 0
+        self.members: Container[bytes] = frozenset()
         self._shed_s = 0.0
         address = f"inproc://psq-{id(self)}"
         router.monitor(address, _EVENTS)
@@ -180,6 +185,7 @@ class Connections:
         if now_s < self._sweep_s or not self._drained or not _COUNTS:
             return
         self._drained = False
+        strangers: list[tuple[int, int]] = []
         for fd, connection in list(self._open.items()):
             unread = connection.taken_bytes - connection.frame_bytes
             if unread > UNREAD_BYTES:
@@ -188,8 +194,23 @@ class Connections:
                     f"a connection had {unread} bytes of a message without end unread, at most "
                     f"{UNREAD_BYTES} are kept: hung up",
                 )
+            elif unread > 0 and connection.peer not in self.members:
+                strangers.append((unread, fd))
             connection.taken_bytes = _taken_bytes(fd)
+        self._thin_out(strangers)
         self._sweep_s = now_s + max(SWEEP_S, SWEEP_SHARE * (time.monotonic() - now_s))
+
+    def _thin_out(self, strangers: list[tuple[int, int]]) -> None:
+        """Hang up on those with most unread, until they have no more than they may together."""
+        unread = sum(nbytes for nbytes, _ in strangers)
+        for nbytes, fd in sorted(strangers, reverse=True):
+            if unread <= STRANGERS_BYTES:
+                return
+            why = (
+                f"strangers had {unread} bytes unread, at most {STRANGERS_BYTES} are kept: hung up"
+            )
+            self.hang_up(fd, f"{why} on one with {nbytes}")
+            unread -= nbytes
 
     def close(self) -> None:
         """Hear nothing more; the ROUTER must still be open."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Final
 
 import zmq
@@ -153,6 +153,15 @@ class ServerLink(Link):
     def connections(self) -> int:
         """TCP connections that there are, those included that have said nothing yet."""
         return len(self._connections)
+
+    @property
+    def members(self) -> Container[bytes]:
+        """The peers that speak for a rank: others have less room, see `psq.connections`."""
+        return self._connections.members
+
+    @members.setter
+    def members(self, members: Container[bytes]) -> None:
+        self._connections.members = members
 
     def notes(self) -> list[str]:
         """Lines for the log since the last call; floods are counted, not told."""

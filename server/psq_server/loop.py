@@ -345,6 +345,7 @@ class Loop:
             self._tick_s = after_s
             self._tell_notes()
             self._happen(Tick())
+            self._link.members = self._state.speakers
             self._watched = (after_s, self._state.snapshot(after_s))
 
     def _tell_notes(self) -> None:

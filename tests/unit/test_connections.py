@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from psq import link_server
-from psq.connections import UNREAD_BYTES
+from psq.connections import STRANGERS_BYTES, UNREAD_BYTES
 from psq.link import MAX_FRAME_BYTES, ServerLink, WorkerLink, connection_limit
 
 ANY_PORT = "tcp://127.0.0.1:0"
@@ -152,6 +152,33 @@ def test_an_honest_peer_whose_server_does_not_look_is_not_cut_off(server):
             server.wait(LOOK_S)
         assert len(until(server, lambda: server.received_frames == 16)) == 16
         assert server.hung_up == 0
+def test_strangers_share_what_may_be_unread_and_members_are_not_among_them(server):
+    """Each has less than one may have; together they have more than strangers may."""
+    part = b"\x01\xfa" + bytes(250)  # with others after it
+    unfinished = part * (UNREAD_BYTES // 2 // len(part))
+    count = 2 * STRANGERS_BYTES // len(unfinished)
+    port = port_of(server)
+    with contextlib.ExitStack() as stack:
+        made = []
+        for number in range(count + 1):
+            peer = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            peer.sendall(GREETING + bytes([4, len(READY)]) + READY)
+            wait_bytes(peer, len(GREETING) + 4)
+            peer.sendall(b"\x00\x01%d" % (number % 10))
+            made.append(peer)
+        names = []
+        while len(names) < len(made):
+            server.wait(LOOK_S)
+            names += [name for name, _ in server.drain()]
+        server.members = {names[0]}
+        for peer in made:
+            peer.sendall(unfinished)
+        until(server, lambda: server.connections * len(unfinished) <= STRANGERS_BYTES * 1.2)
+        assert any("strangers had" in note for note in server.notes())
+        assert server.hung_up >= count // 3
+        assert names[0] in {each.peer for each in server._connections._open.values()}
+
+
 
 
 def test_a_frame_that_is_too_large_ends_its_connection(server, peer):

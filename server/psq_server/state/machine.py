@@ -193,6 +193,12 @@ class ServerState:
         return self._world.settings
 
     @property
+    def speakers(self) -> frozenset[bytes]:
+        """The peers that speak for a rank."""
+        members = self._world.members.values()
+        return frozenset(member.peer for member in members if member.peer is not None)
+
+    @property
     def stopped(self) -> bool:
         """Whether `Stop` has been said; later events do nothing."""
         return self._world.stopped
