@@ -48,6 +48,7 @@ class Totals:
         version: of the weights held now; -1 before the first.
         pushes: contributions (worker) or shards (server) by outcome.
         skipped: contributions of nothing, because a gradient was not finite.
+        evicted: ranks that rounds went on without, each time that one was lost.
         rejected: contributions that did not count, or not wholly, by rank and kind of reason.
         workers: how many ranks are in each state.
         waiting_s: how long the present wait has lasted; 0 when nobody is waited for.
@@ -66,6 +67,7 @@ class Totals:
     version: int = -1
     pushes: Mapping[str, int] = field(default_factory=dict)
     skipped: int = 0
+    evicted: int = 0
     rejected: Mapping[tuple[int, str], int] = field(default_factory=dict)
     workers: Mapping[str, int] = field(default_factory=dict)
     waiting_s: float = 0.0
@@ -180,6 +182,7 @@ def _families(build: Mapping[str, str], totals: Totals) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "psq_skipped", "Contributions of nothing: gradient not finite", totals.skipped
     )
+    yield CounterMetricFamily("psq_evicted", "Lost ranks that were given up", totals.evicted)
     rejected = CounterMetricFamily(
         "psq_rejected",
         "Contributions that did not count, or not wholly",

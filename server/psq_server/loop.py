@@ -245,6 +245,7 @@ class Loop:
             version=snapshot.version,
             pushes=dict(counts.pushes),
             skipped=counts.skipped,
+            evicted=counts.evicted,
             rejected=dict(counts.rejected),
             workers=snapshot.workers,
             waiting_s=snapshot.waiting_s,
@@ -344,8 +345,8 @@ class Loop:
         if after_s >= self._tick_due_s():
             self._tick_s = after_s
             self._tell_notes()
-            self._happen(Tick())
             self._link.members = self._state.speakers
+            self._happen(Tick())
             self._watched = (after_s, self._state.snapshot(after_s))
 
     def _tell_notes(self) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 SIZE = 3
@@ -340,3 +341,55 @@ def test_in_bsp_a_job_hands_out_the_same_data_again(cluster):
         assert host.wait() == 0
         runs.append({path.name: path.read_text() for path in cluster.folder.glob("visits.*")})
     assert runs[0] == runs[1]
+
+
+# ---- replicas
+
+
+@pytest.mark.parametrize(
+    ("recipe", "variables"),
+    [
+        ("server-adam", {}),
+        ("shared-adam", {}),
+        ("onebit-adam", {}),
+        ("ef21", {}),
+        ("server-adam", {"PSQ_WITH": "aggregate=clip"}),
+        ("server-adam", {"PSQ_WITH": "aggregate=krum aggregate.f=1", "PSQ_MIN": "4", "PSQ_N": "5"}),
+        ("server-adam", {"PSQ_EVERY": "2"}),
+    ],
+    ids=["delta", "mean", "mean-residual", "absent-count", "judged", "krum", "turns"],
+)
+def test_replicas_are_byte_equal_whoever_is_missing_from_a_round(cluster, recipe, variables):
+    variables = dict(variables)
+    size, least = int(variables.pop("PSQ_N", SIZE)), variables.pop("PSQ_MIN", "1")
+    lost, steps = size - 1, 12
+    host = cluster.server("--world-size", str(size), "--min-workers", least, "--json")
+    words = ["--world-size", str(size), "--steps", str(steps), "--hidden", "512"]
+    gates = {rank: cluster.folder / f"gate{rank}" for rank in (0, lost)}
+    for gate in gates.values():
+        os.mkfifo(gate)
+
+    def begin(rank, *more):
+        out = ("--out", str(cluster.folder / f"replica{rank}.npz"))
+        return cluster.worker(rank, host.endpoint, *words, *out, *more, **told)
+
+    told = {"PSQ_RECIPE": recipe, **variables}
+    held = {
+        0: ("--gate", str(gates[0]), "--gate-step", "7"),
+        lost: ("--gate", str(gates[lost]), "--gate-step", "3"),
+    }
+    workers = [begin(rank, *held.get(rank, ())) for rank in range(size)]
+    workers[lost].wait_line("^gate$")
+    os.kill(workers[lost].pid, signal.SIGKILL)
+    workers[0].wait_line("^gate$")  # four rounds later, without it
+    workers[lost] = begin(lost)
+    workers[lost].wait_line("^joined version=7$")
+    gates[0].write_bytes(b"")
+    assert [each.wait() for each in workers] == [0] * size
+    assert host.wait() == 0
+    assert json.loads(host.out().splitlines()[-1])["evicted"] == 1
+    replicas = []
+    for rank in range(size):
+        with np.load(cluster.folder / f"replica{rank}.npz") as arrays:
+            replicas.append({name: arrays[name].tobytes() for name in arrays.files})
+    assert all(replica == replicas[0] for replica in replicas)

@@ -36,6 +36,7 @@ def test_the_names_are_the_documented_ones():
         "psq_rounds_total",
         "psq_pushes_total",
         "psq_skipped_total",
+        "psq_evicted_total",
         "psq_waiting_seconds",
         "psq_version",
         "psq_build_info",

@@ -43,6 +43,8 @@ __all__ = [
     "refusal",
 ]
 
+COUNT_HEADS: Final = frozenset({"krum", "trimmed-mean"})
+"""Aggregates that refuse a round with fewer than n - f messages: who is absent is one of the f."""
 RECONNECT_S: Final = 1.5
 """How long a rank whose connection ended has to come back: a network that hiccups is no death."""
 
@@ -60,7 +62,7 @@ def refusal(plan: Plan, min_workers: int | None) -> str:
             "other already, and every group of them is needed: start the server without"
         )
     hostile = int(dict(aggregate.options).get("f", 0))
-    if aggregate.part.whole and min_workers < plan.world_size - hostile:
+    if aggregate.kind in COUNT_HEADS and min_workers < plan.world_size - hostile:
         return (
             f"{who}: aggregate={aggregate.kind} with f={hostile} refuses rounds with fewer than "
             f"{plan.world_size - hostile} of {plan.world_size} workers: ask for so many at least"
