@@ -56,6 +56,11 @@ class Conversation:
         """Whether the three-way join is done and nothing has ended it since."""
         return self.state in (State.JOINED, State.LEAVING)
 
+    @property
+    def fresh_lineage(self) -> int:
+        """The name of a residual that begins with this conversation; both ends know it."""
+        return self.epoch << 32 | self.incarnation
+
     def may_send(self, message_type: MessageType) -> bool:
         """Whether `send` or `seal` of this type is legal now."""
         mine = from_worker(message_type) is self._is_worker

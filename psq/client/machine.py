@@ -485,7 +485,8 @@ class Machine:
             self._forget_above(self._epochs.sure)
         self._pull = True
         self._initial.start(wanted=welcome.init_wanted)
-        is_reset = welcome.mode == "reset"
+        if is_reset := welcome.mode == "reset":
+            self._standing.lineage = self.session.fresh_lineage
         if is_reset and (self.round is not None or self._standing.resolved != NONE):
             self._hooks.reset(self._shards)
             self.resets += 1
@@ -499,10 +500,8 @@ class Machine:
         self.turns.forget_above(version)
         self._gap_version = NONE
         if forgotten:
-            self.notes.append(
-                f"the server came back, and had committed version {version}: "
-                f"{name_shards(forgotten)} of a later one are taken again, whole"
-            )
+            what = f"{name_shards(forgotten)} above version {version}"
+            self.notes.append(f"the server came back: {what} are taken again, whole")
 
     def _on_status(self, status: Status) -> None:
         self._status = status

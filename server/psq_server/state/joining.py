@@ -12,7 +12,7 @@ from typing import Final, Literal
 from psq.errors import FencedError, LocalError, RefusedError, RemotePlanError
 from psq.keys import Ranks
 from psq.plan import Plan
-from psq_proto.messages import NONE, U32_MAX, ErrorCode, Join, MessageType, Welcome
+from psq_proto.messages import U32_MAX, ErrorCode, Join, MessageType, Welcome
 from psq_proto.session import Message
 from psq_server.state import covers, drawing, elastic, keeping
 from psq_server.state.events import Adopt, Send
@@ -300,13 +300,7 @@ def _drop_unclaimed(world: World, rank: int, join: Join, *, same: bool) -> None:
 
 
 def _is_same(old: Member, join: Join) -> bool:
-    """Whether the joiner is the very process that spoke for the rank before.
-
-    One that was told to start a new residual may give it another name; but it has a history, and a
-    process that has none has begun after it.
-    """
-    if old.lineage is None:
-        return max(join.last_resolved, join.pending) != NONE
+    """Whether the joiner is the very process that spoke for the rank before."""
     return old.lineage == join.lineage
 
 
@@ -325,7 +319,7 @@ def _admit(
         incarnation=incarnation,
         seen_s=world.now_s,
         peer=peer.name,
-        lineage=join.lineage if resumes else None,
+        lineage=join.lineage if resumes else peer.session.fresh_lineage,
         base=world.version,
     )
     if same and old is not None:

@@ -67,8 +67,8 @@ class Member:
 
     Attributes:
         peer: the connection that speaks for it; None while there is none.
-        lineage: of its residual; None when the server has told it to start a new one and not heard
-            which.
+        lineage: of its residual; of one that begins at the server's wish, a number that follows
+            from its conversation.
         last_applied: the seq of its last contribution that counted, or NONE.
         resolved: the last verdict it was given, to be given again if it was lost.
         base: what it computes from is at least this version: the one after its last verdict, or the
@@ -89,7 +89,7 @@ class Member:
     incarnation: int
     seen_s: float
     peer: bytes | None
-    lineage: int | None
+    lineage: int
     last_applied: int = NONE
     resolved: Resolved | None = None
     base: int = 0
@@ -141,11 +141,7 @@ def may_continue(member: Member | None, join: Join) -> bool:
     known = max(join.last_resolved, join.pending)
     if known == NONE:
         return member is None or member.last_applied == NONE or member.lineage != join.lineage
-    return (
-        member is not None
-        and member.lineage in (None, join.lineage)
-        and known >= member.last_applied
-    )
+    return member is not None and member.lineage == join.lineage and known >= member.last_applied
 
 
 class Peers:

@@ -266,8 +266,20 @@ def test_after_a_reset_the_next_join_of_the_same_process_continues(cluster):
     for worker in job.started():
         worker.push_all()
     claim = {"lineage": 99, "last_resolved": 0}
-    assert job.connect(0).join(**claim).take(Welcome)[0].mode == "reset"
+    reset = job.connect(0).join(**claim)
+    assert reset.take(Welcome)[0].mode == "reset"
+    claim["lineage"] = reset.session.fresh_lineage
     assert job.connect(0).join(**claim).take(Welcome)[0].mode == "continue"
+
+
+def test_after_a_reset_another_process_does_not_continue_in_its_place(cluster):
+    job = cluster()
+    for worker in job.started():
+        worker.push_all()
+    claim = {"lineage": 99, "last_resolved": 0}
+    assert job.connect(0).join(**claim).take(Welcome)[0].mode == "reset"
+    assert job.connect(0).join(**claim | {"lineage": 98}).take(Welcome)[0].mode == "reset"
+    assert job.connect(0).join(**claim).take(Welcome)[0].mode == "reset"
 
 
 def test_a_process_that_began_after_a_reset_is_not_held_to_what_was_said_before(cluster):
