@@ -45,7 +45,7 @@ __all__ = [
 
 COUNT_HEADS: Final = frozenset({"krum", "trimmed-mean"})
 """Aggregates that refuse a round with fewer than n - f messages: who is absent is one of the f."""
-RECONNECT_S: Final = 1.5
+RECONNECT_S: Final = 1.2
 """How long a rank whose connection ended has to come back: a network that hiccups is no death."""
 
 

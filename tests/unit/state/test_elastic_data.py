@@ -10,7 +10,7 @@ import pytest
 from psq.errors import RemoteError
 from psq.presets import preset
 from psq_proto.messages import Verdict
-from psq_server.state import PeerGone, Tick
+from psq_server.state import PeerGone, Tick, parse_branches
 from psq_server.state.elastic import RECONNECT_S
 from psq_server.state.ledger import MAX_SPANS, Ledger, Terms, count, merge, take
 
@@ -263,3 +263,20 @@ def test_the_books_come_back_as_they_were_but_for_what_was_nobodys():
     empty = Ledger()
     empty.restore(Ledger().capture())
     assert empty == Ledger()
+
+
+def test_ranks_that_compute_the_same_and_a_second_server_hand_out_nothing(cluster, plan_of):
+    coded = cluster(plan_of(2, recipe=preset("coded"))).started()[0]
+    assert coded.draw() is None
+    assert "aggregate=coded" in str(coded.errors[0])
+    specs = [(f"t{n}", (8192,)) for n in range(40)]
+    second = cluster(plan_of(1, specs=specs, servers=2).for_server(1)).started()[0]
+    assert second.draw() is None
+    assert "server 0 hands out the data" in str(second.errors[0])
+
+
+def test_in_a_tree_nothing_is_handed_out(cluster, plan_of):
+    job = cluster(plan_of(2), branches=parse_branches("0,1"))
+    worker = job.started()[0]
+    assert worker.draw() is None
+    assert "in a tree" in str(worker.errors[0])
