@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--lease", type=float, default=10.0, help="of the server, s")
     parser.add_argument("--step-ms", type=float, default=20.0, help="what a step takes besides")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
     for name in given.signals.split(","):
         times_s = sorted(trial(SIGNALS[name], given) for _ in range(given.trials))
         middle = statistics.median(times_s)
