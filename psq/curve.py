@@ -7,7 +7,9 @@ doorman be missing; and `canary` tries the door with a key that nobody has befor
 (zmq.auth does the same in a thread of its own with an event loop, lets unencrypted peers pass, and
 writes secrets with whatever mode the umask leaves: hence these lines.)
 
-A connection that was let in bears its key, as the User-Id of each frame. Nothing here knows ranks.
+A connection that was let in bears its key, as the User-Id of each frame. (A peer may name
+properties of its own, this one too; libzmq 4.3.5 takes the door's word first and keeps it.) Nothing
+here knows ranks.
 """
 
 from __future__ import annotations

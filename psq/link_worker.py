@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Final
 
@@ -72,6 +73,7 @@ class WorkerLink(Link):
         address = f"inproc://psq-{id(self)}"
         self._socket.monitor(address, _EVENTS)
         self._ears = self._context.socket(zmq.PAIR)
+        self._ears.setsockopt(zmq.RCVHWM, 0)  # else events that nobody hears hold up all of libzmq
         self._ears.connect(address)
         self._poller.register(self._ears, zmq.POLLIN)
         try:
@@ -104,14 +106,18 @@ class WorkerLink(Link):
             RefusedError: the server turned this worker's key away, or one of both has keys and the
                 other has not.
         """
+        ends_s = time.monotonic() + timeout_s
         if room:
             self._poller.modify(self._socket, zmq.POLLIN | zmq.POLLOUT)
         try:
-            return super().wait(timeout_s)
+            while True:
+                readable = super().wait(max(0.0, ends_s - time.monotonic()))
+                # What the ears hear is no reason to end a wait, unless it is bad news.
+                if not self.check() or readable or time.monotonic() >= ends_s:
+                    return readable
         finally:
             if room:
                 self._poller.modify(self._socket, zmq.POLLIN)
-            self.check()
 
     @property
     def hint(self) -> str:
@@ -123,16 +129,23 @@ class WorkerLink(Link):
             "of the server still the server's?)"
         )
 
-    def check(self) -> None:
-        """Look whether the server has turned this worker away; raises as `wait`."""
+    def check(self) -> bool:
+        """Look whether the server has turned this worker away; whether there was any news.
+
+        Raises:
+            RefusedError: as `wait`.
+        """
+        heard = False
         while not self._ears.closed:
             try:
                 head, _ = self._ears.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 break
+            heard = True
             self._hear(_EVENT_HEAD.unpack_from(head)[0])
         if self._refusal:
             raise RefusedError(self._refusal)
+        return heard
 
     def _hear(self, event: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:

@@ -244,6 +244,24 @@ def test_an_aggregator_has_keys_for_both_sides(cluster):
     assert [each.wait() for each in (*pair, between, root)] == [0, 0, 0, 0]
 
 
+def test_a_launched_job_hands_its_keys_to_every_process(cluster):
+    keys = cluster.folder / "keys"
+    psq = (sys.executable, "-m", "psq_worker.cli")
+    made = cluster.command(*psq, "keygen", "-n", "3", "--tree", "2", "-o", str(keys))
+    assert made.wait() == 0
+    told = ("--task", "char-lm", "--steps", "2", "--keys", str(keys), "--json")
+    job = cluster.command(*psq, "launch", "-n", "3", "--tree", "2", *told)
+    assert job.wait() == 0
+    assert json.loads(job.out())
+    # The same with the keys of a job of two: rank 2 has none.
+    fewer = cluster.folder / "fewer"
+    make_keys(fewer, 2)
+    told = ("--task", "char-lm", "--steps", "2", "--keys", str(fewer))
+    job = cluster.command(*psq, "launch", "-n", "3", *told)
+    assert job.wait() == EXIT_CONFIG
+    assert "rank2 has a file worker.secret" in job.err()
+
+
 def test_a_look_at_a_server_takes_keys_too(cluster, server, keys):
     psq = (sys.executable, "-m", "psq_worker.cli")
     look, mine = ("--connect", server.endpoint), ("--keys", str(keys))

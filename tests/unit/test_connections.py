@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import zmq
 
 from psq import link_server
 from psq.connections import STRANGERS_BYTES, UNREAD_BYTES
@@ -74,6 +75,32 @@ def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        (zmq.MAXMSGSIZE, MAX_FRAME_BYTES),
+        (zmq.RCVHWM, 64),
+        (zmq.HANDSHAKE_IVL, 3000),
+        (zmq.CONNECT_TIMEOUT, 1000),
+        (zmq.RECONNECT_IVL, 100),
+        (zmq.RECONNECT_IVL_MAX, 500),
+        (zmq.TCP_MAXRT, 30_000),
+        (zmq.TCP_KEEPALIVE, 1),
+        (zmq.TCP_KEEPALIVE_IDLE, 5),
+        (zmq.TCP_KEEPALIVE_INTVL, 2),
+        (zmq.TCP_KEEPALIVE_CNT, 3),
+        (zmq.HEARTBEAT_IVL, 0),
+        (zmq.IMMEDIATE, 1),
+    ],
+)
+def test_both_ends_have_the_limits_that_are_promised(server, option, value):
+    with WorkerLink(server.endpoint) as worker:
+        for link in (server, worker):
+            assert link._socket.getsockopt(option) == value
+            assert link._socket.getsockopt(zmq.SNDHWM) == 64
+    assert server._socket.getsockopt(zmq.BACKLOG) == 1024
+
+
 def test_the_end_of_a_connection_is_told_once_and_after_its_last_frame(server):
     with WorkerLink(server.endpoint) as worker:
         assert worker.wait_room(10.0)
@@ -125,33 +152,6 @@ def test_who_sends_messages_of_many_parts_is_hung_up_on(server, peer):
     until(server, lambda: server.connections == 0)
 
 
-def test_an_honest_peer_that_sends_much_is_not_cut_off(server):
-    """More than 100 times what may be unread, in the largest frames, and in small ones."""
-    with WorkerLink(server.endpoint) as worker:
-        assert worker.wait_room(10.0)
-        left = {MAX_FRAME_BYTES: 128, 1: 20_000}
-        expected = sum(left.values())
-        while server.received_frames < expected:
-            for size, count in left.items():
-                if count and worker.send(bytes(size)):
-                    left[size] -= 1
-            server.wait(0.0)
-            for _ in server.drain():
-                pass
-        assert server.hung_up == 0
-
-
-def test_an_honest_peer_whose_server_does_not_look_is_not_cut_off(server):
-    """What waits to be read is no message without end, however much it is."""
-    with WorkerLink(server.endpoint) as worker:
-        assert worker.wait_room(10.0)
-        for _ in range(16):
-            assert worker.wait_room(10.0)
-            worker.send(bytes(MAX_FRAME_BYTES))
-        for _ in range(20):
-            server.wait(LOOK_S)
-        assert len(until(server, lambda: server.received_frames == 16)) == 16
-        assert server.hung_up == 0
 def test_strangers_share_what_may_be_unread_and_members_are_not_among_them(server):
     """Each has less than one may have; together they have more than strangers may."""
     part = b"\x01\xfa" + bytes(250)  # with others after it
@@ -179,6 +179,33 @@ def test_strangers_share_what_may_be_unread_and_members_are_not_among_them(serve
         assert names[0] in {each.peer for each in server._connections._open.values()}
 
 
+def test_an_honest_peer_that_sends_much_is_not_cut_off(server):
+    """More than 100 times what may be unread, in the largest frames, and in small ones."""
+    with WorkerLink(server.endpoint) as worker:
+        assert worker.wait_room(10.0)
+        left = {MAX_FRAME_BYTES: 128, 1: 20_000}
+        expected = sum(left.values())
+        while server.received_frames < expected:
+            for size, count in left.items():
+                if count and worker.send(bytes(size)):
+                    left[size] -= 1
+            server.wait(0.0)
+            for _ in server.drain():
+                pass
+        assert server.hung_up == 0
+
+
+def test_an_honest_peer_whose_server_does_not_look_is_not_cut_off(server):
+    """What waits to be read is no message without end, however much it is."""
+    with WorkerLink(server.endpoint) as worker:
+        assert worker.wait_room(10.0)
+        for _ in range(16):
+            assert worker.wait_room(10.0)
+            worker.send(bytes(MAX_FRAME_BYTES))
+        for _ in range(20):
+            server.wait(LOOK_S)
+        assert len(until(server, lambda: server.received_frames == 16)) == 16
+        assert server.hung_up == 0
 
 
 def test_a_frame_that_is_too_large_ends_its_connection(server, peer):
