@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from psq.durable import reach
 from psq.errors import StateError
 from psq_server.gate import Append, Gate, Keep, Sync
 from psq_server.line_log import LineLog
+from psq_server.news import Answered, Kept, News, Refused
 from psq_server.saving import metadata_of
 from psq_server.state import (
     Action,
@@ -25,8 +25,10 @@ from psq_server.state import (
     Durable,
     ServerState,
 )
-from psq_server.store import Answered, Kept, News, Refused, Store
 from psq_server.weights import Weights
+
+if TYPE_CHECKING:
+    from psq_server.store import Store
 
 __all__ = ["STOP_S", "Answer", "Commits"]
 
@@ -146,7 +148,7 @@ class Commits:
                 released = self._gate.done(news.ticket)
                 yield Durable(self._gate.durable_version)
                 yield from released
-                reach("commit.released")
+                self._need_store().released()
             case Refused() if news.text != self._gate.blocked:
                 self._gate.blocked = news.text
                 if news.text:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol, assert_never
+from typing import TYPE_CHECKING, Final, Protocol, assert_never
 
 from psq.clock import parse_consistency
 from psq.errors import StateError
@@ -57,8 +57,10 @@ from psq_server.state import (
     StopRequested,
     Tick,
 )
-from psq_server.store import Store
 from psq_server.weights import Weights
+
+if TYPE_CHECKING:
+    from psq_server.store import Store
 
 __all__ = ["FAREWELL_S", "FLUSH_S", "TICK_S", "Above", "Ending", "Loop", "Observer"]
 

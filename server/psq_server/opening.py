@@ -9,17 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from psq.config import ServerConfig
-from psq.durable import StateDirectory, reach
 from psq.errors import ConfigError
 from psq_server.line_log import LineLog
-from psq_server.recovery import Found, recover
 from psq_server.state import ServerState, Settings
-from psq_server.store import Copy, Store
 from psq_server.weights import Weights
+
+if TYPE_CHECKING:
+    from psq_server.recovery import Found
+    from psq_server.store import Copy, Store
 
 __all__ = ["Opened", "check_kept", "open_state"]
 
@@ -84,6 +86,10 @@ def open_state(
     """
     if config.state_dir is None:
         return Opened(ServerState(settings, clock()))
+    from psq.durable import StateDirectory, reach  # noqa: PLC0415 - other servers need none of these
+    from psq_server.recovery import recover  # noqa: PLC0415
+    from psq_server.store import Store  # noqa: PLC0415
+
     copy = _copier(config.checkpoint_url)
     directory = StateDirectory.open(Path(config.state_dir), create=True)
     settings = replace(
@@ -157,13 +163,11 @@ def _check_job(config: ServerConfig, state: ServerState) -> None:
 def _copier(url: str | None) -> Copy | None:
     if url is None:
         return None
-    try:
-        import fsspec as _  # noqa: F401, PLC0415 - an extra
-    except ImportError as error:
+    if find_spec("fsspec") is None:
         msg = (
             "checkpoint_url: it needs fsspec, which is not installed: pip install psq-train[remote]"
         )
-        raise ConfigError(msg) from error
+        raise ConfigError(msg)
     from psq.durable.remote import copy_checkpoint  # noqa: PLC0415 - an extra
 
     return lambda path: copy_checkpoint(path, url)

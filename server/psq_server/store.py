@@ -34,9 +34,10 @@ from psq.durable.checkpoint import list_checkpoints, write_checkpoint
 from psq.durable.retention import MIN_KEPT, prune
 from psq.errors import StateError
 from psq_server.gate import Append, start
+from psq_server.news import Answered, Kept, News, Refused
 from psq_server.shadow import Arrays
 
-__all__ = ["Answered", "Copy", "Kept", "News", "Refused", "Store"]
+__all__ = ["Copy", "Store"]
 
 RETRY_S: Final = 1.0
 ROOM_S: Final = 60.0
@@ -49,32 +50,6 @@ MAX_JOBS: Final = 2
 
 Copy: TypeAlias = Callable[[Path], str]
 """Copies a checkpoint to somewhere else; returns where."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """All that this ticket asked for is on disk."""
-
-    ticket: int
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The disk refuses, and is asked again; empty: it does not any more."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A checkpoint is on disk, or is not and why; `note` is of what was done with it since."""
-
-    version: int
-    text: str = ""
-    note: str = ""
-
-
-News: TypeAlias = Answered | Refused | Kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +185,10 @@ class Store:
         if self._journal is not None:
             self._journal.start_segment(version)
         self._jobs.put(_Job(version, arrays, meta, ticket))
+
+    def released(self) -> None:
+        """What waited for an answer has left."""
+        reach("commit.released")
 
     def news(self) -> Iterator[News]:
         """What has come since this was asked last."""

@@ -11,6 +11,7 @@ import psq.durable.journal
 import psq.durable.segment
 import psq_server.store
 from psq.durable.files import sync
+from psq.errors import StateError
 from psq.plan import Plan
 from psq.presets import preset
 from psq_proto.messages import NONE, Heartbeat, MessageType, Status, Verdict
@@ -129,7 +130,7 @@ def test_initial_weights_are_tried_again_until_they_are_kept(tmp_path, monkeypat
         if len(struck) < 2:
             struck.append(given)
             msg = "the disk is full"
-            raise psq_server.store.StateError(msg)
+            raise StateError(msg)
         return real(*given)
 
     monkeypatch.setattr(psq_server.store, "write_checkpoint", refuse)
@@ -146,7 +147,7 @@ def test_another_checkpoint_that_fails_holds_up_nobody(tmp_path, monkeypatch):
 
     def refuse(*_):
         msg = "the disk is full"
-        raise psq_server.store.StateError(msg)
+        raise StateError(msg)
 
     monkeypatch.setattr(psq_server.store, "write_checkpoint", refuse)
     for version in range(2):

@@ -1,0 +1,34 @@
+"""What a server's disk answers. Plain values, so that who has no disk need not load one's code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+__all__ = ["Answered", "Kept", "News", "Refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """All that this ticket asked for is on disk."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The disk refuses, and is asked again; empty: it does not any more."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A checkpoint is on disk, or is not and why; `note` is of what was done with it since."""
+
+    version: int
+    text: str = ""
+    note: str = ""
+
+
+News: TypeAlias = Answered | Refused | Kept
