@@ -234,7 +234,7 @@ class Exchange:
     def say_nothing(self) -> None:
         """Sit the round out: moments and residual stay as they are."""
         self.is_silent = True
-        if self.keeper is not None:
+        if self.keeper is not None and not any(self._said):
             self.keeper.silent(self.step, self.asked)
         self.client.skip()
 

@@ -66,7 +66,8 @@ class WorkerFolder:
 
     def _lock(self, rank: int) -> None:
         try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # This process's own, not its children's: a data loader may outlive a killed worker.
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             other = os.pread(self._lock_fd, 32, 0).decode(errors="replace").strip()
             os.close(self._lock_fd)

@@ -96,7 +96,7 @@ class Keeper:
         self._folder = folder
         self._plan = plan
         self._table = table
-        self._model = model
+        self._own_places = _own_places(model, table)
         self._compressor = compressor
         self._decoder = decoder
         self._averaging = averaging
@@ -259,12 +259,9 @@ class Keeper:
             self._slots.save_weights(shard.index, versions[shard.index], planes, which)
 
     def _own_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """What the model has beside the parameters of the job."""
-        yield from self._model.named_buffers()
-        mine = {id(parameter) for parameter in self._table.parameters}
-        for name, parameter in self._model.named_parameters():
-            if id(parameter) not in mine and parameter.requires_grad:
-                yield name, parameter
+        """What the model has beside the parameters of the job, as it is now."""
+        for name, module, attribute in self._own_places:
+            yield name, getattr(module, attribute)
 
     # ---- going on
 
@@ -511,6 +508,18 @@ class Keeper:
                 self._folder.park()
         finally:
             self._folder.close()
+
+
+def _own_places(model: nn.Module, table: ParameterTable) -> list[tuple[str, nn.Module, str]]:
+    """(name, module, attribute) of each buffer and each parameter that the job leaves alone.
+
+    Walking a model takes longer than copying a small one, so it is done once.
+    """
+    mine = {id(parameter) for parameter in table.parameters}
+    names = [name for name, _ in model.named_buffers()]
+    names += [n for n, p in model.named_parameters() if id(p) not in mine and p.requires_grad]
+    paths = [name.rpartition(".") for name in names]
+    return [(".".join(filter(None, (p, a))), model.get_submodule(p), a) for p, _, a in paths]
 
 
 def _counts_of(record: Record) -> ShardCounts:

@@ -191,10 +191,10 @@ class Children:
 
     def _bury(self, child: _Child, code: int) -> None:
         """A child has died: another takes its place, or all end."""
+        self._kill_group(child)
         why = "" if self._on_death is None else self._on_death(self, child.name, code)
         if self._children[child.name] is child:
             raise ChildFailedError(child.name, code, child.tail, why.strip())
-        self._kill_group(child)
         for key in list(self._selector.get_map().values()):
             if isinstance(key.data, _Stream) and key.data.child is child:
                 self._close_stream(key.data)
