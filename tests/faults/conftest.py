@@ -1,7 +1,7 @@
 """Jobs of real processes that a test may disturb, and what they come to when nobody does."""
 
 import pytest
-from cluster.conftest import cluster, pytest_runtest_makereport, zygote
+from cluster.conftest import FAILED, cluster, pytest_runtest_makereport, zygote
 
 from faults.life import Life
 from faults.proxy import Proxy
@@ -21,7 +21,7 @@ def life_of(tmp_path, zygote, request):
     yield make
     for life in made:
         life.end()
-    failed = getattr(request.node, "rep_failed", True)
+    failed = request.node.stash.get(FAILED, False)
     for path in sorted(tmp_path.glob("*/*.err")) if failed else ():
         print(f"---- {path.name}\n{path.read_text()[-3000:]}")  # noqa: T201 - pytest shows it
 

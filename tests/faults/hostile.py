@@ -30,7 +30,7 @@ TESTS: Final = Path(__file__).resolve().parents[1]
 TURNS: Final = 3
 NICE: Final = 10
 MARGIN_S: Final = 60.0
-MOST_GROWTH_MB: Final = 256.0
+MOST_GROWTH_MB: Final = 640.0
 """How much more memory a server may take, whoever attacks it: see docs/reliability.md."""
 
 
