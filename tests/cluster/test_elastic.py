@@ -393,3 +393,24 @@ def test_replicas_are_byte_equal_whoever_is_missing_from_a_round(cluster, recipe
         with np.load(cluster.folder / f"replica{rank}.npz") as arrays:
             replicas.append({name: arrays[name].tobytes() for name in arrays.files})
     assert all(replica == replicas[0] for replica in replicas)
+
+
+@pytest.mark.parametrize("elastic", [(), ("--min-workers", "1")], ids=["waits", "elastic"])
+def test_a_worker_that_goes_on_from_what_it_kept_computes_from_the_data_it_had(cluster, elastic):
+    size, epochs = 300, 1
+    host = cluster.server("--world-size", str(SIZE), *elastic, "--json")
+    words = ("--size", str(size), "--batch", "5", "--epochs", str(epochs), "--pause-ms", "8")
+    kept = {"state_dir": str(cluster.folder / "kept")}
+    workers = [hand_out(cluster, host, rank, *words, **kept) for rank in range(SIZE)]
+    for goal in (60, 150):
+        wait_visits(cluster, goal)
+        os.kill(workers[1].pid, signal.SIGKILL)
+        assert workers[1].wait() == -signal.SIGKILL
+        workers[1] = hand_out(cluster, host, 1, *words, **kept)
+    assert [each.wait() for each in workers] == [0] * SIZE
+    assert host.wait() == 0
+    said = json.loads(host.out().splitlines()[-1])
+    assert said["joins"] == SIZE + 2
+    assert_once(cluster, size, epochs)
+    if not elastic:
+        assert said["resets"] == 0
