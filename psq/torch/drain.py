@@ -62,6 +62,7 @@ class _Drain:
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._wanted = self._overdue = False
+        self._timer: threading.Timer | None = None
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """SIGTERM came, or the timer's."""
@@ -70,6 +71,7 @@ class _Drain:
         if self._overdue:
             self._overdue = False  # what comes next is a person's
             raise Drained
+        self._rest()
         if self._wanted or not workers:
             signal.signal(number, signal.SIG_DFL)
             raise SystemExit(128 + number)
@@ -78,16 +80,22 @@ class _Drain:
             raise Drained  # still joining
         _log.info("told to end: finishing the step, for %g s at most", self._limit_s)
         observers.append(self._on_step)  # the last one, so that all others see the step
-        timer = threading.Timer(self._limit_s, self._hurry)
-        timer.daemon = True
-        timer.start()
+        self._timer = threading.Timer(self._limit_s, self._hurry)
+        self._timer.daemon = True
+        self._timer.start()
 
     def _on_step(
         self, worker: Worker, report: StepReport, loss: float | None, samples: int
     ) -> None:
         del worker, loss, samples
         if report.reason != LOCAL:
+            self._rest()
             raise Drained
+
+    def _rest(self) -> None:
+        """Nobody need be hurried any more."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _hurry(self) -> None:
         """Interrupt the main thread, whatever it does."""

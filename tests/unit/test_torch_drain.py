@@ -99,6 +99,19 @@ def test_a_worker_that_has_not_joined_yet_leaves_at_once(opened):
         term()
 
 
+@pytest.mark.parametrize("end", [step, term])
+def test_who_ends_in_time_is_not_hurried_afterwards(opened, end):
+    opened.append(Made())
+    drain_on_sigterm()
+    before = set(threading.enumerate())
+    term()
+    [timer] = set(threading.enumerate()) - before
+    with pytest.raises(SystemExit):
+        end()
+    timer.join(WAIT_S / 2)
+    assert not timer.is_alive()
+
+
 def test_only_the_main_thread_can_ask_for_it():
     said = []
 
