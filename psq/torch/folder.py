@@ -4,9 +4,10 @@
     STATE_DIR/worker-2/parked/      the fast files as they were when it ended in order
     /dev/shm/psq-UID-.../           the fast files: they outlive the process, not the machine
 
-Where there is no /dev/shm the fast files lie in the folder itself. A machine that was started anew
-has lost what is in memory; then the parked files count, if there are any. Files are this user's
-own: a folder that belongs to somebody else is refused.
+Where there is no /dev/shm, or no room in it, the fast files lie in the folder itself, and the
+kernel writes them to the disk in its own time. A machine that was started anew has lost what is in
+memory; then the parked files count, if there are any. Files are this user's own: a folder that
+belongs to somebody else is refused.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ class WorkerFolder:
             raise StateError(msg) from error
         self._lock(rank)
         name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
-        is_there = os.access(FAST, os.W_OK)
-        self.fast = FAST / f"psq-{os.getuid()}-{name}" if is_there else self.path / "slots"
+        self._on_disk = self.path / "slots"
+        in_memory = os.access(FAST, os.W_OK) and not self._on_disk.exists()
+        self.fast = FAST / f"psq-{os.getuid()}-{name}" if in_memory else self._on_disk
         self._parked = self.path / "parked"
         self._open_fast()
 
@@ -97,6 +99,19 @@ class WorkerFolder:
         if self._parked.exists():
             self._unpark()
         mark.write_text(boot)
+
+    def leave_memory(self) -> bool:
+        """Have the fast files on the disk, now and for all that come: there is no room in memory.
+
+        Returns:
+            False: they are there already.
+        """
+        if self.fast == self._on_disk:
+            return False
+        shutil.rmtree(self.fast, ignore_errors=True)
+        self.fast = self._on_disk
+        self._open_fast()
+        return True
 
     @property
     def slots(self) -> Path:

@@ -110,7 +110,7 @@ class Keeper:
             planes=decoder.planes,
             twice=self._twice,
         )
-        self._slots = Slots(folder.slots, self._spec)
+        self._slots = _open_slots(folder, self._spec)
         self.copies = Copies(folder.copies, rank)
         self.lost = "it is of another job, or of other settings of it" * self._slots.replaced
         self._files = [
@@ -508,6 +508,16 @@ class Keeper:
                 self._folder.park()
         finally:
             self._folder.close()
+
+
+def _open_slots(folder: WorkerFolder, spec: Spec) -> Slots:
+    try:
+        return Slots(folder.slots, spec)
+    except StateError as error:
+        if not folder.leave_memory():
+            raise
+        _log.warning("%s; it is kept on the disk, in %s", error, folder.fast)
+        return Slots(folder.slots, spec)
 
 
 def _own_places(model: nn.Module, table: ParameterTable) -> list[tuple[str, nn.Module, str]]:

@@ -8,8 +8,11 @@ tests/cluster/test_restart_worker.py kills real ones.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,6 +190,25 @@ def test_a_worker_killed_at_any_place_of_a_round_goes_on_as_if_nothing_had_been(
     assert faults.struck == 1
     assert begun[-1].resumed
     assert [key for key in expected if got[key] != expected[key]] == []
+
+
+def test_without_room_in_memory_the_state_is_kept_on_the_disk(
+    job, faults, monkeypatch, tmp_path, caplog
+):
+    name, reserve = "server-adam", os.posix_fallocate
+
+    def full(fd: int, start: int, length: int) -> None:
+        if Path(f"/proc/self/fd/{fd}").readlink().is_relative_to("/dev/shm"):  # noqa: S108
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(fd, start, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    expected, _ = job(deaths=lambda: False, state_dir="whole", **RECIPES[name])
+    faults.arm("keeper.flip", 11)
+    got, begun = job(deaths=lambda: True, state_dir="disk", **RECIPES[name])
+    assert (faults.struck, begun[-1].resumed) == (1, True)
+    assert [key for key in expected if got[key] != expected[key]] == []
+    assert f"it is kept on the disk, in {tmp_path}/disk/worker-0/slots" in caplog.text
 
 
 @pytest.mark.parametrize("nth", [1, 2, 4, 5])
