@@ -46,7 +46,7 @@ __all__ = ["run_baseline", "run_script", "run_task"]
 
 TEXT_EVERY_S: Final = 5.0
 JSON_EVERY_S: Final = 0.2
-LAUNCHED_DRAIN_S: Final = 0.6
+LAUNCHED_DRAIN_S: Final = 0.3
 """A launcher that ends its children has no more time for them (`children.STOP_GRACE_S`)."""
 _log = logging.getLogger("psq.worker")
 BASELINE_RECIPE: Final = "plain torch Adam, one process"
