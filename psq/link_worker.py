@@ -266,19 +266,28 @@ class WorkerLinks:
         Raises:
             RefusedError: as `WorkerLink.wait`.
         """
+        ends_s = time.monotonic() + timeout_s
+        while True:
+            ready = self._poll(max(0.0, ends_s - time.monotonic()), room)
+            heard = [self._ears[one].check() for one in ready if one in self._ears]
+            # What ears hear is no reason to end a wait, unless it is bad news.
+            if len(ready) > len(heard) or not any(heard) or time.monotonic() >= ends_s:
+                return [
+                    self._index[one]
+                    for one, event in ready.items()
+                    if one in self._index and event & zmq.POLLIN
+                ]
+
+    def _poll(self, timeout_s: float, room: Collection[int]) -> dict[zmq.Socket[bytes], int]:
+        """What is ready, of links and ears."""
         dealers = [self.links[index]._socket for index in room]  # noqa: SLF001 - see above
         for dealer in dealers:
             self._poller.modify(dealer, zmq.POLLIN | zmq.POLLOUT)
         try:
-            ready = self._poller.poll(poll_ms(timeout_s))
+            return dict(self._poller.poll(poll_ms(timeout_s)))
         finally:
             for dealer in dealers:
                 self._poller.modify(dealer, zmq.POLLIN)
-        readable = [one for one, event in ready if event & zmq.POLLIN]
-        for one in readable:
-            if one in self._ears:
-                self._ears[one].check()
-        return [self._index[one] for one in readable if one in self._index]
 
     def close(self, linger_s: float | None = None) -> None:
         """Close all; what is queued has up to `linger_s` (default: their own) to leave.
