@@ -21,11 +21,11 @@ class Job:
     """A server and the places of its workers, who come and go."""
 
     def __init__(  # noqa: PLR0913 - what a job may be
-        self, cluster, name, *options, recipe="server-adam", size=2, servers=1, kept=None
+        self, cluster, name, *options, recipe="server-adam", size=2, servers=1, kept=None, gate=None
     ):
         self.folder = cluster.folder / name
         self.folder.mkdir()
-        self._cluster, self._options = cluster, options
+        self._cluster, self._options, self.gate = cluster, options, gate
         self._server_options = ["--world-size", str(size)]
         if kept is not None:
             self._server_options += ["--state-dir", str(self.folder / "server"), *kept]
@@ -63,6 +63,7 @@ class Job:
         told = {k: v for k, v in self._variables.items() if k != "PSQ_CONNECT"}
         words = ["--steps", str(STEPS), "--out", str(self.folder / f"rank{rank}.npz")]
         words += ["--die", die] if die else []
+        words += ["--gate", str(self.gate)] if self.gate else []
         return self._cluster.worker(
             rank,
             self._variables["PSQ_CONNECT"],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
+from cluster.conftest import wait_until
 from kept_job import DyingJob, Job, assert_same
 
 KEPT = ("--checkpoint-every", "3")
@@ -63,15 +65,31 @@ def test_servers_that_keep_checkpoints_only_and_workers_go_back_to_one_that_they
 ):
     expected = expected_of(whole, cluster, recipe="qadam-1bit")
     kept = ("--durability", "checkpoint", "--checkpoint-every", "3")
-    job = DyingJob(cluster, "killed", dies={1: "keeper.flip:18"}, kept=kept, recipe="qadam-1bit")
-    assert job.workers[1].wait() == -signal.SIGKILL
+    gate = cluster.folder / "gate"
+    os.mkfifo(gate)
+    job = DyingJob(cluster, "killed", dies={}, kept=kept, recipe="qadam-1bit", gate=gate)
+    for rank in range(2):
+        copies = job.folder / "state" / f"worker-{rank}" / "copies"
+        wait_until(lambda copies=copies: [*copies.glob("checkpoint-*3-0000")], f"{copies} of 3")
+    job.server.wait_line("event=checkpointed version=3", err=True)
+    for worker in job.workers:
+        worker.wait_line(r"^step 3$")
     assert job.end(signal.SIGKILL) == [-signal.SIGKILL] * 3
+    job.gate = None
     job.start_server()
     job.start_workers()
     for worker in job.workers:
         worker.wait_line(r"joined version=3 resumed=True resets=0")
     assert_same(job.result(), expected)
     assert "at version 4, the server at 3" in job.workers[0].err() + job.workers[1].err()
+
+
+def test_a_worker_killed_while_it_writes_a_copy_has_the_one_before(cluster, whole):
+    expected = expected_of(whole, cluster, recipe="qadam-1bit")
+    kept = ("--durability", "checkpoint", "--checkpoint-every", "2")
+    job = DyingJob(cluster, "killed", dies={1: "keeper.store:2"}, kept=kept, recipe="qadam-1bit")
+    job.restart(1).wait_line(r"resumed=True resets=0")
+    assert_same(job.result(), expected)
 
 
 def test_a_machine_that_loses_its_memory_costs_the_residuals_and_that_is_said(cluster):

@@ -1,6 +1,6 @@
 """A small job whose workers keep their state, for tests that kill them.
 
-    python train_kept.py --steps 8 --out rank0.npz [--die keeper.flip:5] [--slow FIFO]
+    python train_kept.py --steps 8 --out rank0.npz [--die keeper.flip:5] [--gate FIFO]
 
 Told by PSQ_* who it is. Draws each batch from the seed, the step and torch's own random numbers, so
 that a worker that does not go on exactly where the one before it was ends elsewhere. Writes all of
@@ -13,6 +13,7 @@ import argparse
 import os
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,12 +25,15 @@ from psq.errors import PsqError
 from psq.presets import preset
 from psq.recipe import Recipe
 
+GATE_STEP = 4
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out")
     parser.add_argument("--die", help="a place and when it is reached, as in keeper.flip:5")
+    parser.add_argument("--gate", help="a FIFO, opened for reading before step 4")
     parser.add_argument("--overlap", action="store_true")
     parser.add_argument("--local-steps", type=int)
     parser.add_argument("--every", type=int)
@@ -86,6 +90,8 @@ def train(given: argparse.Namespace) -> dict[str, np.ndarray]:
         print(f"joined version={worker.version} resumed={worker.resumed} resets={_resets(worker)}")
         while worker.steps < given.steps:
             step = worker.steps
+            if given.gate and step == GATE_STEP:
+                Path(given.gate).read_bytes()
             x, y = batch(worker)
             nn.functional.mse_loss(model(x), y).backward()
             worker.step()

@@ -86,7 +86,9 @@ def be_killed(worker: psq.torch.Worker) -> None:
     opened.remove(worker)
 
 
-def train(worker: psq.torch.Worker, model: nn.Module, steps: int, *, sits_out: int = -1) -> None:
+def train(
+    worker: psq.torch.Worker, model: nn.Module, steps: int, *, sits_out: int = -1, spoils: int = -1
+) -> None:
     while worker.steps < steps:
         step = worker.steps
         rng = np.random.default_rng(step)
@@ -94,6 +96,8 @@ def train(worker: psq.torch.Worker, model: nn.Module, steps: int, *, sits_out: i
         x = x + 0.01 * torch.randn(8, 6)  # the global generator's numbers matter
         error = model(x) - torch.sin(x[:, :2])
         error.square().mean().backward()
+        if step == spoils:
+            model[3].weight.grad[0, 0] = float("nan")
         if step == sits_out:
             worker.sit_out()
         else:
@@ -139,7 +143,8 @@ def job(serve, tmp_path):
     def run(
         *, deaths: Callable[[], bool], state_dir: str = "state", steps: int = STEPS, **given
     ) -> tuple[dict[str, bytes], list[psq.torch.Worker]]:
-        endpoint, sits_out = serve().endpoint, given.pop("sits_out", -1)
+        endpoint = serve().endpoint
+        odd = {name: given.pop(name) for name in ("sits_out", "spoils") if name in given}
         begun: list[psq.torch.Worker] = []
         for seed in itertools.count(100):
             model = make_model(seed if begun else 0)
@@ -153,7 +158,7 @@ def job(serve, tmp_path):
                 worker = psq.torch.Worker(model, **settings, **given)
                 alive.append(worker)
                 begun.append(worker)
-                train(worker, model, steps, sits_out=sits_out)
+                train(worker, model, steps, **odd)
             except DiedError:
                 assert deaths()
                 for each in alive or list(opened):
@@ -187,6 +192,34 @@ def test_a_worker_killed_at_any_place_of_a_round_goes_on_as_if_nothing_had_been(
     expected = uninterrupted[name]
     faults.arm(place, PLACES[place])
     got, begun = job(deaths=lambda: True, **RECIPES[name])
+    assert faults.struck == 1
+    assert begun[-1].resumed
+    assert [key for key in expected if got[key] != expected[key]] == []
+
+
+@pytest.mark.parametrize("recipe", ["server-adam", "qadam-1bit"])
+@pytest.mark.parametrize(("place", "nth"), [("keeper.copy", 12), ("keeper.flip", 11),
+                                            ("keeper.sent", 7), ("keeper.close", 4)])  # fmt: skip
+def test_a_worker_killed_in_a_round_that_it_leaves_a_shard_out_of_leaves_it_out_again(
+    job, faults, recipe, place, nth
+):
+    given = {"recipe": recipe, "spoils": 2}
+    expected, _ = job(deaths=lambda: False, state_dir="whole", **given)
+    faults.arm(place, nth)
+    got, begun = job(deaths=lambda: True, **given)
+    assert faults.struck == 1
+    assert begun[-1].resumed
+    assert [key for key in expected if got[key] != expected[key]] == []
+
+
+@pytest.mark.parametrize(("place", "nth"), [("keeper.settle", 2), ("keeper.copy", 11),
+                                            ("keeper.copy", 12), ("keeper.flip", 11)])  # fmt: skip
+def test_what_comes_back_to_a_shard_at_the_end_of_a_round_is_taken_once(job, faults, place, nth):
+    """Units change in each of the first rounds of this recipe, and residuals follow."""
+    given = {"recipe": "shared-direction"}
+    expected, _ = job(deaths=lambda: False, state_dir="whole", **given)
+    faults.arm(place, nth)
+    got, begun = job(deaths=lambda: True, **given)
     assert faults.struck == 1
     assert begun[-1].resumed
     assert [key for key in expected if got[key] != expected[key]] == []
