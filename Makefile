@@ -17,10 +17,10 @@ INSTALLED_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard psq/n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test lint types check build bench bars results theory gan fuzz faults soak clean distclean
+.PHONY: help install run test lint types check build bench bars results theory gan fuzz faults simulate-faults soak clean distclean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP) ## make .venv and install psq in it, editable
 
@@ -69,6 +69,9 @@ faults: $(STAMP) ## real faults for real processes, all of them, then kills (45 
 
 soak: $(STAMP) ## one long job and a fault every ten seconds; says what leaks (SOAK_SECONDS=600)
 	@PYTHONPATH=tests $(BIN)/python -m faults.soak --seconds $(or $(SOAK_SECONDS),600)
+
+simulate-faults: $(STAMP) ## whole jobs under simulated faults, on all cores (SEEDS=100000 FROM=0; half an hour)
+	@$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),100000) --from $(or $(FROM),0)
 
 clean: ## remove what was built, drawn and cached; .venv stays
 	rm -rf build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

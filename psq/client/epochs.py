@@ -50,6 +50,14 @@ class Epochs:
         """The server says that this version is committed."""
         self._committed = max(self._committed, version)
 
+    def begin(self, epoch: int, version: int) -> None:
+        """A process begins in this epoch, with what an earlier one had of the server's version.
+
+        The server may have said more since it welcomed this process.
+        """
+        self._epoch = epoch
+        self.heard(version)
+
     def enter(self, epoch: int, version: int) -> bool:
         """The server welcomes this worker at a version; whether in an epoch that is new to it.
 

@@ -226,7 +226,7 @@ class Machine:
         no others are taken before the next `begin`.
         """
         identity, version = self._standing.take_up()
-        self._epochs.enter(self.session.epoch, version)
+        self._epochs.begin(self.session.epoch, version)
         self.replica.take_up(identity.versions)
         pending = identity.pending
         if pending is None:

@@ -138,6 +138,10 @@ def _forget_counted(drop: Callable[..., None]) -> Callable[..., None]:
     return dropped
 
 
+def _keep_partial(drop: Callable[..., bool]) -> Callable[..., bool]:
+    return lambda self, rank, *, forget=True: drop(self, rank) if forget else False
+
+
 def _apply_again(wants: Callable[..., bool]) -> Callable[..., bool]:
     def wanted(self: ReplicaVersions, header: Header, body_bytes: int) -> bool:
         if wants(self, header, body_bytes):
@@ -216,7 +220,7 @@ PLANTED: Final[Mapping[str, Planted]] = {
     "counted-shards-forgotten": Planted(
         "what was reduced of a rank is said again, and refused",
         _around(joining, "_drop_unclaimed", _forget_counted),
-        {"cuts": 4, "worker_crashes": 2, "keeps": 1.0, "consistency": "bsp", "judged": False},
+        {"cuts": 4, "say_s": 0.3, "shards": 3, "consistency": "bsp", "judged": False},
         seeds=300,
     ),
     "count-twice": Planted(
@@ -277,7 +281,7 @@ PLANTED: Final[Mapping[str, Planted]] = {
     "open-round-replayed": Planted(
         "shards of a round that a crash cut short are replayed into the next",
         _around(recovery._Replay, "take", _reuse_payloads),
-        {**KEPT, "server_crashes": 3, "checkpoint_every": 0, "skips": True},
+        {**KEPT, "server_crashes": 3, "checkpoint_every": 0, "skips": True, "say_s": 0.2},
         seeds=300,
     ),
     "torn-tail-believed": Planted(
@@ -290,6 +294,12 @@ PLANTED: Final[Mapping[str, Planted]] = {
         "the journal goes on from the newest checkpoint only",
         _instead(disk, "pruned_to", lambda images: images[-1].journal_from),
         {**KEPT, "checkpoint_every": 1, "rot": 1.0},
+        seeds=200,
+    ),
+    "evicted-and-counted": Planted(
+        "what a rank that was given up had said in part stays in the round",
+        _around(OpenRound, "drop", _keep_partial),
+        {"min_workers": 1, "servers": 1, "worker_crashes": 3, "say_s": 0.3, "shards": 3},
         seeds=200,
     ),
     "verdict-settled-twice": Planted(

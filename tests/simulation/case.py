@@ -40,7 +40,8 @@ class Case:
         downlink: "delta", or "weights" in full.
         judged: whether rounds are judged, and some contributions refused.
         skips: whether workers have nothing to say at times.
-        compute_s: how long a step takes, about.
+        min_workers: rounds go on without lost workers, with so many at least; 0: they wait.
+        compute_s, say_s: how long a step takes, about, and from one shard to the next at most.
         slow: which worker takes ten times as long; -1: none.
         calm_s: when the last fault has struck.
         cuts, flips, doubles, holds, jumps, stalls: how often, in a run, a connection breaks, a bit
@@ -65,7 +66,9 @@ class Case:
     downlink: str = "delta"
     judged: bool = False
     skips: bool = False
+    min_workers: int = 0
     compute_s: float = 0.1
+    say_s: float = 0.002
     slow: int = -1
     calm_s: float = 4.0
     cuts: int = 0
@@ -88,7 +91,16 @@ class Case:
     def of(cls, seed: int, given: Mapping[str, Any] | None = None) -> Case:
         """The case of a seed, with some choices replaced."""
         drawn = _draw(seed)
-        return replace(drawn, **given) if given else drawn
+        if not given:
+            return drawn
+        case = replace(drawn, **given)
+        plain = case.servers == 1 and case.consistency == "bsp"
+        return replace(
+            case,
+            every=case.every if case.consistency == "bsp" else 1,
+            judged=case.judged and plain,
+            min_workers=case.min_workers if case.servers == 1 else 0,
+        )
 
     @property
     def whole(self) -> bool:
@@ -124,6 +136,8 @@ def _draw(seed: int) -> Case:
         judged=judged,
         skips=rng.random() < 0.2,
         slow=rng.choice((-1, -1, -1, 0, 1)),
+        say_s=rng.choice((0.002, 0.002, 0.1)),
+        min_workers=rng.choice((0, 0, 0, 0, 1, workers - 1)) if servers == 1 else 0,
     )
     return replace(case, **_faults(rng))
 
@@ -136,7 +150,7 @@ def _faults(rng: random.Random) -> dict[str, Any]:
     faults["doubles"] *= rng.choice((1, 6))
     faults["worker_crashes"] = rng.choice((0, 1, 2))
     faults["keeps"] = rng.choice((0.0, 0.5, 1.0, 1.0))
-    faults["takeovers"] = rng.choice((0, 0, 0, 0))
+    faults["takeovers"] = rng.choice((0, 0, 0, 1))
     if rng.random() < 0.6:
         faults |= {
             "durability": "journal",

@@ -237,6 +237,10 @@ class Store:
         while self._news:
             yield self._news.popleft()
 
+    def released(self) -> None:
+        """What waited for a ticket has left."""
+        self.disk.trap()
+
     def _tell(self, *news: News) -> None:
         self._news.extend(news)
         self.disk.schedule.after(0.0, self._on_news)

@@ -214,6 +214,8 @@ class Faults:
 
     def _start_again(self, rank: int, kept: Kept | None = None) -> None:
         down_s = self.rng.uniform(*DOWN_S)
+        if self.simulation.case.min_workers:
+            down_s *= 3  # so that rounds go on without it
         self.simulation.schedule.after(down_s, lambda: self.simulation.start_worker(rank, kept))
 
 

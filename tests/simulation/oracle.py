@@ -16,7 +16,7 @@ It knows everything that happens in all processes, which no process does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
@@ -343,15 +343,20 @@ class Oracle:
         wrong = [t for t in self.tickets.values() if t.shard == shard and _is_wrong(t)]
         raise Violation("; ".join([msg, *map(str, wrong)]))
 
-    def check_end(self) -> None:
-        """The job is over: every contribution of a worker that lived has ended."""
+    def check_end(self, owners: Container[int]) -> None:
+        """The job is over: every contribution of a worker that came to its end has ended."""
         for shard, loose in self.loose.items():
-            still = [ticket for ticket in loose.values() if ticket.state == "open"]
+            still = [t for t in loose.values() if t.state == "open" and t.owner in owners]
             if still:
                 msg = f"shard {shard}: nobody ever heard of {still}"
                 raise Violation(msg)
-        if self.case.consistency == "bsp" and not self.losses:
+        if self.is_undisturbed:
             self._check_undisturbed()
+
+    @property
+    def is_undisturbed(self) -> bool:
+        """Whether each version has to be that of the run without faults."""
+        return self.case.consistency == "bsp" and not self.case.min_workers and not self.losses
 
     def _check_undisturbed(self) -> None:
         for shard, versions in reference(self.case).items():

@@ -39,7 +39,7 @@ class Outcome:
     case: Case
     events: int
     struck: dict[str, int] = field(default_factory=dict)
-    losses: int = 0
+    undisturbed: bool = False
 
 
 class Simulation:
@@ -83,10 +83,11 @@ class Simulation:
             others = any(w.alive for w in self.everyone if w.rank == worker.rank)
             if worker.fate == "fenced" and not others:
                 self.start_worker(worker.rank)
-        if any(worker.fate != "done" for worker in current):
+        done = {worker.rank for worker in self.everyone if worker.fate == "done"}
+        if len(done) < len(current):
             return
         for server in self.servers:
-            alone = any(worker.left_alone[server.index] for worker in current)
+            alone = any(w.fate == "done" and w.left_alone[server.index] for w in self.everyone)
             process = server.process
             if alone and process is not None and process.alive and not server.stopping:
                 server.stopping = True
@@ -122,6 +123,7 @@ class Simulation:
             worker.alive
             and worker.phase not in {"offering", "joining"}
             and worker.rank not in self.oracle.contested
+            and not self.case.min_workers
             for worker in self.workers.values()
         )
 
@@ -142,7 +144,7 @@ class Simulation:
             if schedule.now_s > self.case.calm_s + END_S or schedule.events > MAX_EVENTS:
                 raise Violation(self._stuck())
         self._check_end()
-        return Outcome(self.case, schedule.events, self.network.struck, oracle.losses)
+        return Outcome(self.case, schedule.events, self.network.struck, oracle.is_undisturbed)
 
     def _stuck(self) -> str:
         said = [
@@ -157,7 +159,7 @@ class Simulation:
         for worker in self.everyone:
             if worker.alive:
                 worker.stop("dead")
-            allowed = {"done", "dead"}
+            allowed = {"done", "dead", "late"}
             if worker.rank in self.oracle.contested:
                 allowed.add("fenced")
             if worker.fate not in allowed:
@@ -167,7 +169,7 @@ class Simulation:
             if server.ended is None or server.ended.exit_code:
                 msg = f"server {server.index} ended with {server.ended}"
                 raise Violation(msg)
-        self.oracle.check_end()
+        self.oracle.check_end({w.owner for w in self.everyone if w.fate == "done"})
 
 
 def run_seed(case: Case) -> Outcome:
@@ -214,7 +216,7 @@ class Tally:
         """Count one more seed."""
         self.seeds += 1
         self.events += outcome.events
-        self.undisturbed += outcome.case.consistency == "bsp" and not outcome.losses
+        self.undisturbed += outcome.undisturbed
         self.struck.update(outcome.struck)
 
     def join(self, other: Tally) -> None:

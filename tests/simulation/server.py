@@ -61,6 +61,7 @@ RUN_ID: Final = b"simulated run id"
 TICK_S: Final = 0.25
 FLUSH_S: Final = 0.01
 LEASE_S: Final = 2.0
+GRACE_S: Final = 1.0
 REDUCE_S: Final = 0.001
 LINGER_S: Final = 0.5
 
@@ -98,6 +99,8 @@ class Server:
             RUN_ID,
             self.epoch,
             lease_s=LEASE_S,
+            min_workers=case.min_workers or None,
+            grace_s=GRACE_S,
             give_up_after_s=900.0,
             durability="journal" if case.durability == "journal" else "off",
             checkpoint_every=case.checkpoint_every or None,
@@ -228,12 +231,15 @@ class Process:
         """Take what the disk has answered."""
         if not self.alive:
             return
-        for news in self.commits.hear():
-            if isinstance(news, Durable | Blocked | Checkpointed):
-                self.happen(news)
-            else:
-                self._do(news)
-        self._plan_ahead()
+        with suppress(Killed):
+            for news in self.commits.hear():
+                if not self.alive:
+                    return
+                if isinstance(news, Durable | Blocked | Checkpointed):
+                    self.happen(news)
+                else:
+                    self._do(news)
+            self._plan_ahead()
 
     def _tick(self) -> None:
         if self.alive:

@@ -19,7 +19,7 @@ from psq.client.channel import Channel
 from psq.client.hooks import Hooks
 from psq.client.identity import Identity
 from psq.client.machine import Machine
-from psq.errors import FencedError, PsqError
+from psq.errors import FencedError, GaveUpError, PsqError
 from psq.plan import Plan
 from psq_proto.frames import Buffer, Header
 from psq_proto.messages import Flags, Leave
@@ -33,7 +33,7 @@ from .oracle import Oracle
 __all__ = ["Kept", "Worker"]
 
 HEARTBEAT_S: Final = 1.0
-SAY_S: Final = 0.002
+LOOK_S: Final = 0.1
 SLOW: Final = 10
 
 Phase = Literal["offering", "joining", "computing", "saying", "finishing", "leaving", "gone"]
@@ -68,7 +68,8 @@ class Worker:
     Attributes:
         phase: what it does.
         owner: the number of its residual's history, as the oracle knows it.
-        fate: how it ended: "done", "fenced", "dead", or in a server's words.
+        fate: how it ended: "done", "fenced", "dead", "late" (a job that went on
+            without it, and ended), or in a server's words.
         stalled_until_s: it reads nothing before.
         left_alone: of each server, whether it was not there when this process ended.
     """
@@ -155,7 +156,8 @@ class Worker:
         )
         if due_s == float("inf"):
             return
-        at_s = self.schedule.now_s + max(0.0, due_s - self.clock.now_s())
+        least_s = LOOK_S if self.phase in {"computing", "saying"} else 0.0
+        at_s = self.schedule.now_s + max(least_s, due_s - self.clock.now_s())
         if at_s < self._timer_s or self._timer_s <= self.schedule.now_s:
             self._timer_s = at_s
             self.schedule.at(at_s, self._on_timer)
@@ -207,8 +209,9 @@ class Worker:
     def _fail(self, error: PsqError) -> None:
         fenced = isinstance(error, FencedError)
         self.schedule.note("worker ends", self.rank, self.owner, error)
-        self.stop("fenced" if fenced else f"{type(error).__name__}: {error}")
-        if not fenced:
+        late = isinstance(error, GaveUpError) and self.case.min_workers > 0
+        self.stop("fenced" if fenced else "late" if late else f"{type(error).__name__}: {error}")
+        if not fenced and not late:
             self.oracle.failed = f"rank {self.rank} ended with {type(error).__name__}: {error}"
 
     # ---- the training loop
@@ -322,7 +325,7 @@ class Worker:
         self.phase = "saying"
         if self._unsaid:
             self._say_shard(self._unsaid.pop(0))
-            self.schedule.after(self.rng.uniform(0.0, SAY_S), self._say)
+            self.schedule.after(self.rng.uniform(0.0, self.case.say_s), self._say)
             return
         self.phase = "finishing"
         self._pump()

@@ -36,3 +36,18 @@ def test_what_was_heard_late_takes_nothing_back():
     epochs.heard(12)
     epochs.heard(7)
     assert not epochs.enter(1, 12)
+
+
+def test_a_process_that_takes_up_an_identity_may_have_heard_more_than_its_welcome_said():
+    epochs = Epochs()
+    epochs.heard(5)  # by STATUS, while another server had not welcomed it yet
+    epochs.begin(2, 4)
+    assert not epochs.enter(2, 5)
+
+
+def test_where_shards_come_early_a_new_epoch_is_sure_of_what_was_committed_only():
+    for early, sure in ((True, 10), (False, 12)):
+        epochs = Epochs(early=early)
+        epochs.enter(3, 10)
+        epochs.enter(4, 12)
+        assert epochs.sure == sure

@@ -544,6 +544,32 @@ def test_what_the_server_refuses_is_raised_with_its_words(code, fatal, kind):
         talk.say(MessageType.ERROR, Error(code, "the reason given", fatal))
 
 
+def test_a_worker_whose_initial_weights_may_be_damaged_joins_again():
+    talk = Talk(rank=0)
+    talk.welcome(init_wanted=True, has_weights=False)
+    assert MessageType.INIT in talk.flush()
+    talk.say(MessageType.ERROR, Error(ErrorCode.WIRE, "checksum", fatal=False))
+    assert talk.flush() == [MessageType.HELLO]
+
+
+def test_a_goodbye_that_was_damaged_is_said_again():
+    talk = Talk().join()
+    talk.flush()
+    talk.machine.leave(Leave("done"))
+    assert MessageType.LEAVE in talk.flush()
+    talk.say(MessageType.ERROR, Error(ErrorCode.WIRE, "checksum", fatal=False))
+    talk.welcome()
+    assert MessageType.LEAVE in talk.flush()
+    assert not talk.machine.left
+
+
+def test_after_a_reset_the_residual_has_the_name_that_the_server_knows():
+    talk = Talk().join().push()
+    come_back(talk, version=0, epoch=1, mode="reset")
+    assert talk.machine.identity().lineage == talk.server.fresh_lineage
+    assert talk.calls[-1].startswith("reset")
+
+
 def test_damaged_frames_are_counted_noted_and_dropped():
     talk = Talk().join()
     frame = bytearray(talk.server.send(MessageType.STATUS, Status(0, 0)))
@@ -645,11 +671,11 @@ def test_the_first_message_is_well_formed():
 # ---- a server that comes back
 
 
-def come_back(talk: Talk, version: int, epoch: int = 2) -> None:
+def come_back(talk: Talk, version: int, epoch: int = 2, **changes) -> None:
     """The server is another process, in a later epoch, and at this version."""
     talk.hear(ServerSession(run_id=b"r" * 16, epoch=1).answer(stale_of(talk)))
     talk.server = ServerSession(run_id=b"r" * 16, epoch=epoch)
-    talk.welcome(version=version)
+    talk.welcome(version=version, **changes)
 
 
 def asked(talk: Talk) -> int:
