@@ -31,10 +31,10 @@ ANSWER_S: Final = 60.0
 END_S: Final = 20.0
 
 
-def resident_mb(pid: int) -> float:
-    """Memory of a process, in MiB."""
+def resident_mb(pid: int, part: str = "VmRSS") -> float:
+    """Memory of a process, in MiB; RssAnon is the part of it that is no file's."""
     status = Path(f"/proc/{pid}/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+    line = next(line for line in status.splitlines() if line.startswith(part))
     return int(line.split()[1]) / 1024
 
 

@@ -4,9 +4,10 @@
 
 The job runs twice: with faults for about so many seconds, then undisturbed, which takes as long as
 it takes; both must end with the same bytes. Of every process that lived for a while it says how its
-memory grew (least squares, MiB an hour) and how many descriptors it had at most. Faults: server,
-worker, or both killed and started again; either stopped for a while; connections cut, held up and
-then cut, delayed, and bits flipped, by a proxy. Exit code 1: other bytes, or a job without an end.
+memory grew (least squares, MiB an hour; without what is mapped from files, whose pages come one by
+one) and how many descriptors it had at most. Faults: server, worker, or both killed and started
+again; either stopped for a while; connections cut, held up and then cut, delayed, and bits flipped,
+by a proxy. Exit code 1: other bytes, or a job without an end.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Soak:
             key = place, self.life.starts[place]
             watch = self.watches.setdefault(key, Watch(program.name))
             try:
-                mb, count = resident_mb(program.pid), descriptors(program.pid)
+                mb, count = resident_mb(program.pid, "RssAnon"), descriptors(program.pid)
             except (OSError, StopIteration):
                 continue  # it has ended
             watch.at_s.append(time.monotonic())
