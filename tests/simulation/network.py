@@ -29,7 +29,6 @@ LATE_S: Final = 0.5
 """How much later what was under way may come, after its connection broke."""
 RECONNECT_S: Final = (0.02, 0.4)
 CUT_ALL_S: Final = 0.002
-UNFLIPPED: Final = frozenset[int]()
 DOUBLED: Final = frozenset(
     {MessageType.HELLO, MessageType.PUSH, MessageType.PULL, MessageType.HEARTBEAT}
     | {MessageType.VERDICT, MessageType.WEIGHTS, MessageType.STATUS, MessageType.COOKIE}
@@ -105,7 +104,7 @@ class Network:
         held_s = self.held_until_s.get(key, 0.0)
         arrives_s = max(arrives_s, held_s)
         copies = 1
-        if self.flips and frame[5] not in UNFLIPPED and rng.random() < 0.1:
+        if self.flips and rng.random() < 0.1:
             self.flips -= 1
             self.strike("flips")
             frame = _flipped(frame, rng)
