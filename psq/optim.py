@@ -93,12 +93,6 @@ class Adam:
         for _ in range(count):
             self._tick()
 
-    def resume_as(self, other: Adam) -> None:
-        """Take the step counter of another of the same settings. Cost: none, unlike `resume`."""
-        self._count, self._s_product = other._count, other._s_product
-        self._beta, self._beta_product = other._beta, other._beta_product
-        self._theta, self._theta_product = other._theta, other._theta_product
-
     @property
     def coefficients(self) -> AdamCoefficients:
         """The numbers of the step that `advance` began."""
@@ -199,6 +193,12 @@ class Adam:
         self._theta_product *= self._theta
         if self._count >= CORRECTION_START:
             self._s_product *= self._theta
+
+    def resume_as(self, other: Adam) -> None:
+        """Take the step counter of another of the same settings. Cost: none, unlike `resume`."""
+        self._count, self._s_product = other._count, other._s_product
+        self._beta, self._beta_product = other._beta, other._beta_product
+        self._theta, self._theta_product = other._theta, other._theta_product
 
     def _make_coefficients(self, lr: float) -> AdamCoefficients:
         config = self.config

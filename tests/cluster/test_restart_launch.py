@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+from kept_job import fast_folder
 from safetensors.numpy import load_file
 
 DEADLINE_S = 100.0
@@ -87,6 +89,9 @@ def launches(tmp_path_factory):
             process.kill()
         process.wait()
         process.stderr.close()
+    for state_dir in made.folder.glob("state-*"):
+        for rank in range(2):
+            shutil.rmtree(fast_folder(state_dir, rank), ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
