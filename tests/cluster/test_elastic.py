@@ -33,7 +33,9 @@ def start(cluster, *options, size=SIZE, steps=ENDLESS, **settings):
 
 def worker(cluster, host, rank, *, size=SIZE, steps=ENDLESS, **settings):
     sizes = ("--world-size", str(size), "--steps", str(steps), "--hidden", "16")
-    named = {f"PSQ_{name.upper()}": value for name, value in settings.items()}
+    named = {"PSQ_RECIPE": "server-adam"} | {
+        f"PSQ_{name.upper()}": value for name, value in settings.items()
+    }
     return cluster.worker(rank, host.endpoint, *sizes, **named)
 
 
@@ -95,7 +97,9 @@ TRAIN = Path(__file__).resolve().parents[2] / "examples" / "elastic" / "train.py
 
 def hand_out(cluster, host, rank, *options, **settings):
     """A worker of the example, which writes down what it has visited."""
-    named = {f"PSQ_{name.upper()}": value for name, value in settings.items()}
+    named = {"PSQ_RECIPE": "server-adam"} | {
+        f"PSQ_{name.upper()}": value for name, value in settings.items()
+    }
     visits = cluster.folder / f"visits.{rank}"
     words = ("--visits", str(visits), *options)
     return cluster.worker(
