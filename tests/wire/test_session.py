@@ -289,6 +289,26 @@ def test_a_join_without_a_plan_is_refused_even_after_asking_for_one(server: Serv
     assert server.join is None
 
 
+def test_a_worker_whose_plan_was_damaged_on_the_way_joins_again(
+    worker: WorkerSession, server: ServerSession, join: Joiner
+) -> None:
+    cookied(worker, server)
+    damaged = bytearray(worker.send(T.PLAN, worker.plan_body))
+    damaged[-1] ^= 1
+    assert isinstance(refuse(server, damaged), RemoteWireError)
+    worker.receive(server.answer(refuse(server, worker.send(T.JOIN, Join(1)))))
+    assert worker.state is State.IDLE
+    join(worker, server)
+    assert worker.joined
+
+
+def test_both_ends_have_the_same_name_for_a_residual_that_begins_with_a_conversation(
+    worker: WorkerSession, server: ServerSession
+) -> None:
+    cookied(worker, server)
+    assert worker.fresh_lineage == server.fresh_lineage == (server.epoch << 32) + 4
+
+
 @pytest.mark.parametrize("back", [0, 2, 5])
 def test_a_probe_comes_back_as_far_as_it_asked(
     worker: WorkerSession, server: ServerSession, back: int
