@@ -83,13 +83,14 @@ def _shared_adam(adam: AdamConfig) -> Recipe:
 
 
 def _shared_direction(adam: AdamConfig) -> Recipe:
-    refresh = Choice("periodic", (("first", 20), ("period", 64), ("codec", "uniform:bits=8")))
+    sign = "sign:block=256"
+    refresh = Choice("periodic", (("first", 10), ("period", 128), ("codec", "lloyd-max:bits=4")))
     return Recipe(
         "shared-direction",
         Direction("shared", adam),
-        Uplink("sign", choice=refresh),
+        Uplink(sign, choice=refresh),
         Apply("shared", adam),
-        Downlink("mean", "sign", choice=refresh),
+        Downlink("mean", sign, choice=refresh),
     )
 
 
@@ -142,7 +143,7 @@ ADAM_PRESETS: Final = (
         _server_adam,
         "Workers push gradients in four bits; the server takes their mean, steps Adam with its own "
         "moments and answers with the weights' change in three. Both sides feed back what their "
-        "codecs leave out. The default.",
+        "codecs leave out.",
         "after distributed Adam (2101.05471)",
         "raw gradients of very different sizes share a scale, so below three bits up it loses "
         "accuracy quickly",
@@ -199,7 +200,7 @@ ADAM_PRESETS: Final = (
         "All nodes hold the same direction d and the same unit sqrt(v). A worker pushes d moved by "
         "its gradient in that unit, in four bits; the mean comes back in one bit and is the next "
         "d. In the first 8 steps and every 128th the gradient itself goes both ways in three bits, "
-        "which refreshes v.",
+        "which refreshes v. The default.",
         "psq's own; relatives are 2102.02888 and 2202.06009",
         "every node keeps v, sqrt(v) and d, and all must take every step (bsp); where gradients "
         "grow many times between two refreshes the unit is out of date",
@@ -208,8 +209,8 @@ ADAM_PRESETS: Final = (
     Preset(
         "shared-direction",
         _shared_direction,
-        "shared-adam in one bit each way; in the first 20 steps and every 64th the gradient itself "
-        "goes both ways in eight bits, which refreshes v.",
+        "shared-adam in one bit each way; in the first 10 steps and every 128th the gradient "
+        "itself goes both ways in four bits, which refreshes v.",
         "psq's own; relatives are 2102.02888 and 2202.06009",
         "where gradients grow many times between two refreshes the unit is out of date",
         "Adam's own learning rate; a longer period saves bits, a shorter one follows v closer",

@@ -69,7 +69,7 @@ def check_stale(recipe: Recipe, consistency: str) -> None:
     if recipe.apply.part.in_step:
         msg = (
             f"apply={recipe.apply.kind} needs bsp, got {consistency}: a late push would be in "
-            "another unit than the round it counts in"
+            "another unit than the round it counts in; server-adam takes any rule"
         )
         raise ConfigError(msg)
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from psq.adam_presets import ADAM_PRESETS
 from psq.adam_text import with_adam_text
-from psq.config import WorkerConfig
+from psq.config import AUTO_RECIPE, WorkerConfig
 from psq.errors import ConfigError
 from psq.parts import entry, entry_names
 from psq.preset import Preset
@@ -76,7 +76,8 @@ def asked_recipe(told: WorkerConfig, adam: AdamConfig | None = None) -> Recipe:
     Raises:
         ConfigError: no such recipe, or it cannot be what the settings ask for.
     """
-    recipe = preset(told.recipe, adam).with_options(*told.changes)
+    name = AUTO_RECIPE if told.codec == "auto" else told.recipe
+    recipe = preset(name, adam).with_options(*told.changes)
     if adam is None:
         recipe = with_adam_text(recipe, told.adam)
     recipe = recipe.with_codecs(uplink=told.uplink, downlink=told.downlink)

@@ -286,7 +286,10 @@ def _downlink_fault(recipe: Recipe) -> str:
             "the server only: send weights or delta"
         )
     if kind != "mean" and apply.part.replicated:
-        return f"apply={apply.kind} runs on every node: it needs downlink=mean, got {kind}"
+        return (
+            f"apply={apply.kind} runs on every node: it needs downlink=mean, got {kind}; a recipe "
+            "that answers otherwise is server-adam"
+        )
     return ""
 
 

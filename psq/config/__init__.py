@@ -6,6 +6,7 @@ light.
 """
 
 from psq.config.schema import (
+    AUTO_RECIPE,
     DEFAULT_ENDPOINT,
     DEFAULT_LR,
     DEFAULT_PORT,
@@ -33,6 +34,7 @@ from psq.config.sources import (
 )
 
 __all__ = [
+    "AUTO_RECIPE",
     "CONFIG_ENV",
     "DEFAULT_ENDPOINT",
     "DEFAULT_LR",

@@ -19,6 +19,7 @@ from psq.recipe import MAX_EVERY, MAX_LOCAL_STEPS
 from psq.schedules import parse_schedule
 
 __all__ = [
+    "AUTO_RECIPE",
     "DEFAULT_ENDPOINT",
     "DEFAULT_LR",
     "DEFAULT_PORT",
@@ -36,7 +37,9 @@ __all__ = [
 ]
 
 DEFAULT_PORT: Final = 5555
-DEFAULT_RECIPE: Final = "server-adam"
+DEFAULT_RECIPE: Final = "shared-adam"
+AUTO_RECIPE: Final = "server-adam"
+"""Whose codecs `codec=auto` chooses."""
 DEFAULT_LR: Final = 1e-3  # where neither a person nor a task says one
 DEFAULT_ENDPOINT: Final = f"tcp://127.0.0.1:{DEFAULT_PORT}"
 RATE_SCHEDULES: Final = ("constant", "linear")  # beside factors, see psq.schedules
@@ -508,7 +511,7 @@ def _check_codec(told: WorkerConfig) -> None:
     if told.codec != "auto":
         return
     said: dict[str, object] = {"uplink": told.uplink, "downlink": told.downlink}
-    if told.recipe != DEFAULT_RECIPE:
+    if told.recipe not in {DEFAULT_RECIPE, AUTO_RECIPE}:
         said["recipe"] = told.recipe
     said["recipe's options"] = told.options
     for name, value in said.items():

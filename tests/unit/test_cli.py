@@ -153,7 +153,7 @@ def test_a_file_with_a_wrong_key_is_refused_by_every_command(call, tmp_path):
     [
         ("--recipe", "qadm", "no recipe 'qadm'; there are: server-adam"),
         ("--uplink", "sgn", "codec 'sgn'"),
-        ("--downlink", "delta:sgn", "codec 'sgn'"),
+        ("--downlink", "mean:sgn", "codec 'sgn'"),
         ("--adam", "betta=0.9", "adam: no setting 'betta'; did you mean beta?"),
         ("--consistency", "ssp", "bsp[,quorum=Q]"),
         ("--consistency", "bsp,quorum=3", "a quorum of 3 is more than the 2 workers"),
@@ -250,7 +250,7 @@ def test_every_command_says_what_it_is_for_in_one_whole_line(call):
 
 
 def test_a_comparison_with_what_torch_does_not_have_is_refused_before_anything_starts(call):
-    code, _, err = call(psq, "demo", "--adam", "eps_placement=inside")
+    code, _, err = call(psq, "demo", "--recipe", "server-adam", "--adam", "eps_placement=inside")
     assert code == 78
     assert "torch.optim.Adam has no eps_placement=inside" in err
 

@@ -33,7 +33,7 @@ def call(capsys):
 def test_the_defaults_schedule_is_shown_condition_by_condition(call):
     code, out, _ = call("schedule")
     assert code == 0
-    assert out.splitlines()[0] == "server-adam, learning rate 0.001, 10,000 steps: stalls"
+    assert out.splitlines()[0] == "shared-adam, learning rate 0.001, 10,000 steps: stalls"
     shown = [line.split()[0] for line in out.splitlines()[1:5]]
     assert shown == ["momentum", "memory", "step", "sum"]
     assert "rate " not in out.splitlines()[5]

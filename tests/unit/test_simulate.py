@@ -97,6 +97,7 @@ def test_a_run_is_a_function_of_its_arguments():
         network=Network(BANDWIDTH, latency_s=LATENCY_S, loss=0.05),
         faults=Faults(pause_chance=0.2, pause_s=0.1),
         consistency="ssp:2",
+        recipe="server-adam",
     )
     first, second = simulate(noisy), simulate(noisy)
     assert first.points == second.points
@@ -141,7 +142,7 @@ def test_under_bsp_all_wait_for_the_straggler_and_under_asp_nobody_does():
     faults = Faults(stragglers=(0.25, 5.0))
     assert sorted(speeds_of(faults, 4, 0).compute) == [1.0, 1.0, 1.0, 5.0]
     bsp = simulate(config(faults=faults))
-    asp = simulate(config(faults=faults, consistency="asp"))
+    asp = simulate(config(faults=faults, consistency="asp", recipe="server-adam"))
     assert bsp.usage.virtual_s > 20 * 5 * COMPUTE_S
     assert bsp.rounds == 20
     assert asp.rounds > 20
@@ -160,7 +161,8 @@ def test_a_coded_job_does_not_wait_for_a_straggler_whose_replica_has_spoken():
 
 
 def test_staleness_stays_within_its_bound():
-    result = simulate(config(faults=Faults(stragglers=(0.25, 6.0)), consistency="ssp:2"))
+    faults = Faults(stragglers=(0.25, 6.0))
+    result = simulate(config(faults=faults, consistency="ssp:2", recipe="server-adam"))
     assert max(point.staleness for point in result.points) == 2
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from psq.clock import parse_consistency
+from psq.config.schema import DEFAULT_RECIPE
 from psq.errors import ConfigError
 from psq.plan import MAX_WORLD_SIZE
 from psq.recipe import Recipe
@@ -52,7 +53,7 @@ class SimConfig:
     """
 
     task: str | Task = "fashion-mnist"
-    recipe: str | Recipe = "server-adam"
+    recipe: str | Recipe = DEFAULT_RECIPE
     workers: int = 2
     servers: int = 1
     steps: int | None = None
