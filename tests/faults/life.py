@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Collection
@@ -28,6 +29,7 @@ __all__ = ["SERVER", "Life", "Outcome"]
 TESTS: Final = Path(__file__).resolve().parents[1]
 SERVE: Final = TESTS / "faults" / "serve.py"
 TRAIN: Final = TESTS / "cluster" / "train_kept.py"
+FAST: Final = Path("/dev/shm")  # noqa: S108 - where psq.torch.folder, which imports torch, has it
 SERVER: Final = -1
 """The server's place, among ranks."""
 END_S: Final = 120.0
@@ -182,6 +184,11 @@ class Life:
             program.wait()
             if program.orphans():
                 os.killpg(program.pid, signal.SIGKILL)
+        for place in (self.folder / "workers").glob(
+            "*"
+        ):  # a worker that ends badly keeps its state
+            name = hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
+            shutil.rmtree(FAST / f"psq-{os.getuid()}-{name}", ignore_errors=True)
 
 
 def _digest(array: NDArray[Any]) -> str:
