@@ -25,11 +25,12 @@ class Farewell:
     Attributes:
         leave: what is to be said, if the worker wants to go.
         left: nobody holds it any more.
+        is_said: it was said, once at least.
     """
 
     def __init__(self) -> None:
         self.leave: Leave | None = None
-        self.left = False
+        self.left = self.is_said = False
         self._fence = 0
         self._alone_since_s = math.inf
 
@@ -40,6 +41,7 @@ class Farewell:
 
     def said(self, beats: int) -> None:
         """LEAVE is on its way, after so many heartbeats."""
+        self.is_said = True
         self._fence = beats
 
     def answered(self, answers: int) -> None:

@@ -368,7 +368,7 @@ class Machine:
 
     def not_sent(self, now_s: float) -> None:
         """The link has no room for what `next_frame` gave, or no connection."""
-        if self.session.state is State.LEAVING:
+        if self._farewell.is_said:
             self._farewell.unheard(now_s)
 
     def _queue_due(self, now_s: float) -> None:
