@@ -15,6 +15,7 @@ FOUND: tuple[tuple[int, dict[str, object]], ...] = (
     (3, {"flips": 2, "cuts": 0, "jumps": 0, "stalls": 0, "worker_crashes": 0}),  # a damaged PLAN
     (165, {"servers": 2, "cuts": 4, "takeovers": 1, "keeps": 1.0}),  # no rollback, though said so
     (309, {"takeovers": 1}),  # another process went on in the place of one that was reset
+    (300760, {}),  # a damaged BYE
     (374, {"takeovers": 1}),  # a shard of a round that was made again
 )
 """What once failed (the choices that a seed stands for have changed since)."""

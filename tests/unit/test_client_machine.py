@@ -563,6 +563,17 @@ def test_a_goodbye_that_was_damaged_is_said_again():
     assert not talk.machine.left
 
 
+def test_a_goodbye_that_was_said_needs_no_answer_of_a_server_that_is_gone():
+    talk = Talk().join()
+    talk.machine.leave(Leave("done"))
+    talk.flush()
+    talk.say(MessageType.ERROR, Error(ErrorCode.WIRE, "checksum", fatal=False))
+    assert talk.machine.next_frame(talk.now_s) is not None  # HELLO again, and there is nobody
+    talk.machine.not_sent(talk.now_s)
+    talk.machine.not_sent(talk.now_s + ALONE_S)
+    assert talk.machine.left
+
+
 def test_after_a_reset_the_residual_has_the_name_that_the_server_knows():
     talk = Talk().join().push()
     come_back(talk, version=0, epoch=1, mode="reset")
