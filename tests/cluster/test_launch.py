@@ -77,7 +77,7 @@ SUMMARY_SCHEMA = {
     "required": ["task", "recipe", "workers", "steps", "numel", "wire", "step_s", "score"],
     "properties": {
         "task": {"const": "tiny"},
-        "recipe": {"type": "string", "pattern": "^server-adam "},
+        "recipe": {"type": "string", "pattern": "^shared-adam "},
         "workers": {"const": 2},
         "servers": {"const": 1},
         "consistency": {"const": "bsp"},
@@ -217,7 +217,7 @@ def test_a_table_is_printed_when_json_is_not_wanted(folder):
     variables = {"PSQ_TASK": "tiny:Tiny", "PSQ_STEPS": "3", "PSQ_WORKERS": "1"}
     result = run(folder, "launch", **variables)
     assert result.returncode == 0, result.stderr
-    assert "tiny: 1 worker, server-adam" in result.stdout
+    assert "tiny: 1 worker, shared-adam" in result.stdout
     assert "bits per parameter, up" in result.stdout
 
 

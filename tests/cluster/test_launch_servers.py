@@ -210,7 +210,7 @@ def test_a_model_too_small_for_so_many_servers_is_refused_with_how_many_would_do
 
 
 def test_workers_may_be_apart_by_no_more_than_they_were_told(folder):
-    words = ["-n", "3", "-s", "2", "--consistency", "ssp:2", "--json"]
+    words = ["-n", "3", "-s", "2", "--consistency", "ssp:2", "--json", "--recipe", "server-adam"]
     result = run(folder, "launch", *words, "train.py", "--", "12")
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout)

@@ -106,9 +106,9 @@ def test_without_flags_words_go_to_stderr_and_nothing_to_stdout(cluster, work):
     worker = work(*TRAIN, "--connect", server.endpoint, "--progress-every", "0")
     assert worker.wait() == 0
     assert worker.out() == ""
-    codecs = "lloyd-max:bits=4,block=256 up, delta lloyd-max:bits=3 down"
+    codecs = "lloyd-max:bits=4,block=256 up, mean sign down"
     level = kernels.level()
-    assert f"tiny: server-adam ({codecs}), 20 parameters, {level} kernels\n" in worker.err()
+    assert f"tiny: shared-adam ({codecs}), 20 parameters, {level} kernels\n" in worker.err()
     assert "rank 0  step 6/6  loss" in worker.err()
     assert "rank 0  done in" in worker.err()
 

@@ -152,8 +152,10 @@ def test_two_workers_are_one_with_twice_the_batch(cluster):
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_training_goes_on(cluster):
     server = cluster.server("--world-size", "2", "--save", str(cluster.folder / "w.safetensors"))
-    sound = cluster.worker(0, server.endpoint, "--steps", "6")
-    sick = cluster.worker(1, server.endpoint, "--steps", "6", "--nan-step", "2")
+    sound = cluster.worker(0, server.endpoint, "--steps", "6", PSQ_RECIPE="server-adam")
+    sick = cluster.worker(
+        1, server.endpoint, "--steps", "6", "--nan-step", "2", PSQ_RECIPE="server-adam"
+    )
     assert (sound.wait(), sick.wait(), server.wait()) == (0, 0, 0)
     told = summary(sick)
     assert told["skipped"] == 1

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from psq.clock import BSP
 from psq.plan import Plan
 from psq_server.state.members import Member
 from psq_server.state.world import World
@@ -60,6 +61,11 @@ def refusal(plan: Plan, min_workers: int | None) -> str:
         return (
             f"{who}: with aggregate={aggregate.kind} ranks that compute the same stand in for each "
             "other already, and every group of them is needed: start the server without"
+        )
+    if plan.servers > 1 and plan.consistency != BSP.text:
+        return (
+            f"{who}: with {plan.servers} servers each finds for itself who is lost, and under "
+            f"{plan.consistency} two of them may come to wait for each other: use bsp, or one server"
         )
     hostile = int(dict(aggregate.options).get("f", 0))
     if aggregate.kind in COUNT_HEADS and min_workers < plan.world_size - hostile:

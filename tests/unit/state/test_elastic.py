@@ -314,6 +314,7 @@ def test_whoever_is_done_is_not_missed(elastic):
         (4, {}, "the job has 3 workers"),
         (1, {"aggregate": "trimmed-mean", "f": 1}, "fewer than 2 of 3 workers"),
         (1, {"coded": True}, "stand in for each other already"),
+        (1, {"servers": 2, "consistency": "ssp:2"}, "may come to wait for each other"),
     ],
 )
 def test_a_job_that_cannot_run_with_so_few_is_refused_by_name(
@@ -325,7 +326,8 @@ def test_a_job_that_cannot_run_with_so_few_is_refused_by_name(
         recipe = recipe.with_options("aggregate=trimmed-mean", f"aggregate.f={settings['f']}")
     if settings.get("coded"):
         recipe, size = preset("coded"), 4
-    job = cluster(plan_of(size, recipe=recipe), min_workers=least)
+    shape = {name: settings[name] for name in ("servers", "consistency") if name in settings}
+    job = cluster(plan_of(size, recipe=recipe, **shape), min_workers=least)
     worker = job.connect(0)
     worker.join()
     [error] = worker.errors
