@@ -77,7 +77,7 @@ SUMMARY_SCHEMA = {
     "required": ["task", "recipe", "workers", "steps", "numel", "wire", "step_s", "score"],
     "properties": {
         "task": {"const": "tiny"},
-        "recipe": {"type": "string", "pattern": "^shared-adam "},
+        "recipe": {"type": "string", "pattern": "^server-adam "},
         "workers": {"const": 2},
         "servers": {"const": 1},
         "consistency": {"const": "bsp"},
@@ -203,6 +203,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lo
 
 def test_a_task_is_trained_by_real_processes_and_summed_up_as_json(folder):
     flags = ["--task", "tiny:Tiny", "--steps", "12", "--batch-size", "8", "--eval-every", "6"]
+    flags += ["--recipe", "server-adam"]
     result = run(folder, "launch", "-n", "2", *flags, "--lr", "0.05", "--json")
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout)

@@ -65,7 +65,7 @@ def refusal(plan: Plan, min_workers: int | None) -> str:
     if plan.servers > 1 and plan.consistency != BSP.text:
         return (
             f"{who}: with {plan.servers} servers each finds for itself who is lost, and under "
-            f"{plan.consistency} two of them may come to wait for each other: use bsp, or one server"
+            f"{plan.consistency} two of them may come to wait for each other: use bsp or one server"
         )
     hostile = int(dict(aggregate.options).get("f", 0))
     if aggregate.kind in COUNT_HEADS and min_workers < plan.world_size - hostile:
