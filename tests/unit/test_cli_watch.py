@@ -102,6 +102,16 @@ def test_a_server_that_ends_before_the_workers_ends_the_job_by_name():
         watch.wait_trained(Processes(looks))
 
 
+@pytest.mark.usefixtures("impatient")
+def test_a_server_whose_workers_have_all_left_may_end_before_the_others():
+    watch, _ = watch_of(1)
+    watch.hears("aggregator 2,3", "2,3")
+    for rank in (2, 3):
+        watch.on_line("aggregator 2,3", LEFT.format(rank))
+    looks = {"server": 99, "aggregator 2,3": 1, "rank 0": 9, "rank 1": 9}
+    watch.wait_trained(Processes(looks))
+
+
 def test_workers_that_end_soon_after_their_server_may_do_so():
     watch, _ = watch_of(2)
     watch.wait_trained(Processes({"server 0": 9, "server 1": 1, "rank 0": 2, "rank 1": 3}))

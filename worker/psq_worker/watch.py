@@ -136,7 +136,7 @@ class Watch:
         return [server.endpoint for server in self._servers.values()]
 
     def wait_trained(self, children: Children) -> None:
-        """Look on until every worker has ended; a server that ends before them ends the job.
+        """Look on until every worker has ended; a server they have not left may not end first.
 
         Raises:
             ChildFailedError: some process failed, or a server ended and workers go on.
@@ -144,12 +144,17 @@ class Watch:
         ended_s: float | None = None
         while children.running(*self._ranks):
             self.pump(children)
-            gone = [name for name in self._servers if not children.running(name)]
+            gone = [
+                name
+                for name, server in self._servers.items()
+                if not children.running(name) and len(server.left) < self._expected(server)
+            ]
             if gone and ended_s is None:
                 ended_s = time.monotonic()
             # The workers hear of it too: a moment to end by themselves, with words of their own.
             if (
-                ended_s is not None
+                gone
+                and ended_s is not None
                 and children.running(*self._ranks)
                 and time.monotonic() - ended_s > SERVER_END_S
             ):
@@ -167,10 +172,13 @@ class Watch:
                 self._check_ends(name, time.monotonic() - started)
             self.pump(children)
 
+    def _expected(self, server: _Server) -> int:
+        """How many have to leave a server before it may end."""
+        return len(self._ranks) if server.hears is None else server.hears
+
     def _check_ends(self, name: str, waited_s: float) -> None:
         server = self._servers[name]
-        expected = len(self._ranks) if server.hears is None else server.hears
-        patience_s = SAVE_S if len(server.left) == expected else SERVER_END_S
+        patience_s = SAVE_S if len(server.left) == self._expected(server) else SERVER_END_S
         if waited_s <= patience_s:
             return
         msg = f"{name} did not end within {patience_s:.0f} s of the workers"
