@@ -40,7 +40,8 @@ def refusal(plan: Plan) -> str:
     if rule.rescale is not ApplyRule.rescale:
         return (
             f"a tree of aggregators cannot run recipe {recipe.name!r}: apply={recipe.apply.kind} "
-            "changes the units of residuals by a state that aggregators do not have"
+            "changes the units of residuals by a state that aggregators do not have; "
+            "server-adam can be run"
         )
     if rule.counts_absent:
         return (
