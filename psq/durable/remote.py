@@ -20,12 +20,23 @@ from psq.durable.files import sync
 from psq.durable.manifest import MANIFEST, META, read_manifest
 from psq.errors import ConfigError, PsqError, StateError
 
-__all__ = ["copy_checkpoint", "fetch_checkpoint", "is_url", "list_remote"]
+__all__ = ["check_url", "copy_checkpoint", "fetch_checkpoint", "is_url", "list_remote"]
 
 
 def is_url(text: str) -> bool:
     """Whether this names something that is no path."""
     return "://" in text
+
+
+def check_url(url: str) -> None:
+    """Refuse a URL that nothing here can speak for; whether it can be reached is not looked at.
+
+    Raises:
+        ConfigError: as `copy_checkpoint`.
+        StateError: whatever that kind of storage says of it.
+    """
+    with _reaching(url):
+        _storage(url)
 
 
 def copy_checkpoint(path: Path, url: str) -> str:

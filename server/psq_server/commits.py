@@ -25,6 +25,7 @@ from psq_server.state import (
     Durable,
     ServerState,
 )
+from psq_server.state.events import Level
 from psq_server.weights import Weights
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class Commits:
         self._since_s: float | None = None
         self._last_keep: int | None = None
         """The ticket of the checkpoint that the process ends with."""
+        self._shadowed = -1
+        """The version of the checkpoint that is written while rounds go on."""
         version = state.snapshot(clock()).version
         self._gate = Gate(
             state.level, whole=state.closes_whole, version=version if version >= 0 else None
@@ -157,10 +160,12 @@ class Commits:
                     self._log.write("info", "unblocked", {})
                 yield Blocked(news.text)
             case Kept():
-                self._held().let_go()
+                if news.version == self._shadowed:  # an older one's answer may come after its begin
+                    self._held().let_go()
                 if not news.text:
                     note = {"note": news.note} if news.note else {}
-                    self._log.write("info", "checkpointed", {"version": news.version, **note})
+                    level: Level = "warning" if news.is_alone else "info"
+                    self._log.write(level, "checkpointed", {"version": news.version, **note})
                 yield Checkpointed(news.version, news.text)
 
     def _write_down(self, step: Append | Sync | Keep) -> None:
@@ -184,6 +189,8 @@ class Commits:
         }
         self._last_keep = step.ticket
         # While something waits for it nothing moves: no copy is needed, and it can be tried again.
+        if step.ticket is None:
+            self._shadowed = step.version
         arrays = held.shadow() if step.ticket is None else held.still()
         store.keep(step.version, arrays, meta, step.ticket)
 

@@ -24,11 +24,16 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A checkpoint is on disk, or is not and why; `note` is of what was done with it since."""
+    """A checkpoint is on disk, or is not and why; `note` is of what was done with it since.
+
+    Attributes:
+        is_alone: what was to be done with it could not be, as the note says.
+    """
 
     version: int
     text: str = ""
     note: str = ""
+    is_alone: bool = False
 
 
 News: TypeAlias = Answered | Refused | Kept

@@ -168,6 +168,7 @@ def _copier(url: str | None) -> Copy | None:
             "checkpoint_url: it needs fsspec, which is not installed: pip install psq-train[remote]"
         )
         raise ConfigError(msg)
-    from psq.durable.remote import copy_checkpoint  # noqa: PLC0415 - an extra
+    from psq.durable.remote import check_url, copy_checkpoint  # noqa: PLC0415 - an extra
 
+    check_url(url)  # here, and not after the first checkpoint
     return lambda path: copy_checkpoint(path, url)

@@ -32,7 +32,7 @@ from psq.durable import (
 )
 from psq.durable.checkpoint import list_checkpoints, write_checkpoint
 from psq.durable.retention import MIN_KEPT, prune
-from psq.errors import StateError
+from psq.errors import PsqError, StateError
 from psq_server.gate import Append, start
 from psq_server.news import Answered, Kept, News, Refused
 from psq_server.shadow import Arrays
@@ -276,16 +276,17 @@ class Store:
             self._tell(Refused(""))
         if job.ticket is not None:
             self._tell(Answered(job.ticket))
-        self._tell(Kept(job.version, note=self._tidy()))
+        try:
+            news = Kept(job.version, note=self._tidy())
+        except PsqError as error:
+            news = Kept(job.version, note=f"failed: {error}", is_alone=True)
+        self._tell(news)
 
     def _tidy(self) -> str:
-        """Copy the newest checkpoint, remove what nobody needs; what went wrong, in words."""
-        try:
-            prune(self._directory.checkpoints, self._keep, thorough=False)
-            listed = list_checkpoints(self._directory.checkpoints)
-            prune_journal(self._directory.journal, listed[-1].version)
-            if self._copy is not None:
-                return f"copied to {self._copy(listed[0].path)}"
-        except StateError as error:
-            return f"failed: {error}"
-        return ""
+        """Remove what nobody needs, copy the newest checkpoint; where the copy is, in words."""
+        prune(self._directory.checkpoints, self._keep, thorough=False)
+        listed = list_checkpoints(self._directory.checkpoints)
+        prune_journal(self._directory.journal, listed[-1].version)
+        if self._copy is None:
+            return ""
+        return f"copied to {self._copy(listed[0].path)}"

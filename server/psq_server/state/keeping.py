@@ -129,7 +129,8 @@ def on_disk(world: World, event: Durable | Blocked | Checkpointed) -> None:
         case Blocked():
             world.disk = event.text
         case Checkpointed():
-            world.is_writing = False
+            if event.version == world.checkpoint_version:  # and not of the initial weights, late
+                world.is_writing = False
             if event.text:  # there is another one in its time
                 world.log("no-checkpoint", "error", version=event.version, text=event.text)
 
