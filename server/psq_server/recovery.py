@@ -119,11 +119,14 @@ class _Replay:
                     self._shards[meta["shard"]] = (meta, record.buffers)
                 case RecordKind.JUDGE if meta["round"] >= self._version:
                     self._judged = (meta, record.buffers)
-                case RecordKind.ROUND if meta["version"] > self._version:
-                    self._take_round(meta)
+                # What is older than this state counts too: the checkpoint before may need it yet.
+                case RecordKind.ROUND:
+                    if meta["version"] > self._version:
+                        self._take_round(meta)
                     last = record.number
-                case RecordKind.CHANGE if meta["version"] >= self._version:
-                    merge(self._captured, meta)
+                case RecordKind.CHANGE:
+                    if meta["version"] >= self._version:
+                        merge(self._captured, meta)
                     last = record.number
         return Recovered(self._rounds, last)
 

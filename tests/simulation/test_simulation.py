@@ -17,6 +17,7 @@ FOUND: tuple[tuple[int, dict[str, object]], ...] = (
     (309, {"takeovers": 1}),  # another process went on in the place of one that was reset
     (300760, {}),  # a damaged BYE
     (374, {"takeovers": 1}),  # a shard of a round that was made again
+    (312281, {}),  # rounds that only an older checkpoint needs were dropped
 )
 """What once failed (the choices that a seed stands for have changed since)."""
 

@@ -1,6 +1,7 @@
 """Every recipe's server, killed after some rounds: what comes back is what was, byte for byte."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from durable_server import Server, again, begun
@@ -9,11 +10,14 @@ from psq.groups import DEFAULT_GROUP, Group
 from psq.plan import Plan
 from psq.presets import PRESETS, preset
 from psq_proto.messages import Verdict
+from psq_server.gate import RecordKind
+from psq_server.recovery import replay
 
 SPECS = [("table", (70, 60)), ("bias", (40,)), ("head", (10, 30))]
 LARGE = [("table", (300, 300)), ("bias", (40,)), ("head", (10, 30))]
 GROUPS = (DEFAULT_GROUP, Group("slow", lr=0.5))  # a shard has tensors of one group only
 SOON = {
+    "shared-adam": ("first=2", "period=4"),
     "shared-direction": ("first=2", "period=4"),
     "onebit-adam": ("steps=3",),
 }
@@ -156,3 +160,14 @@ def test_a_round_that_was_cut_off_is_made_again_with_the_same_bytes(tmp_path, na
     same(one, other)
     plain.crash()
     came_back.crash()
+
+
+def test_rounds_that_a_checkpoint_has_already_are_not_dropped_for_the_one_before_may_need_them():
+    kinds = (RecordKind.START, RecordKind.ROUND, RecordKind.CHANGE, RecordKind.SHARD)
+    records = [
+        SimpleNamespace(number=n, kind=kind, meta={"version": 2, "round": 2}, buffers=())
+        for n, kind in enumerate(kinds, start=1)
+    ]
+    recovered = replay({"world": {"version": 3}}, records, None)
+    assert recovered.rounds == 0
+    assert recovered.last_number == 3
