@@ -240,7 +240,8 @@ def test_an_aggregator_has_keys_for_both_sides(cluster):
     # A leaf knows the key of its aggregator only: it does not talk to the server above.
     climber = worker(cluster, root, 0, keys, PSQ_GIVE_UP_AFTER="0.5")
     assert climber.wait() == EXIT_GAVE_UP
-    pair = [worker(cluster, between, rank, keys) for rank in range(2)]
+    # The default recipe does not go through a tree.
+    pair = [worker(cluster, between, rank, keys, PSQ_RECIPE="server-adam") for rank in range(2)]
     assert [each.wait() for each in (*pair, between, root)] == [0, 0, 0, 0]
 
 
@@ -250,6 +251,7 @@ def test_a_launched_job_hands_its_keys_to_every_process(cluster):
     made = cluster.command(*psq, "keygen", "-n", "3", "--tree", "2", "-o", str(keys))
     assert made.wait() == 0
     told = ("--task", "char-lm", "--steps", "2", "--keys", str(keys), "--json")
+    told += ("--recipe", "server-adam")
     job = cluster.command(*psq, "launch", "-n", "3", "--tree", "2", *told)
     assert job.wait() == 0
     assert json.loads(job.out())
