@@ -474,6 +474,18 @@ class Keeper:
         set_random_state(self._found["chance"])
         if self._is_from_disk:  # the slots know nothing of it yet
             self.begin_anew(version, identities)
+        else:
+            self._keep_what_came(version, identities)
+
+    def _keep_what_came(self, version: int, identities: Sequence[Identity]) -> None:
+        """Keep weights that a server had to give: a round that begins with them is to have them."""
+        if self._twice or any(identity.pending is not None for identity in identities):
+            return  # they were all here
+        begun = [entry[3] for entry in self._found["identities"]]
+        if begun != [identity.version for identity in identities] and not self._begun:
+            self.close_round(version, identities)  # the job has gone on meanwhile
+        else:
+            self._save_weights({k: v for i in identities for k, v in i.versions.items()}, 0)
 
     def keep(self, name: str, save: Save, load: Load) -> None:
         """Keep something of the script's, and give it back if there was one before.

@@ -262,3 +262,64 @@ def test_a_worker_killed_in_a_round_that_it_sits_out_sits_it_out(job, faults):
     assert faults.struck == 1
     assert begun[-1].resumed
     assert [key for key in expected if got[key] != expected[key]] == []
+
+
+@pytest.mark.parametrize(
+    "places",
+    itertools.product(["keeper.closed", "keeper.weights"], ["keeper.flip", "keeper.close"]),
+)
+@pytest.mark.parametrize("name", ["server-adam", "shared-direction", "turns"])
+def test_a_worker_killed_again_before_its_weights_were_kept_goes_on_all_the_same(
+    job, faults, uninterrupted, name, places
+):
+    """The first kill leaves weights of the round before, the second one a round that was begun."""
+    first, second = places
+    if name not in uninterrupted:
+        uninterrupted[name], _ = job(deaths=lambda: False, state_dir="whole", **RECIPES[name])
+    expected = uninterrupted[name]
+
+    def strike_again() -> bool:
+        if faults.struck == 1:
+            faults.arm(second, 1)
+        return True
+
+    faults.arm(first, PLACES[first])
+    got, begun = job(deaths=strike_again, **RECIPES[name])
+    assert faults.struck == 2
+    assert begun[-1].resumed
+    assert [key for key in expected if got[key] != expected[key]] == []
+
+
+def test_so_does_one_whose_job_went_on_without_it_between_two_kills(serve, tmp_path, faults):
+    endpoint = serve().endpoint
+
+    def make(rank: int) -> psq.torch.Worker:
+        given = {"recipe": "server-adam", "consistency": "asp", "lr": 0.02, "connect": endpoint}
+        given |= {"rank": rank, "world_size": 2, "state_dir": str(tmp_path)}
+        return psq.torch.Worker(make_model(0), **given)
+
+    def step(worker: psq.torch.Worker) -> None:
+        for parameter in worker._table.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        worker.step()
+
+    dying, other = make(0), make(1)
+    faults.arm("keeper.closed", 1)
+    with pytest.raises(DiedError):
+        step(dying)
+    be_killed(dying)
+    before = other.version
+    for _ in range(3):
+        step(other)
+    assert other.version > before
+    dying = make(0)
+    assert dying.resumed
+    faults.arm("keeper.flip", 1)
+    with pytest.raises(DiedError):
+        step(dying)
+    be_killed(dying)
+    last = make(0)
+    assert (faults.struck, last.resumed, last._client.resets) == (2, True, 0)
+    step(last)
+    for worker in (last, other):
+        worker.close()
