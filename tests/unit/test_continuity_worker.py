@@ -36,6 +36,9 @@ PLACES = {  # and when it is reached that the process dies there: the first roun
     "keeper.closed": 3,
     "keeper.weights": 14,
 }
+TWICE = list(
+    itertools.product(["keeper.closed", "keeper.weights"], ["keeper.flip", "keeper.close"])
+)
 
 
 class DiedError(BaseException):
@@ -264,10 +267,7 @@ def test_a_worker_killed_in_a_round_that_it_sits_out_sits_it_out(job, faults):
     assert [key for key in expected if got[key] != expected[key]] == []
 
 
-@pytest.mark.parametrize(
-    "places",
-    itertools.product(["keeper.closed", "keeper.weights"], ["keeper.flip", "keeper.close"]),
-)
+@pytest.mark.parametrize("places", TWICE)
 @pytest.mark.parametrize("name", ["server-adam", "shared-direction", "turns"])
 def test_a_worker_killed_again_before_its_weights_were_kept_goes_on_all_the_same(
     job, faults, uninterrupted, name, places
