@@ -100,6 +100,8 @@ def test_a_machine_that_loses_its_memory_costs_the_residuals_and_that_is_said(cl
     job.start_server()
     job.start_workers()
     for rank, worker in enumerate(job.workers):
-        worker.wait_line(r"joined version=[45] resumed=False resets=1")
-        assert f"rank {rank} begins with a residual of zeros" in worker.err()
+        worker.wait_line(r"joined version=[45] resumed=False")
+        # Whether its first copy had been written when it died is chance: if not, nothing is lost.
+        had_kept = f"rank {rank} begins with a residual of zeros" in worker.err()
+        worker.wait_line(rf"resumed=False resets={int(had_kept)}$")
     job.result()

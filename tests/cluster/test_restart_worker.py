@@ -5,6 +5,7 @@ Real processes: whatever is not in shared memory at the moment of the kill is go
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
@@ -109,10 +110,15 @@ def test_a_worker_of_other_settings_takes_nothing_of_what_is_there(cluster):
 
 def test_two_processes_cannot_be_one_worker(cluster):
     job = DyingJob(cluster, "twice", dies={})
-    job.workers[1].wait_line(r"^step 0$")
-    other = job.start(1)
-    assert other.wait() == 65
-    assert f"in use by process {job.workers[1].pid}: it is rank 1 already" in other.err()
+    first = job.workers[1]
+    first.wait_line(r"^step 0$")
+    os.kill(first.pid, signal.SIGSTOP)  # so that it is there for as long as the other looks
+    try:
+        other = job.start(1)
+        assert other.wait() == 65
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    assert f"in use by process {first.pid}: it is rank 1 already" in other.err()
     job.result()
 
 

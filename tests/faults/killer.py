@@ -69,7 +69,9 @@ def disturbed_job(life: Life, rng: random.Random, tally: Tally, enough: Callable
             return
         assert time.monotonic() < moved_s + STALL_S, f"no step in {STALL_S:.0f} s, at {now}"
         worker = rng.randrange(life.world_size)
-        struck = life.kill(*rng.choice([(SERVER,), (worker,), (SERVER, worker)]))
+        kinds: list[tuple[int, ...]] = [(SERVER,), (worker,), (SERVER, worker)]
+        untouched = not (tally.servers and tally.workers)
+        struck = life.kill(*(kinds[-1] if untouched else rng.choice(kinds)))
         for place in sorted(struck, key=lambda _: rng.random()):
             life.fill(place, ready=place == SERVER)
             tally.servers += place == SERVER

@@ -11,7 +11,7 @@ from faults.life import SERVER
 from psq.durable.failpoints import NAMES
 
 STEPS = 14
-KILLS_STEPS = 40
+KILLS_STEPS = 160
 ENOUGH_KILLS = 200 if FULL else 8
 SERVERS = sorted(name for name in NAMES if name.startswith(("commit.", "journal.", "checkpoint.")))
 WORKERS = sorted(name for name in NAMES if name.startswith("keeper."))

@@ -121,9 +121,9 @@ def test_a_child_killed_by_a_signal_is_reported_by_the_signals_name(crowd):
 def test_a_child_that_ends_well_too_early_can_be_made_a_failure(crowd):
     crowd.start("brief", "print('bye')")
     crowd.finish("brief")
-    error = crowd.children.fail("brief")
+    error = crowd.children.fail("brief", "nobody asked")
     assert error.exit_code == 1
-    assert "it ended before the job did" in str(error)
+    assert "brief ended before the job did; nobody asked; its last words:\n    bye" in str(error)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -74,6 +74,13 @@ def test_a_place_that_is_none_is_named(tmp_path):
         run("verify", tmp_path)
 
 
+def test_the_folder_of_a_whole_job_is_answered_with_those_of_its_servers(tmp_path):
+    for name in ("server-0", "server-1", "worker-0"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    with pytest.raises(StateError, match=r"name \S+/server-0 or \S+/server-1$"):
+        run("ls", tmp_path)
+
+
 def test_verify_reads_everything_and_says_what_is_wrong(state):
     code, out, err = run("verify", state)
     assert code == 0

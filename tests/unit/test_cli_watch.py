@@ -46,8 +46,8 @@ class Processes:
         self._looks = {name: looks - 1 for name, looks in self._looks.items()}
         self._then()
 
-    def fail(self, name):
-        return ChildFailedError(name, 1, [])
+    def fail(self, name, why=""):
+        return ChildFailedError(name, 1, [], why)
 
 
 def watch_of(servers):
@@ -100,6 +100,15 @@ def test_a_server_that_ends_before_the_workers_ends_the_job_by_name():
     looks = {"server 0": 99, "server 1": 1, "rank 0": 99, "rank 1": 99}
     with pytest.raises(ChildFailedError, match="server 1 ended"):
         watch.wait_trained(Processes(looks))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_whose_job_was_done_before_it_began_says_what_to_do():
+    watch, _ = watch_of(1)
+    watch.on_line("server", '2026-01-01T00:00:00Z info event=stop reason=done text="all"')
+    children = Processes({"server": 0, "rank 0": 9, "rank 1": 9})
+    with pytest.raises(ChildFailedError, match="is done already: name another folder"):
+        watch.wait_trained(children)
 
 
 @pytest.mark.usefixtures("impatient")
