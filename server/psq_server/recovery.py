@@ -253,7 +253,7 @@ def _load(
             weights = Weights(plan, directory.run_id, directory.epoch, lambda _: False)
             weights.resume(facts, checkpoint)
         except StateError as error:
-            note("rotten-checkpoint", f"{each.path}: {error}; the one before is taken")
+            note("rotten-checkpoint", f"{each.path}: {error}; it is passed over")
         else:
             return captured, weights, checkpoint.version
     if not listed:

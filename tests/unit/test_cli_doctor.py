@@ -9,8 +9,10 @@ import zmq
 
 from psq import kernels, link
 from psq.config import Given
+from psq.keys import load_server_keys
 from psq_worker import doctor
 from psq_worker.doctor import Check, examine, exit_code
+from psq_worker.keys import make_keys
 
 
 def found(environ=None):
@@ -115,15 +117,13 @@ def test_each_server_that_is_named_is_tried_and_says_which_one_is_not_there(monk
     assert f"{silent}: no answer within 1 s" in checks["server 1"].found
 
 
-def test_a_server_that_cannot_be_heard_with_these_keys_may_be_another_one(
-    monkeypatch, serve, tmp_path
-):
+def test_a_server_that_cannot_be_heard_with_these_keys_may_be_another_one(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "ANSWER_TIMEOUT_S", 0.5)
     for job in ("ours", "theirs"):
         make_keys(tmp_path / job, 1)
-    endpoint = serve(keys=load_server_keys(tmp_path / "ours")).endpoint
     wrong = tmp_path / "theirs" / "rank0"
-    check = found({"PSQ_CONNECT": endpoint, "PSQ_KEYS": str(wrong)})["server"]
+    with link.ServerLink("tcp://127.0.0.1:0", keys=load_server_keys(tmp_path / "ours")) as server:
+        check = found({"PSQ_CONNECT": server.endpoint, "PSQ_KEYS": str(wrong)})["server"]
     assert check.verdict == "note"
     assert f"{wrong} may have the key of another server" in check.advice
 

@@ -50,13 +50,15 @@ OnDeath = Callable[["Children", str, int], str]
 class ChildFailedError(PsqError):
     """A child ended although it should not have, or with a code other than 0."""
 
-    def __init__(self, name: str, code: int, tail: Sequence[str], why: str = "") -> None:
+    def __init__(
+        self, name: str, code: int, tail: Sequence[str], why: str = "", how: str = ""
+    ) -> None:
         self.child = name
         self.exit_code = code
         said = "".join(f"\n    {line}" for line in tail)
         words = f"its last words:{said}" if said else "it said nothing"
         words = f"{why}; {words}" if why else words
-        super().__init__(f"{name} ended with {_describe(code)}; {words}")
+        super().__init__(f"{name} ended {how or f'with {_describe(code)}'}; {words}")
 
 
 class InterruptedByError(PsqError):
@@ -199,10 +201,9 @@ class Children:
             if isinstance(key.data, _Stream) and key.data.child is child:
                 self._close_stream(key.data)
 
-    def fail(self, name: str) -> ChildFailedError:
-        """The error for a child that ended with code 0 but too early."""
-        child = self._children[name]
-        return ChildFailedError(name, 1, [*child.tail, "(it ended before the job did)"])
+    def fail(self, name: str, why: str = "") -> ChildFailedError:
+        """The error for a child that ended with code 0 but too early, and why, if that is known."""
+        return ChildFailedError(name, 1, self._children[name].tail, why, "before the job did")
 
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """End every child: SIGTERM, then SIGKILL to what is left after `grace_s`.

@@ -72,9 +72,15 @@ def _listed(place: str) -> list[Listed]:
         return [Listed(path, *(parse_name(path.name) or (read_manifest(path).version, 0)))]
     listed = list_checkpoints(_folder(place))
     if not listed:
-        msg = f"there is no checkpoint in {_folder(place)}"
+        msg = f"there is no checkpoint in {_folder(place)}{_instead(place)}"
         raise StateError(msg)
     return listed
+
+
+def _instead(place: str) -> str:
+    """What else to name, if this is what psq launch was given."""
+    servers = sorted(str(path.parent) for path in Path(place).glob("server-*/checkpoints"))
+    return f": each server has its own, name {' or '.join(servers)}" if servers else ""
 
 
 def _newest(place: str) -> Path:

@@ -240,9 +240,10 @@ def _server(name: str, endpoint: str, folder: str | None) -> Check:
         rates = probe_link(endpoint, rank, patience=patience, keys=keys)
     except GaveUpError:
         found = f"{endpoint}: no answer within {ANSWER_TIMEOUT_S:g} s"
-        return Check(name, "note", found, _NO_SERVER)
+        pinned = f"; {folder} may have the key of another server" if folder else ""
+        return Check(name, "note", found, _NO_SERVER + pinned)
     except PsqError as error:
-        return Check(name, "note", f"{endpoint}: {error}", _NO_SERVER)
+        return Check(name, "note", f"{endpoint}: {error}")  # it says itself what to do
     words = f"{1000 * rates.round_trip_s:.2f} ms there and back"
     speed = f"{rates.up_mbit_s:,.0f} Mbit/s up, {rates.down_mbit_s:,.0f} down"
     return Check(name, "ok", f"{endpoint} answers: {words}, {speed}")

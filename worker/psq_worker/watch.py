@@ -30,6 +30,7 @@ _WAIT: Final = re.compile(r"WARNING (waiting for .* for (\d+) s\b.*)")
 _INTERRUPTED: Final = "reason=interrupted"  # the launcher says itself who ended whom
 _SERVER_LINE: Final = re.compile(r"\S+ (info|warning|error) (event=.*)")
 _SERVER_WAIT: Final = re.compile(r'\S+ info event=waiting .*text="([^"]*)"')
+_DONE: Final = re.compile(r"\S+ info event=stop reason=done\b")
 _LEFT: Final = re.compile(r"\S+ info event=left rank=(\d+) reason=done")
 
 
@@ -47,12 +48,14 @@ class _Server:
         waits: whom it last said it waits for.
         left: the ranks that left it with their work done.
         hears: how many ranks talk to it; None: all.
+        done: it ended because its job was done.
     """
 
     endpoint: str = ""
     waits: str = ""
     left: set[str] = field(default_factory=set)
     hears: int | None = None
+    done: bool = False
 
 
 class Watch:
@@ -106,6 +109,7 @@ class Watch:
         waits, left = _SERVER_WAIT.match(text), _LEFT.match(text)
         server.waits = waits[1] if waits else server.waits
         server.left |= {left[1]} if left else set()
+        server.done |= _DONE.match(text) is not None
         if ready:
             server.endpoint = ready[1]
             self._view.say("", f"{name} on {ready[1]}, {ready[2]} kernels")
@@ -158,7 +162,7 @@ class Watch:
                 and children.running(*self._ranks)
                 and time.monotonic() - ended_s > SERVER_END_S
             ):
-                raise children.fail(gone[0])
+                raise children.fail(gone[0], self._why(gone[0]))
 
     def wait_end(self, children: Children) -> None:
         """Let the servers save what they must and end.
@@ -171,6 +175,13 @@ class Watch:
             for name in running:
                 self._check_ends(name, time.monotonic() - started)
             self.pump(children)
+
+    def _why(self, name: str) -> str:
+        """Why a server ended before the workers that were started with it, if that is known."""
+        server = self._servers[name]
+        if server.done and not server.left:
+            return "the job in its --state-dir is done already: name another folder for a new one"
+        return ""
 
     def _expected(self, server: _Server) -> int:
         """How many have to leave a server before it may end."""
