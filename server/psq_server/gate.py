@@ -12,9 +12,9 @@ actions by list of actions, and says what may be done now and what is to be writ
 
 Whoever holds a ticket's answer calls `done`, and gets what is let out, in order. What leaves is
 ordered as the state machine said it: an action waits for all tickets up to its own, so one that
-needs none still waits behind those that do; only an `early` Send need not. In the lists of a round
-whose shards may not go out one by one (`Adopt.whole`) everything waits for the round's ticket, from
-its first Reduce on, before there is one.
+needs none still waits behind those that do; only an `early` Send and an Echo need not. In the lists
+of a round whose shards may not go out one by one (`Adopt.whole`) everything waits for the round's
+ticket, from its first Reduce on, before there is one.
 
 Never here: a disk, a thread, a clock. Same actions and answers, same steps. What is held is bounded
 by what the state machine says before it hears another answer: every worker has one contribution
@@ -38,7 +38,6 @@ from psq_server.state import (
     Checkpoint,
     Committed,
     DurabilityLevel,
-    Echo,
     Judge,
     Pushed,
     Reduce,
@@ -90,7 +89,9 @@ Step: TypeAlias = Action | Append | Sync | Keep
 Changes: TypeAlias = Callable[[bool], Mapping[str, Any]]
 """Whether a round was committed -> what changed, for the record: `ServerState.changes`."""
 
-_LEAVING: Final = (Send, Echo, Broadcast, SendFull, Save, Stop)
+_LEAVING: Final = (Send, Broadcast, SendFull, Save, Stop)
+"""Not Echo: it says nothing of the job, anybody may ask for any number, and who sends bounds them.
+"""
 _OPEN: Final = -1
 """Waits for the ticket of the round under way, which has none yet."""
 

@@ -11,6 +11,7 @@ from psq_server.state import (
     Changed,
     Checkpoint,
     Committed,
+    Echo,
     Judge,
     Log,
     Pushed,
@@ -176,3 +177,15 @@ def test_a_checkpoint_that_nobody_waits_for_holds_up_nobody():
     assert steps[-1] == Keep(4)
     assert made.done(1) == [VERDICT]
     assert not made.is_busy
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_echo_is_never_held_so_that_strangers_cannot_fill_a_server_whose_disk_refuses(whole):
+    made = gate(whole=whole)
+    admitted(made, REDUCE, VERDICT, Committed(4, ()))
+    held = made.held
+    assert made.waiting
+    echoes = [Echo(b"stranger", bytes(1 << 20))] * 3
+    assert admitted(made, *echoes) == echoes
+    assert admitted(made, HELLO) == []
+    assert made.held == held + 1
