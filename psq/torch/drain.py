@@ -17,10 +17,10 @@ import logging
 import signal
 import threading
 from types import FrameType
-from typing import Final
+from typing import Final, NoReturn
 
 from psq.errors import ConfigError
-from psq.torch.opened import opened
+from psq.torch.opened import note_ending, opened
 from psq.torch.report import LOCAL, StepReport
 from psq.torch.worker import Worker, observers
 
@@ -70,14 +70,15 @@ class _Drain:
         workers = [each for each in opened if isinstance(each, Worker) and each.in_this_process]
         if self._overdue:
             self._overdue = False  # what comes next is a person's
-            raise Drained
+            _end()
         self._rest()
         if self._wanted or not workers:
             signal.signal(number, signal.SIG_DFL)
+            note_ending("interrupted", "SIGTERM")
             raise SystemExit(128 + number)
         self._wanted = True
         if any(worker.version < 0 for worker in workers):
-            raise Drained  # still joining
+            _end()  # still joining
         _log.info("told to end: finishing the step, for %g s at most", self._limit_s)
         observers.append(self._on_step)  # the last one, so that all others see the step
         self._timer = threading.Timer(self._limit_s, self._hurry)
@@ -90,7 +91,7 @@ class _Drain:
         del worker, loss, samples
         if report.reason != LOCAL:
             self._rest()
-            raise Drained
+            _end()
 
     def _rest(self) -> None:
         """Nobody need be hurried any more."""
@@ -101,3 +102,9 @@ class _Drain:
         """Interrupt the main thread, whatever it does."""
         self._overdue = True
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+
+def _end() -> NoReturn:
+    """End the program; a script whose worker is in no `with` block is not done by that either."""
+    note_ending("interrupted", "SIGTERM")
+    raise Drained

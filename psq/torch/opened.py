@@ -6,7 +6,7 @@ import atexit
 import sys
 from typing import Final, Literal, Protocol, TypeAlias
 
-__all__ = ["Reason", "close_workers", "opened", "reason_of"]
+__all__ = ["Reason", "close_workers", "note_ending", "opened", "reason_of"]
 
 Reason: TypeAlias = Literal["done", "error", "interrupted"]
 
@@ -24,6 +24,7 @@ class Closable(Protocol):
 
 
 opened: Final[list[Closable]] = []
+_endings: Final[list[tuple[Reason, str]]] = []
 
 
 def close_workers(reason: Reason, text: str = "") -> None:
@@ -42,7 +43,16 @@ def reason_of(error: BaseException | None) -> tuple[Reason, str]:
     return "error", f"{type(error).__name__}: {error}"
 
 
+def note_ending(reason: Reason, text: str) -> None:
+    """Say why this program is about to end, where at its exit nothing shows it: by a SystemExit."""
+    _endings[:] = [(reason, text)]
+
+
 @atexit.register
 def _close_at_exit() -> None:
-    """A script that ends without `close` has done its work, unless an error ended it."""
-    close_workers(*reason_of(getattr(sys, "last_value", None)))
+    """A script that ends without `close` has done its work, unless an error or a signal ended it.
+
+    (Of `sys.exit` in the script itself, whatever its code, nothing is known here.)
+    """
+    error = getattr(sys, "last_value", None)
+    close_workers(*(_endings[0] if _endings and error is None else reason_of(error)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -28,6 +30,26 @@ class Made(module.Worker):
         """Nothing is open."""
 
 
+PLAIN = """
+import signal
+from psq.torch import drain_on_sigterm
+from psq.torch.opened import opened
+from psq.torch.worker import Worker
+
+class Made(Worker):
+    __init__ = lambda self: None
+    version = -1
+    in_this_process = True
+    def close(self, reason="done", text=""):
+        opened.remove(self)
+        print("left:", reason, text)
+
+opened.append(Made())
+drain_on_sigterm()
+{end}
+"""
+
+
 @pytest.fixture
 def opened(monkeypatch):
     """The workers of this process; signals and observers are as before afterwards."""
@@ -41,6 +63,17 @@ def opened(monkeypatch):
 
 def term():
     signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [("signal.raise_signal(signal.SIGTERM)", "left: interrupted SIGTERM"), ("pass", "left: done")],
+)
+def test_a_script_without_a_with_block_is_not_done_because_it_was_told_to_end(end, said):
+    """Else its rank would count as finished, and what it has kept would be removed."""
+    command = [sys.executable, "-c", PLAIN.format(end=end)]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.strip()) == (0, said), ended.stderr
 
 
 def step(reason=""):
