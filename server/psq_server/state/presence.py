@@ -280,7 +280,10 @@ def finish(world: World, exit_code: int, reason: EndReason, text: str) -> None:
         if world.level == "off" or is_whole:
             world.out.append(Save(world.version))
         else:
-            why = "half a round was made: psq ckpt export has the weights of the last whole one"
+            why = (
+                "half a round was made: start again on this --state-dir to go on; psq ckpt export "
+                "has the weights of the newest checkpoint"
+            )
             world.log("not-saved", "warning", version=world.version, text=why)
     byes = _say_bye(world, reason, text)
     world.out.extend(bye for bye, _ in byes)
