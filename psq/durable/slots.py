@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psq.durable.failpoints import reach
-from psq.errors import StateError
+from psq.errors import ConfigError, StateError
 from psq.kernels import Floats
 from psq.layout import Layout, Shard
 
@@ -149,14 +149,15 @@ class Slots:
     """See the module's docstring.
 
     Args:
-        path: the file; made, or made anew, where it is not one of this spec.
+        path: the file; made where there is none, or none that can be read.
         spec: what it holds; its arrays are what `save` copies and `restore` writes.
 
     Attributes:
         nbytes: of the file.
-        replaced: there was one of another spec, which is gone now.
+        replaced: there was something that is no such file, which is gone now.
 
     Raises:
+        ConfigError: there is one of another spec.
         StateError: there is no room for it, or it cannot be opened.
     """
 
@@ -305,7 +306,9 @@ class Slots:
         try:
             head = self.spec.head
             size = os.fstat(fd).st_size
-            if size != self.nbytes or os.pread(fd, len(head), 0) != head:
+            there = os.pread(fd, HEAD_BYTES, 0)
+            if size != self.nbytes or not there.startswith(head):
+                self._check_not_anothers(there)
                 self.replaced = size > 0
                 os.ftruncate(fd, 0)
                 os.ftruncate(fd, self.nbytes)
@@ -314,6 +317,31 @@ class Slots:
             return mmap.mmap(fd, self.nbytes)
         finally:
             os.close(fd)
+
+    def _check_not_anothers(self, there: bytes) -> None:
+        """Refuse to write over what another job, or this one with other settings, has kept."""
+        mine, kept = self.spec.head, _whole_head(there)
+        if kept in {b"", mine}:
+            return  # nothing that anybody could go on from
+        words = [head[len(MAGIC) : -4].decode("utf-8", "replace").split() for head in (kept, mine)]
+        pairs = [f"{a} is kept, {b} asked" for a, b in zip(*words, strict=False) if a != b]
+        msg = (
+            f"{self.path} has what a worker of another job kept, or of this one with other "
+            f"settings ({'; '.join(pairs):.300}): start it with the settings that it had, name "
+            "another --state-dir, or remove that folder if the job is not to go on"
+        )
+        raise ConfigError(msg)
+
+
+def _whole_head(data: bytes) -> bytes:
+    """What a file of slots begins with, if it is one and not damaged; else nothing."""
+    least = len(data.rstrip(b"\0"))
+    for end in range(least, least + 5):  # its checksum may end with zeros
+        if data.startswith(MAGIC) and data[end - 4 : end] == zlib.crc32(data[: end - 4]).to_bytes(
+            4, "little"
+        ):
+            return data[:end]
+    return b""
 
 
 def _places(

@@ -112,7 +112,7 @@ class Keeper:
         )
         self._slots = _open_slots(folder, self._spec)
         self.copies = Copies(folder.copies, rank)
-        self.lost = "it is of another job, or of other settings of it" * self._slots.replaced
+        self.lost = "it is damaged" * self._slots.replaced
         self._files = [
             os.open(folder.say(which), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             for which in range(2)

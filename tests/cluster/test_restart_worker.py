@@ -99,13 +99,15 @@ def test_a_worker_whose_state_is_damaged_begins_with_a_residual_of_zeros_and_say
     assert "holds nothing that one could go on from: what this worker kept is torn" in worker.err()
 
 
-def test_a_worker_of_other_settings_takes_nothing_of_what_is_there(cluster):
+def test_a_worker_of_other_settings_is_refused_and_leaves_what_is_there(cluster):
     job = DyingJob(cluster, "killed", dies={1: "keeper.flip:9"})
     assert job.workers[1].wait() == -signal.SIGKILL
-    job.workers[1] = job.start(1, PSQ_SEED="1")
-    job.workers[1].wait_line(r"resumed=False resets=1")
+    other = job.start(1, PSQ_SEED="1")
+    assert other.wait() == 78
+    assert "seed=0 is kept, seed=1 asked" in other.err()
+    job.workers[1] = job.start(1)
+    job.workers[1].wait_line(r"resumed=True resets=0")
     job.result()
-    assert "it is of another job, or of other settings of it" in job.workers[1].err()
 
 
 def test_two_processes_cannot_be_one_worker(cluster):

@@ -13,7 +13,7 @@ import torch
 
 import psq.torch.folder
 from psq.durable.slots import HEAD_BYTES, Record, Slots, Spec, Stage
-from psq.errors import StateError, UsageError
+from psq.errors import ConfigError, StateError, UsageError
 from psq.groups import Group
 from psq.plan import Plan
 from psq.presets import preset
@@ -129,8 +129,15 @@ def test_a_torn_shard_of_the_replica_has_no_version(slots, monkeypatch):
     assert again(slots).weights(0)[0] == -1
 
 
-@pytest.mark.parametrize("spoil", ["job", "head", "length"])
-def test_a_file_of_another_job_is_made_anew(slots, spoil):
+def test_what_another_job_kept_is_not_written_over(slots):
+    slots.save(0, Record(number=1))
+    with pytest.raises(ConfigError, match=r"job is kept, another asked.*another --state-dir"):
+        Slots(slots.path, spec_of("another"))
+    assert again(slots).record(0).number == 1
+
+
+@pytest.mark.parametrize("spoil", ["head", "length"])
+def test_a_damaged_file_is_made_anew(slots, spoil):
     slots.save(0, Record(number=1))
     with slots.path.open("r+b") as file:
         if spoil == "head":
@@ -138,7 +145,7 @@ def test_a_file_of_another_job_is_made_anew(slots, spoil):
             file.write(b"!")
         elif spoil == "length":
             file.truncate(slots.nbytes - 1)
-    other = Slots(slots.path, spec_of("another" if spoil == "job" else "job"))
+    other = again(slots)
     assert other.replaced
     assert other.record(0) is None
     assert other.worker == (0, 0)
