@@ -206,8 +206,7 @@ class Journal:
             msg = f"the journal {self._folder} is closed"
             raise UsageError(msg)
         if not self._thread.is_alive():
-            msg = f"the thread of the journal {self._folder} has died of an error of our own"
-            raise StateError(msg)
+            raise StateError(self._dead())
 
     # ---- beginning
 
@@ -251,13 +250,19 @@ class Journal:
     # ---- the thread
 
     def _run(self) -> None:
-        while (work := self._wait()) != "end":
-            try:
-                self._work(work)
-            except OSError as error:
-                self._fail(error)
+        try:
+            while (work := self._wait()) != "end":
+                try:
+                    self._work(work)
+                except OSError as error:
+                    self._fail(error)
+        except Exception as error:  # noqa: BLE001 - a thread's edge: else its owner waits for ever
+            self._on_done(StateError(f"{self._dead()}: {type(error).__name__}: {error}"))
         if self._segment:
             self._segment.close()
+
+    def _dead(self) -> str:
+        return f"the thread of the journal {self._folder} has died of an error of our own"
 
     def _wait(self) -> _Work:
         with self._ready:

@@ -441,6 +441,23 @@ def test_a_disk_that_refuses_is_reported_and_nothing_is_lost_when_it_is_back(
     assert [meta["v"] for _, _, meta, _ in said(tmp_path)[0]] == [1, 2, 3]
 
 
+def test_whoever_waits_for_a_journal_whose_thread_dies_hears_of_it(open_journal, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    journal, done = open_journal()
+    fill(journal, done, 1)
+    monkeypatch.setattr("psq.durable.segment.Segment.write", fail)
+    journal.append(1, {"v": 2}, [b"second"])
+    journal.sync()
+    assert "has died of an error of our own: MemoryError" in str(done.until_error())
+    journal._thread.join(END_S)
+    with pytest.raises(StateError, match="has died"):
+        journal.append(1, {"v": 3}, [b"third"])
+    assert done.numbers[-1] == 1
+    assert not journal.close()
+
+
 def test_no_file_is_synced_again_after_its_fsync_has_failed(open_journal, tmp_path, monkeypatch):
     monkeypatch.setattr(journal_module, "RETRY_S", 0.01)
     journal, done = open_journal()
