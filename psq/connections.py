@@ -41,7 +41,7 @@ UNREAD_BYTES: Final = MAX_FRAME_BYTES + 128 * 1024
 STRANGERS_BYTES: Final = 8 << 20
 """What all connections may have unread that speak for no rank: some plans, or probes, under way."""
 EVENTS_PER_TURN: Final = 1024
-SHED_S: Final = 0.1
+SHED_S: Final = 0.02
 """How soon connections are given up again, where there is still no descriptor for another."""
 _EVENTS: Final = (
     zmq.EVENT_ACCEPTED

@@ -302,7 +302,10 @@ def _rhythm_fault(recipe: Recipe) -> str:
             "residual"
         )
     if every > 1 and recipe.apply.part.in_step:
-        return f"apply={recipe.apply.kind} moves every shard in every round, got every={every}"
+        return (
+            f"apply={recipe.apply.kind} moves every shard in every round, got every={every}: take "
+            "server-adam, or another recipe that takes turns"
+        )
     return ""
 
 

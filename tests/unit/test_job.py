@@ -40,7 +40,8 @@ def test_the_rhythm_of_pushes_is_a_setting():
     [
         ({"local_steps": 2}, "local_steps=2 needs Adam on the workers"),
         ({"recipe": "fp32", "every": 2}, "every=2 needs error feedback"),
-        ({"every": 2, "consistency": "ssp:1"}, "every=2 needs bsp"),
+        ({"recipe": "server-adam", "every": 2, "consistency": "ssp:1"}, "every=2 needs bsp"),
+        ({"every": 2}, "moves every shard in every round, got every=2: take server-adam"),
         ({"recipe": "qadam", "local_steps": 1001}, "local_steps: expected a whole number"),
         ({"every": 0}, "every: expected a whole number"),
     ],
