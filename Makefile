@@ -27,8 +27,8 @@ install: $(STAMP) ## make .venv and install psq in it, editable
 run: $(STAMP) ## train a real model through psq and by plain Adam, compare, draw a picture
 	@$(BIN)/psq demo
 
-test: $(STAMP) ## run every test
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run every test, two at a time
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: $(STAMP) ## check style and layers
 	$(BIN)/ruff check
