@@ -11,7 +11,7 @@ RECIPES = ["server-adam", "shared-direction"] if FULL else ["server-adam"]
 HARMS = {
     "delays": (delay(0.0, 0.03), 100),
     "cuts": (cut_often(30_000), 3),
-    "flipped bits": (flip(40_000), 3),
+    "flipped bits": (flip(16_000), 3),
     "frames that come twice": (duplicate(0.3), 20),
 }
 

@@ -417,7 +417,8 @@ def test_times_in_backward_are_encoding_not_computing(join, monkeypatch):
     clock = {"s": 0.0}
 
     def now() -> float:
-        clock["s"] += 1.0
+        if threading.current_thread() is threading.main_thread():  # the server's looks all the time
+            clock["s"] += 1.0
         return clock["s"]
 
     model = make_model()

@@ -208,5 +208,7 @@ def _source(known: Preset) -> str:
 
 def _echo(text: str, *, indent: str = INDENT, **style: Any) -> None:
     width = min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns)
-    wrapped = textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
+    wrapped = textwrap.fill(
+        text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
     click.secho(wrapped, **style)

@@ -1,6 +1,7 @@
 """A server that is killed and comes back: the job ends as if it had been left alone."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -25,7 +26,9 @@ def same_bytes(a, b):
 class Run:
     """One job of two workers, and its server, which may be started again on the same directory."""
 
-    def __init__(self, cluster, name, *options, recipe="server-adam", job=None, **variables):
+    def __init__(
+        self, cluster, name, *options, recipe="server-adam", job=None, words=(), **variables
+    ):
         self.cluster = cluster
         self.saved = cluster.folder / f"{name}.safetensors"
         self.outs = [cluster.folder / f"{name}.{rank}.npz" for rank in range(2)]
@@ -36,7 +39,7 @@ class Run:
                 rank,
                 self.server.endpoint,
                 *JOB,
-                *("--out", str(out)),
+                *("--out", str(out), *words),
                 PSQ_RECIPE=recipe,
                 **(job or {}),
             )
@@ -233,7 +236,11 @@ def test_with_checkpoints_alone_what_came_after_the_last_is_lost_and_said_to_be(
 
 
 def test_a_server_that_is_told_to_stop_keeps_its_state_and_goes_on_later(cluster):
-    run = Run(cluster, "stopped", *kept(cluster, "--checkpoint-every", "1000", "--json"))
+    gate = cluster.folder / "gate"
+    os.mkfifo(gate)  # nobody gets further before it is opened
+    words = ("--gate", str(gate), "--gate-step", "6")
+    options = kept(cluster, "--checkpoint-every", "1000", "--json")
+    run = Run(cluster, "stopped", *options, words=words)
     run.workers[0].wait_line("^step 4")
     run.server.signal(signal.SIGTERM)
     assert run.server.wait() == 0
@@ -245,6 +252,8 @@ def test_a_server_that_is_told_to_stop_keeps_its_state_and_goes_on_later(cluster
     recovered = re.search(r"event=recovered version=(\d+)", run.server.err())
     assert recovered
     assert int(recovered[1]) == summary["version"] >= 5
+    gate.write_text("")
+    assert [worker.wait() for worker in run.workers] == [75, 75]  # they were told goodbye
 
 
 def test_checkpoints_are_copied_and_only_so_many_stay(cluster):
