@@ -80,7 +80,7 @@ TOPK = (("PSQ_UPLINK", "topk:k=4"), ("PSQ_DOWNLINK", "delta:topk:k=4"))
 SYSTEMS = {
     system.name: system
     for system in (
-        System("psq-default", "psq, its default: 4 bits up, 3 down", "server-adam"),
+        System("psq-default", "psq, server-adam: 4 bits up, 3 down", "server-adam"),
         System("psq-1bit", "psq, qadam-1bit: 1 bit each way", "qadam-1bit"),
         _local(4),
         _local(8),

@@ -282,7 +282,7 @@ SYSTEMS = {
     for system in (
         _system("psq", "psq, 1 bit up and down, Adam on the server", Psq(*PSQ_1BIT)),
         _system("psq-bf16", "psq, workers' residuals in bf16", Psq(*PSQ_1BIT, residual="bf16")),
-        _system("psq-default", "psq, its default recipe", Psq("server-adam")),
+        _system("psq-default", "psq, server-adam", Psq("server-adam")),
         _system("psq-qadam", "psq, recipe qadam-1bit", Psq("qadam-1bit")),
         _system("psq-s1", "psq, the server beside worker 0", Psq(*PSQ_1BIT, beside=1)),
         _system("psq-s2", "psq, 2 servers beside workers", Psq(*PSQ_1BIT, beside=2)),

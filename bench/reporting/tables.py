@@ -12,7 +12,7 @@ take turns. \"psq is faster\" divides by the first psq row: best step by best st
 over the rounds of the ratio of the rounds' medians. `floor` is what the messages need on the
 busiest way of a link. CPU is of all processes, servers included. Memory is the peak beyond
 importing; weights and gradients of the model are in a worker's. `psq` sends 1 bit each way,
-`psq-bf16` keeps the workers' residuals in bf16, `psq-default` is the default recipe, `psq-qadam`
+`psq-bf16` keeps the workers' residuals in bf16, `psq-default` is `server-adam`, `psq-qadam`
 has Adam on the workers, `psq-s2` has 2 servers beside the workers. All torch rows use fused Adam;
 `gloo-fp32` is bare all-reduce without DDP."""
 CODEC_TEXT = """One thread. Ratios are the time of the in-place memory stream of the same pattern by
