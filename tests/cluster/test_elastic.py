@@ -118,15 +118,7 @@ def visited(cluster) -> dict[int, list[int]]:
     return seen
 
 
-ONCE = [
-    pytest.param(rule, marks=pytest.mark.skip(reason="a worker once did not end in 60 s: open"))
-    if rule == "asp"
-    else rule
-    for rule in RULES
-]
-
-
-@pytest.mark.parametrize("consistency", ONCE)
+@pytest.mark.parametrize("consistency", RULES)
 def test_every_index_is_visited_once_an_epoch(cluster, consistency):
     size = 300
     host = cluster.server("--world-size", str(SIZE), "--min-workers", "1")

@@ -54,7 +54,8 @@ KERNEL_ENV: Final = "PSQ_KERNEL"
 THREADS_ENV: Final = "OMP_NUM_THREADS"
 LOCAL: Final = "tcp://127.0.0.1:0"
 KEPT_GRACE_S: Final = 12.0
-"""How long processes that keep their state may take to end: the protocol gives them 10 s."""
+"""How long processes may take to end that have files to write, of their state (the protocol gives
+them 10 s for it) or a timeline's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,8 @@ def launch(commands: Commands, view: View, env: Mapping[str, str]) -> Board:
     tree = plan_tree(commands.workers, commands.fanout) if commands.fanout else None
     watch = Watch(board, view, ranks, servers)
     restarts = Restarts(commands.max_restarts, view, servers=tuple(servers))
-    grace_s = STOP_GRACE_S if commands.state_dir is None else KEPT_GRACE_S
+    leaves_files = commands.state_dir is not None or commands.timeline is not None
+    grace_s = KEPT_GRACE_S if leaves_files else STOP_GRACE_S
     whole = Children(watch.on_line, restarts.revive, grace_s=grace_s)
     with _tracing(commands, view), _merging(commands, view), whole as children:
         for number, name in enumerate(servers):

@@ -198,7 +198,7 @@ def restore(
     world.round = OpenRound(world.version, due, world.now_s, job.owed(due))
     world.has_weights = True
     world.versions, world.last_frames = dict(shards), dict(frames)
-    world.checkpoint_version = world.version
+    world.start_version = world.checkpoint_version = world.version
     world.note_opened()
     world.out, world.touched = [], False
 

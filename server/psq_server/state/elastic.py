@@ -131,12 +131,12 @@ def first_round(world: World, member: Member) -> int:
 
 
 def is_over(world: World) -> bool:
-    """Whether the job is done: all ranks are, or some are and nobody else is there any more."""
+    """Whether the job is done: all ranks are, or some are and nobody else is there or awaited."""
     if not world.finished:
         return False
     if len(world.finished) == len(world.ranks):
         return True
-    return world.is_elastic and not present(world)
+    return world.is_elastic and world.gather_until_s is None and not present(world)
 
 
 # ---- coming and going
@@ -201,7 +201,7 @@ def _is_missing(world: World, rank: int) -> bool:
     """Whether a rank that this server expects has not joined since its start."""
     member = world.members.get(rank)
     if member is None:
-        return world.version == 0
+        return world.start_version == 0
     return member.incarnation == 0 and not (member.gone or member.evicted)
 
 

@@ -155,6 +155,8 @@ class World:
         and what had been resolved of them before."""
         self.disk = ""
         """Why the disk refuses what has to be durable, if it does."""
+        self.start_version = 0
+        """The weights' version when this server started: 0 for a job it saw from the first."""
         self.checkpoint_version = 0
         self.checkpoint_due_s = now_s + settings.checkpoint_s
         self.checkpoint_at_s = now_s

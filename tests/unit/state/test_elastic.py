@@ -269,6 +269,27 @@ def test_places_nobody_takes_are_waited_for_a_while_and_then_not(cluster, plan_o
     assert job.logged("gathered") == [{"missing": "1,2", "grace_s": 4.0}]
 
 
+def test_rounds_that_need_not_all_do_not_end_the_job_before_others_had_time_to_come(
+    cluster, plan_of
+):
+    plan = plan_of(3, recipe=preset("server-adam"), consistency="asp")
+    job = cluster(plan, min_workers=1, grace_s=4.0)
+    first = job.connect(0).join(lineage=1)
+    first.init()
+    first.pull()
+    first.push_all()
+    assert job.version == 1
+    first.leave("done")
+    pass_s(job, 3, [])
+    assert job.stop_action is None, "two have not come yet"
+    second = job.connect(1).join(lineage=2)
+    pass_s(job, 2, [second])
+    assert job.stop_action is None, "one of them has"
+    assert job.logged("gathered") == [{"missing": "2", "grace_s": 4.0}]
+    second.leave("done")
+    assert job.stop_action.reason == "done"
+
+
 def test_before_rank_0_brings_the_weights_it_is_waited_for(cluster, plan_of):
     job = cluster(plan_of(3), min_workers=1, grace_s=0.0)
     second = job.connect(1).join(lineage=1)
