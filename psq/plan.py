@@ -381,17 +381,16 @@ def _difference_of_groups(job: Plan, other: Plan) -> str:
 
 
 def _check_replicas(plan: Plan) -> None:
-    """Groups of equal workers, and one server that knows who has spoken for whom."""
+    """Groups of equal workers, in rounds that are one and the same for all of a group."""
     if plan.replicas == 1:
         return
     fault = ""
     if plan.world_size % plan.replicas:
         fault = f"{plan.world_size} workers cannot be put into groups of {plan.replicas}"
     elif plan.consistency != "bsp":
-        fault = f"it needs bsp, got {plan.consistency}: a round ends when every group has spoken"
-    elif plan.servers > 1:
         fault = (
-            f"it needs one server, got {plan.servers}: each would have its own order of replicas"
+            f"it needs bsp, got {plan.consistency}: ranks of a group stand in for each other only "
+            "while they compute every round from the same weights"
         )
     elif plan.recipe.direction.kind == "gaussian":
         fault = "noise that is each worker's secret makes replicas differ"

@@ -379,6 +379,8 @@ class Loop:
             if self.timeline is not None and isinstance(event, FrameReceived):
                 self._record_push(self.timeline, event.frame, now_s, self._clock())
             for action in self._commits.admit(actions):
+                if isinstance(action, Adopt):
+                    self._suit(action.plan)
                 if self._above is None or not self._above.take(action):
                     self._do(action)
 
@@ -458,7 +460,6 @@ class Loop:
 
     def _make_room(self, plan: Plan) -> Weights:
         settings = self._state.settings
-        self._suit(plan)
         try:
             return Weights(plan, settings.run_id, settings.epoch, self._is_busy)
         except MemoryError as error:

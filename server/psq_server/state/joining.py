@@ -18,9 +18,9 @@ from psq_server.state import covers, drawing, elastic, keeping
 from psq_server.state.events import Adopt, Send
 from psq_server.state.job import Job, check_fits
 from psq_server.state.members import Member, Peer, may_continue
-from psq_server.state.replicas import Replicas
+from psq_server.state.replicas import Replicas, groups_of
 from psq_server.state.round import OpenRound
-from psq_server.state.tree_fit import refusal
+from psq_server.state.tree_fit import refusal, split_group
 from psq_server.state.world import Settings, World
 
 __all__ = ["MAX_OFFERS", "adopt", "on_hello", "on_join", "on_plan"]
@@ -187,6 +187,7 @@ def _check_branches(plan: Plan, settings: Settings) -> None:
     fault = settings.branches.misfit(plan.world_size, is_root=settings.is_root)
     if not settings.is_root or any(branch.is_aggregator for branch in settings.branches.items):
         fault = fault or refusal(plan)
+    fault = fault or split_group(plan, settings.branches)
     if fault:
         raise RemotePlanError(fault)
 
@@ -233,7 +234,8 @@ def adopt(world: World, plan: Plan) -> None:
     due = plan.due_shards(0)
     world.round = OpenRound(0, due, world.now_s, world.job.owed(due))
     if plan.replicas > 1:
-        world.replicas = Replicas(plan.world_size, plan.replicas)
+        branches = world.settings.branches
+        world.replicas = Replicas(groups_of(plan.world_size, plan.replicas, branches))
     world.versions = dict.fromkeys(world.job.shards, 0)
     world.job.is_whole = world.job.is_whole or keeping.closes_whole(plan, world.level)
     world.out.append(Adopt(plan, world.level, world.job.is_whole))

@@ -19,18 +19,22 @@ any more (they left, or were silent for a lease), the lowest cold member that ha
 speaks from then on, and is warm, and nobody else is: the residual of the others is lost, as with
 any worker that is restarted. If nobody of a group is there, the job ends and names it.
 
+In a tree a server knows the groups of its own leaves, whole ones, and an aggregator below it is a
+group of one: of what that adds up each group has had its word already (`groups_of`).
+
 Bookkeeping and rules; what is sent because of it is decided in `rounds` and `training`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
 from psq.rules.coded import MAX_LAG
+from psq_server.state.branches import Branches
 from psq_server.state.round import Contribution
 
-__all__ = ["MAX_LAG", "NOTHING", "Replicas"]
+__all__ = ["MAX_LAG", "NOTHING", "Replicas", "groups_of"]
 
 NOTHING: Final = -1
 """The word of a group that skips a shard; others are checksums."""
@@ -40,27 +44,24 @@ class Replicas:
     """See the module's docstring.
 
     Args:
-        world_size: how many ranks there are.
-        replicas: how many of them make a group.
+        groups: the ranks of each, see `groups_of`.
 
     Attributes:
         late: of ranks that are behind, what they have said of the round that they are at.
         cooled: ranks that were found cold, with the reason; the owner takes them out to log them.
     """
 
-    def __init__(self, world_size: int, replicas: int) -> None:
-        self.groups = tuple(
-            tuple(range(start, start + replicas)) for start in range(0, world_size, replicas)
-        )
+    def __init__(self, groups: Iterable[tuple[int, ...]]) -> None:
+        self.groups = tuple(groups)
         self.late: dict[int, Contribution] = {}
         self.cooled: list[tuple[int, str]] = []
-        self._replicas = replicas
+        self._group = {rank: at for at, ranks in enumerate(self.groups) for rank in ranks}
         self._next: dict[int, int] = {}
         self._words: dict[int, dict[tuple[int, int], int]] = {0: {}}
 
     def group(self, rank: int) -> int:
         """The group of a rank."""
-        return rank // self._replicas
+        return self._group[rank]
 
     def is_warm(self, rank: int) -> bool:
         """Whether this rank holds its group's residual."""
@@ -163,3 +164,24 @@ class Replicas:
         if warm:
             return None
         return next((rank for rank in members if rank in sayers and rank in there), None)
+
+
+def groups_of(
+    world_size: int, replicas: int, branches: Branches | None
+) -> Iterable[tuple[int, ...]]:
+    """The groups of those that speak to a server, ascending; see the module's docstring.
+
+    Args:
+        world_size: how many leaves the job has.
+        replicas: how many of them, one after another, make a group.
+        branches: who speaks to this server, in a tree; None: every rank for itself.
+    """
+    if branches is None:
+        speakers = [(rank, False) for rank in range(world_size)]
+    else:
+        speakers = [(branch.rank, branch.is_aggregator) for branch in branches.items]
+    found: dict[tuple[bool, int], list[int]] = {}
+    for rank, is_aggregator in speakers:
+        key = rank if is_aggregator else rank // replicas
+        found.setdefault((is_aggregator, key), []).append(rank)
+    return [tuple(ranks) for ranks in found.values()]

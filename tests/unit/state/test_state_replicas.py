@@ -6,7 +6,8 @@ import pytest
 
 from psq.presets import preset
 from psq_proto.messages import Bye, Leave, MessageType, Verdict
-from psq_server.state import Reduce, Stop
+from psq_server.state import Reduce, Stop, WeightsAbove
+from psq_server.state.branches import parse_branches
 from psq_server.state.replicas import MAX_LAG
 
 RECIPE = preset("coded").with_codecs(uplink="sign")
@@ -212,3 +213,76 @@ def test_a_wait_names_only_groups_without_a_word(made):
     made.tick(1.0)
     text = made.state.snapshot(made.now_s).text
     assert "ranks 2, 3 of 4" in text
+
+
+# ---- in a tree
+
+
+def in_tree(cluster, plan_of, children, *, is_root, world_size=8, **settings):
+    """A server of a tree, its children, and weights."""
+    branches = parse_branches(children)
+    made = cluster(
+        plan_of(world_size, recipe=RECIPE), branches=branches, is_root=is_root, **settings
+    )
+    made.ranks = {rank: made.connect(rank).join(lineage=10 + rank) for rank in branches.ranks}
+    if 0 in made.ranks:
+        made.ranks[0].init()
+    made.handle(WeightsAbove())
+    for worker in made.ranks.values():
+        worker.pull()
+    return made
+
+
+def test_an_aggregator_hands_on_one_message_of_each_group_below_it(cluster, plan_of):
+    made = in_tree(cluster, plan_of, "4,5,6,7", is_root=False)
+    round_of(made, 5)
+    assert not made.of(Reduce)
+    round_of(made, 6)
+    assert made.version == 1
+    assert set(reduced(made)) == {(5, 6)}
+    round_of(made, 4, 7, number=0)
+    assert all(verdicts(worker) == [("applied", ())] for worker in made.ranks.values())
+    assert not cold(made)
+
+
+def test_a_server_needs_every_aggregator_below_it_and_one_of_each_group_of_its_own(
+    cluster, plan_of
+):
+    made = in_tree(cluster, plan_of, "0-3,4,5,6-7", is_root=True)
+    round_of(made, 5, 6)
+    assert made.version == 0
+    made.tick(1.0)
+    text = made.state.snapshot(made.now_s).text
+    assert "rank 0 (the aggregator of 0-3)" in text
+    round_of(made, 0)
+    assert made.version == 1
+    assert set(reduced(made)) == {(0, 5, 6)}
+    assert not cold(made)
+
+
+def test_the_first_round_below_an_aggregator_waits_for_all_of_its_ranks_only(cluster, plan_of):
+    branches = parse_branches("4,5,6,7")
+    made = cluster(plan_of(8, recipe=RECIPE), branches=branches, is_root=False)
+    workers = {rank: made.connect(rank).join(lineage=rank) for rank in (4, 6, 7)}
+    made.handle(WeightsAbove())
+    for rank in (4, 6):
+        workers[rank].pull()
+        workers[rank].push_all(0)
+    assert made.version == 0
+    made.connect(5).join(lineage=5)
+    made.tick(0.1)
+    assert made.version == 1
+
+
+@pytest.mark.parametrize(
+    ("children", "is_root", "ranks"),
+    [("0-2,3-7", True, "2 to 3"), ("4,5,6", False, "6 to 7"), ("3,4,5", False, "2 to 3")],
+)
+def test_a_tree_that_parts_ranks_that_compute_the_same_is_refused_in_words(
+    cluster, plan_of, children, is_root, ranks
+):
+    branches = parse_branches(children)
+    made = cluster(plan_of(8, recipe=RECIPE), branches=branches, is_root=is_root)
+    [error] = made.connect(branches.first).join().errors
+    assert f"part the ranks {ranks}, which compute the same" in str(error)
+    assert "connect to one server of the tree" in str(error)
