@@ -42,7 +42,7 @@ AUTO_RECIPE: Final = "server-adam"
 """Whose codecs `codec=auto` chooses."""
 DEFAULT_LR: Final = 1e-3  # where neither a person nor a task says one
 DEFAULT_ENDPOINT: Final = f"tcp://127.0.0.1:{DEFAULT_PORT}"
-RATE_SCHEDULES: Final = ("constant", "linear")  # beside factors, see psq.schedules
+RATE_SCHEDULES: Final = ("constant", "linear", "cosine")  # beside factors, see psq.schedules
 MAX_PORT: Final = 65_535
 MAX_WORLD_SIZE: Final = 4096
 MAX_LOCAL_WORKERS: Final = 256
@@ -288,9 +288,10 @@ class WorkerConfig:
     )
     schedule: str | None = setting(
         None,
-        "how the learning rate goes on: constant, linear (down to 0), or a factor for each step: "
-        "power:1:0.5 for 1 / t^0.5, NAME:NUMBER for a schedule of your own (default: the task's)",
-        metavar="constant|linear|FACTOR",
+        "how the learning rate goes on: constant, linear or cosine (down to 0), or a factor for "
+        "each step: power:1:0.5 for 1 / t^0.5, NAME:NUMBER for a schedule of your own (default: "
+        "the task's)",
+        metavar="constant|linear|cosine|FACTOR",
     )
     seed: int = setting(0, "seed of initial weights, data order and codecs", low=0, high=MAX_SEED)
     data: str | None = setting(None, "folder with the task's full data set", metavar="FOLDER")
@@ -492,16 +493,16 @@ def _endpoints(connect: str) -> tuple[str, ...]:
 
 
 def _check_schedule(text: str) -> None:
-    """One of the two words, or a factor that can be computed here."""
+    """One of the words, or a factor that can be computed here."""
     if text in RATE_SCHEDULES:
         return
+    words = ", ".join(RATE_SCHEDULES)
     try:
         factor = parse_schedule(text)
     except ConfigError as error:
-        msg = f"schedule: {error}"
+        msg = f"schedule: expected {words}, or a factor; {error}"
         raise ConfigError(msg) from None
     if factor is None:
-        words = " or ".join(RATE_SCHEDULES)
         msg = f"schedule: expected {words}, or a factor such as power:1:0.5, got {text!r:.200}"
         raise ConfigError(msg)
 

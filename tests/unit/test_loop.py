@@ -246,7 +246,7 @@ def test_the_baseline_cannot_start_in_the_middle():
         {"start_step": -1},
         {"lr": 0.0},
         {"lr": math.nan},
-        {"schedule": "cosine"},
+        {"schedule": "sawtooth"},
     ],
 )
 def test_an_impossible_job_is_refused(change):
@@ -258,6 +258,16 @@ def test_a_linear_schedule_falls_to_zero_and_a_constant_one_stays():
     assert [JOB.lr_at(step) for step in (0, 6)] == [0.05, 0.05]
     linear = Job(steps=4, batch_size=1, lr=1.0, schedule="linear")
     assert [linear.lr_at(step) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_a_cosine_schedule_is_half_a_wave():
+    job = Job(steps=1000, batch_size=1, lr=1.0, schedule="cosine")
+    for step in range(1001):
+        wanted = (1.0 + math.cos(math.pi * step / 1000)) / 2.0
+        assert job.lr_at(step) == pytest.approx(wanted, abs=1e-15)
+    assert job.lr_at(0) == 1.0
+    rates = [job.lr_at(step) for step in range(1001)]
+    assert rates == sorted(rates, reverse=True)
 
 
 def test_a_job_takes_the_tasks_settings_where_none_was_chosen():

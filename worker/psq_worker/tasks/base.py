@@ -30,7 +30,7 @@ __all__ = [
     "slice_of",
 ]
 
-Schedule = Literal["constant", "linear"]
+Schedule = Literal["constant", "linear", "cosine"]
 Batch = Any
 """What `Task.batches` yields and `Task.loss` takes; the loop only passes it on."""
 
@@ -43,7 +43,7 @@ class JobDefaults:
         steps: global batches to train on.
         batch_size: samples per worker and step, with two workers.
         lr: Adam's learning rate at the start.
-        schedule: "constant", or "linear" down to zero at the last step.
+        schedule: "constant", or "linear" or "cosine" down to zero at the last step.
         eval_every: steps between evaluations.
     """
 
