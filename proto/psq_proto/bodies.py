@@ -134,15 +134,20 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """A worker lives: the version it has (NONE before its first), how far its own loop came."""
+    """A worker lives: the version it has (NONE before its first), how far its own loop came.
+
+    `held` says that it waits for another server of the job, and can say nothing to this one before.
+    """
 
     have_version: int = NONE
     progress: int = 0
+    held: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what the wire cannot carry."""
         checks.whole("have_version", self.have_version, NONE, U64_MAX)
         checks.whole("progress", self.progress, 0, U64_MAX)
+        checks.flag("held", self.held)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from psq.client import held
 from psq.client.channel import Channel
 from psq.client.data import Asking, Terms
 from psq.client.hooks import Hooks
@@ -424,13 +425,15 @@ class Client:
             for channel in self._channels:
                 channel.take_aside()
             if done():
-                return
+                break
+            held.tell(self._machines, wait.waited_s(self._clock()), in_step=self._in_step)
             for channel in self._channels:
                 channel.flush()
             if done():  # to find nobody there may be the end of a goodbye
-                return
+                break
             self._report(wait)
             self._look(self._pause_s(wait, self._clock()))
+        held.tell(self._machines, 0.0, in_step=self._in_step)
 
     def _look(self, timeout_s: float) -> bool:
         """Take in what has come, or comes within this time; returns whether anything had."""

@@ -133,6 +133,7 @@ class Machine:
         self._speech = Speech(self.session, self.frames)
         self._outbox = self._speech.outbox
         self._initial = InitialWeights(plan, self.session, hooks.initial, is_lent)
+        self._is_held = False
         self._known = NONE  # what the server had when an identity was taken up
         self.holds = False  # the round that was taken up, until `begin`
         self._beat_at_s = 0.0
@@ -337,6 +338,15 @@ class Machine:
             kept = self.session.send(MessageType.CKPT_OK, Kept(digest), version=version)
             self._outbox.append(kept)
 
+    def hold(self, is_held: bool) -> None:  # noqa: FBT001 - the whole of what is said
+        """Say with the next heartbeat, which is now, whether this worker waits for another server.
+
+        See `held`.
+        """
+        if is_held != self._is_held:
+            self._is_held = is_held
+            self._beat_at_s = 0.0
+
     def leave(self, leave: Leave) -> None:
         """Say goodbye as soon as possible; `left` tells when the server has taken note."""
         self._farewell.leave = leave
@@ -408,7 +418,8 @@ class Machine:
             self._outbox.append(self.session.send(MessageType.PULL, version=version))
 
     def _queue_heartbeat(self) -> None:
-        beat = Heartbeat(self.replica.version, max(0, self.replica.version))
+        version = self.replica.version
+        beat = Heartbeat(version, max(0, version), self._is_held)
         self._outbox.append(self.session.send(MessageType.HEARTBEAT, beat))
         self._speech.beats += 1
 

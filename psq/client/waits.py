@@ -76,6 +76,10 @@ class Wait:
         """When `check` must be called again at the latest."""
         return min(self._report_at_s, self._started_s + self._patience.give_up_after_s)
 
+    def waited_s(self, now_s: float) -> float:
+        """How long it has taken so far."""
+        return now_s - self._started_s
+
     def check(self, now_s: float, what: str) -> str:
         """The words that are due now; empty when there are none.
 
@@ -86,7 +90,7 @@ class Wait:
         Raises:
             GaveUpError: the wait has lasted too long.
         """
-        waited_s = now_s - self._started_s
+        waited_s = self.waited_s(now_s)
         if waited_s >= self._patience.give_up_after_s:
             msg = (
                 f"gave up after {waited_s:.0f} s of waiting for {what}; "

@@ -8,6 +8,7 @@ see it again; `--from N` goes on where a run was stopped.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -22,6 +23,8 @@ from .run import Failure, Simulation, Tally, replay_command, run_seeds
 BLOCK: Final = 250
 """Seeds that one process runs before it reports."""
 SAY_S: Final = 10.0
+GARBAGE: Final = 100_000
+"""A job is small and over soon: its rings of references can wait."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +67,7 @@ def _one(case: Case) -> int:
 
 
 def _block(start: int, count: int, given: dict[str, Any]) -> tuple[Tally, str]:
+    gc.set_threshold(GARBAGE)
     try:
         return run_seeds(range(start, start + count), given), ""
     except Failure as failure:

@@ -15,6 +15,7 @@ from typing import Any, Final
 from unittest.mock import patch
 
 from psq import clock
+from psq.client import held
 from psq.client.epochs import Epochs
 from psq.client.machine import Machine
 from psq.client.replica import ReplicaVersions
@@ -47,12 +48,14 @@ class Planted:
         plant: makes it, while the context lasts.
         given: choices of the case.
         seeds: within so many it is found.
+        start: the first of them.
     """
 
     what: str
     plant: Callable[[], AbstractContextManager[object]]
     given: Mapping[str, Any] = field(default_factory=dict)
     seeds: int = SEEDS
+    start: int = 0
 
 
 def _around(owner: object, name: str, make: Callable[[Any], Any]) -> Callable[[], Any]:
@@ -301,6 +304,12 @@ PLANTED: Final[Mapping[str, Planted]] = {
         _around(OpenRound, "drop", _keep_partial),
         {"min_workers": 1, "servers": 1, "worker_crashes": 3, "say_s": 0.3, "shards": 3},
         seeds=200,
+    ),
+    "held-not-told": Planted(
+        "servers wait in a ring, one for the worker that the other holds",
+        _instead(held, "tell", _nothing),
+        start=319_704,
+        seeds=1,
     ),
     "verdict-settled-twice": Planted(
         "a contribution stays open after its round",

@@ -17,7 +17,7 @@ from psq.plan import Plan
 from psq.presets import preset
 from psq.recipe import Aggregate
 
-__all__ = ["Case", "plan_of"]
+__all__ = ["Case", "plan_of", "view_of"]
 
 SHARD_NUMEL: Final = 2
 """A shard is two numbers: its value, and the sum of the tickets of all that made it."""
@@ -42,6 +42,7 @@ class Case:
         skips: whether workers have nothing to say at times.
         min_workers: rounds go on without lost workers, with so many at least; 0: they wait.
         compute_s, say_s: how long a step takes, about, and from one shard to the next at most.
+        own_order: each worker says a step's shards in an order of its own.
         slow: which worker takes ten times as long; -1: none.
         calm_s: when the last fault has struck.
         cuts, flips, doubles, holds, jumps, stalls: how often, in a run, a connection breaks, a bit
@@ -86,6 +87,7 @@ class Case:
     rot: float = 0.0
     durability: str = "off"
     checkpoint_every: int = 0
+    own_order: bool = False
 
     @classmethod
     def of(cls, seed: int, given: Mapping[str, Any] | None = None) -> Case:
@@ -139,7 +141,13 @@ def _draw(seed: int) -> Case:
         say_s=rng.choice((0.002, 0.002, 0.1)),
         min_workers=rng.choice((0, 0, 0, 0, 1, workers - 1)) if servers == 1 else 0,
     )
-    return replace(case, **_faults(rng))
+    return replace(case, **_faults(rng), **_later(case))
+
+
+def _later(case: Case) -> dict[str, Any]:
+    """What was thought of later, from a generator of its own: the rest stays what it was."""
+    rng = random.Random(f"{case.seed}/later")  # noqa: S311 - a simulation
+    return {"own_order": rng.random() < 0.2}
 
 
 def _faults(rng: random.Random) -> dict[str, Any]:
@@ -189,3 +197,9 @@ def plan_of(  # noqa: PLR0913, PLR0917 - all that a plan is made of
         groups=groups,
         members=tuple(range(shards)),
     )
+
+
+@cache
+def view_of(plan: Plan, server: int) -> Plan:
+    """The plan as a server sees it; to cut it takes longer than a round."""
+    return plan.for_server(server)

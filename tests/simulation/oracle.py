@@ -26,7 +26,7 @@ from psq_proto.messages import Flags, MessageType
 from psq_server.state import Pushed
 
 from .arithmetic import INITIAL, direction, is_refused, is_skipped, numbers, split
-from .case import Case, plan_of
+from .case import Case, plan_of, view_of
 from .clock import Violation
 
 __all__ = ["Oracle", "Ticket", "reference"]
@@ -397,7 +397,7 @@ def _reference(  # noqa: PLR0913, PLR0917 - what a case's undisturbed run depend
     values = {shard: [INITIAL] for shard in range(shards)}
     residual = {(rank, shard): 0 for rank in range(workers) for shard in range(shards)}
     for server in range(servers):
-        view = plan.for_server(server)
+        view = view_of(plan, server)
         for round_ in range(rounds):
             for shard in (cut.index for cut in view.owned):
                 weight = values[shard][-1]

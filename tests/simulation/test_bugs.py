@@ -11,7 +11,7 @@ LEAST = 12
 
 def find(planted):
     """The first case in which a planted mistake shows."""
-    for seed in range(planted.seeds):
+    for seed in range(planted.start, planted.start + planted.seeds):
         case = Case.of(seed, planted.given)
         with planted.plant():
             try:

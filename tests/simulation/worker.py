@@ -15,6 +15,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from psq.client import held
 from psq.client.channel import Channel
 from psq.client.hooks import Hooks
 from psq.client.identity import Identity
@@ -25,7 +26,7 @@ from psq_proto.frames import Buffer, Header
 from psq_proto.messages import Flags, Leave
 
 from .arithmetic import INITIAL, RATE, direction, is_skipped, numbers, pack, split
-from .case import Case
+from .case import Case, view_of
 from .clock import LocalClock, Schedule, Violation
 from .network import Network, WorkerLink
 from .oracle import Oracle
@@ -105,6 +106,7 @@ class Worker:
         self._base: tuple[tuple[Identity, ...], dict[int, tuple[int, int]]] | None = None
         self._timer_s = float("inf")
         self._step = 0
+        self._waits_s = 0.0
         if kept is None:
             oracle.begins(owner)
         self.links = [
@@ -121,7 +123,7 @@ class Worker:
         schedule.after(0.0, self._pump)
 
     def _channel(self, server: int, link: WorkerLink) -> Channel:
-        plan = self.plan.for_server(server)
+        plan = view_of(self.plan, server)
         hooks = Hooks(self._initial, self._weights, self._restore, self._reset)
         machine = Machine(
             plan,
@@ -201,10 +203,16 @@ class Worker:
         """Whether nothing more is waited for, after all that was put aside and is due."""
         for channel in self.channels:
             channel.take_aside()
-        if not self._is_over():
-            for channel in self.channels:
-                channel.flush()
+        if self._is_over():
+            return True
+        if self.phase == "finishing":
+            self._tell_held(self.clock.now_s() - self._waits_s)
+        for channel in self.channels:
+            channel.flush()
         return self._is_over()
+
+    def _tell_held(self, waited_s: float) -> None:
+        held.tell(self.machines, waited_s, in_step=self.case.consistency.startswith("bsp"))
 
     def _fail(self, error: PsqError) -> None:
         fenced = isinstance(error, FencedError)
@@ -238,6 +246,7 @@ class Worker:
             self._take_up()
             return
         if self.phase == "finishing":
+            self._tell_held(0.0)
             for machine in self.machines:
                 if machine.round is not None:
                     self._end_round(machine)
@@ -308,6 +317,8 @@ class Worker:
             self._base = (identities, dict(self.values))
         self.phase = "computing"
         self._unsaid = list(self.values)
+        if self.case.own_order:
+            self.rng.shuffle(self._unsaid)
         slow = SLOW if self.case.slow == self.rank else 1
         self.schedule.after(self.rng.uniform(0.5, 1.5) * self.case.compute_s * slow, self._say)
         self._set_timer()
@@ -327,7 +338,7 @@ class Worker:
             self._say_shard(self._unsaid.pop(0))
             self.schedule.after(self.rng.uniform(0.0, self.case.say_s), self._say)
             return
-        self.phase = "finishing"
+        self.phase, self._waits_s = "finishing", self.clock.now_s()
         self._pump()
 
     def _say_shard(self, shard: int) -> None:

@@ -226,6 +226,19 @@ def test_a_heartbeat_follows_every_second():
         assert talk.flush() == []
 
 
+def test_that_a_worker_is_held_is_said_at_once_and_that_it_is_not_any_more():
+    talk = Talk().join()
+    talk.beat()
+    said = []
+    for is_held in (True, True, False):
+        talk.machine.hold(is_held)
+        frame = talk.machine.next_frame(talk.now_s)
+        if frame is not None:
+            said.append(decode_control(decode_frame(bytes(frame))).held)
+            talk.flush()
+    assert said == [True, False]
+
+
 def test_a_rank_outside_the_plan_is_refused_at_once():
     with pytest.raises(ConfigError, match=r"rank: expected 0\.\.1, got 2"):
         Talk(rank=2)

@@ -34,7 +34,7 @@ MAX_STRANGERS: Final = 256
 NO_LINEAGE: Final = -1
 """Of a rank whose residual nobody can know any more: whoever joins next starts a new one."""
 TRANSIENT: Final = frozenset(
-    {"incarnation", "seen_s", "peer", "synced", "pulling", "noted_silent", "cut_s"}
+    {"incarnation", "seen_s", "peer", "synced", "pulling", "noted_silent", "cut_s", "held"}
 )
 """Of a member what ends with the server's process: connections, times, what waits for either."""
 STANDINGS: Final = ("joined", "silent", "left", "lost", "absent")
@@ -83,6 +83,7 @@ class Member:
         evicted: rounds go on without it, see `elastic`.
         since: the first round that needs it.
         kept: the newest checkpoint that it has a copy of its own for, or NONE.
+        held: it waits for another server of the job, and can say nothing to this one before.
     """
 
     rank: int
@@ -102,10 +103,12 @@ class Member:
     evicted: bool = False
     since: int = 0
     kept: int = NONE
+    held: bool = False
 
     def cut(self, now_s: float) -> None:
         """Nobody speaks for this rank any more, until it joins again."""
         self.peer, self.synced, self.pulling, self.cut_s = None, False, False, now_s
+        self.held = False
 
     @property
     def finished(self) -> bool:

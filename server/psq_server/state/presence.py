@@ -87,6 +87,9 @@ def on_heartbeat(world: World, peer: Peer, message: Message) -> None:
     )
     early = not member.gone
     world.say(peer, MessageType.STATUS, status, early=early, round=version, version=version)
+    member.held = beat.held
+    if beat.held:
+        advance(world)
 
 
 def _missing(world: World, rank: int) -> tuple[int, ...]:

@@ -126,7 +126,7 @@ def _is_time(world: World, complete: tuple[int, ...]) -> bool:
     patience_s = clock.deadline(world.durations_s, job.consistency.deadline_mads)
     closes = partial(
         clock.closes,
-        clock.members(world.ranks, world.finished, complete, elastic.absent(world)),
+        clock.members(world.ranks, world.finished | _held(world), complete, elastic.absent(world)),
         complete,
         _bases(world),
         round=world.round.number,
@@ -141,6 +141,15 @@ def _is_time(world: World, complete: tuple[int, ...]) -> bool:
     if world.now_s < due_s:
         world.due_s = due_s
     return world.now_s >= due_s
+
+
+def _held(world: World) -> frozenset[int]:
+    """The ranks that wait for another server of the job: nothing can come of them before.
+
+    That server may wait for one whose contribution waits here. What it says next it computes from
+    the newest weights that it has then.
+    """
+    return frozenset(rank for rank, member in world.members.items() if member.held)
 
 
 def _late(world: World, patience_s: float | None) -> tuple[int, ...]:

@@ -158,6 +158,7 @@ def on_push(world: World, peer: Peer, message: Message) -> None:
     """
     header, member = message.header, _member(world, peer)
     _check_name(world, member, header)
+    member.held = False
     if member.rank in world.round.closing:
         _count(world, "duplicate")
         return

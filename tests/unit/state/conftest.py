@@ -141,8 +141,8 @@ class Worker:
         number = self.cluster.version if round_ is None else round_
         self.send(MessageType.PUSH, flags=Flags.SKIP, shard=shard, **named(number))
 
-    def beat(self, have=-1):
-        self.send(MessageType.HEARTBEAT, Heartbeat(have))
+    def beat(self, have=-1, *, held=False):
+        self.send(MessageType.HEARTBEAT, Heartbeat(have, held=held))
         return self.inbox[-1]
 
     def draw(self, seq=None, *, epoch=0, size=100, batch=10, seed=3):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from psq_proto.messages import Verdict
-from psq_server.state import Committed, Reduce
+from psq_server.state import Committed, PeerGone, Reduce
 
 
 def outcomes(worker):
@@ -99,6 +99,33 @@ def test_a_straggler_is_left_behind_up_to_the_bound_and_then_waited_for(cluster,
     assert job.version == start + 3
     assert max(s for a in job.of(Committed) for s in a.staleness) == 2
     assert outcomes(workers[2])[-1] == ("applied", ())
+
+
+def test_a_rank_that_waits_for_another_server_is_not_waited_for(cluster, plan_of):
+    job = cluster(plan_of(3, consistency="ssp:2,quorum=2", servers=2).for_server(1))
+    first, second, third = job.started()
+    third.leave()
+    first.push_all()
+    second.beat()
+    assert job.version == 0, "the second may yet say something"
+    second.beat(held=True)
+    assert job.version == 1
+    assert outcomes(first) == [("applied", ())]
+    second.push_all(0)
+    assert outcomes(second) == [], "it is not held any more, and the first is waited for again"
+    first.push_all(1)
+    assert job.version == 2
+    assert outcomes(first) == outcomes(second) == [("applied", ())]
+
+
+def test_a_rank_that_is_held_and_lost_is_waited_for(cluster, plan_of):
+    job = cluster(plan_of(2, consistency="ssp:2,quorum=2", servers=2).for_server(1))
+    first, second = job.started()
+    second.beat(held=True)
+    job.handle(PeerGone(second.name))
+    first.push_all()
+    job.tick(1.0)
+    assert job.version == 0, "another process will speak for it"
 
 
 def test_who_started_from_the_newest_version_is_waited_for_until_the_deadline(cluster, plan_of):
