@@ -16,7 +16,7 @@ from psq_proto.messages import BODY_TYPES, MessageType
 
 # The whole protocol in one number. It changes when a frame's bytes do: that breaks every client
 # there is, see proto/vectors/README.md.
-ALL_BYTES_SHA256 = "99a4d41e20ba77f5007a23338ae9314efba07129388b1d031c74be4efd8b4c23"
+ALL_BYTES_SHA256 = "3d8195db3ca19c192d3e8fd1e4dbcaa584c380422d6f356f20e578c342ea9b8c"
 
 _path = Path(__file__).with_name("regenerate.py")
 _spec = importlib.util.spec_from_file_location("wire_regenerate", _path)
