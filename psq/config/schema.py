@@ -43,6 +43,7 @@ AUTO_RECIPE: Final = "server-adam"
 DEFAULT_LR: Final = 1e-3  # where neither a person nor a task says one
 DEFAULT_ENDPOINT: Final = f"tcp://127.0.0.1:{DEFAULT_PORT}"
 RATE_SCHEDULES: Final = ("constant", "linear", "cosine")  # beside factors, see psq.schedules
+DEFAULT_GRACE_S: Final = 10.0
 MAX_PORT: Final = 65_535
 MAX_WORLD_SIZE: Final = 4096
 MAX_LOCAL_WORKERS: Final = 256
@@ -127,7 +128,7 @@ class ServerConfig:
         high=MAX_WORLD_SIZE,
     )
     grace_s: float = setting(
-        10.0,
+        DEFAULT_GRACE_S,
         "with --min-workers: how long those that have not come are waited for, from the first "
         "worker's join after the server's start, s",
         key="grace",
@@ -476,6 +477,9 @@ def _check_elastic(config: ServerConfig) -> None:
     """What goes with going on without workers that are lost."""
     least = config.min_workers
     if least is None:
+        if config.grace_s != DEFAULT_GRACE_S:
+            msg = "grace: without --min-workers every rank is waited for: set both, or neither"
+            raise ConfigError(msg)
         return
     if config.parent is not None or config.children is not None:
         msg = (

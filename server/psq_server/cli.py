@@ -186,10 +186,7 @@ def _settings(config: ServerConfig) -> Settings:
 
 
 def _check_place(config: ServerConfig) -> None:
-    """What an aggregator needs, and what it cannot do; and what needs --min-workers."""
-    if config.min_workers is None and config.grace_s != ServerConfig().grace_s:
-        msg = "grace: without --min-workers every rank is waited for: set both, or neither"
-        raise ConfigError(msg)
+    """What an aggregator needs, and what it cannot do."""
     if config.parent is None:
         return
     if config.children is None:

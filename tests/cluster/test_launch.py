@@ -81,6 +81,7 @@ SUMMARY_SCHEMA = {
         "workers": {"const": 2},
         "servers": {"const": 1},
         "consistency": {"const": "bsp"},
+        "lost": {"const": []},
         "staleness": {"const": {"mean": 0.0, "max": 0}},
         "exposed_s": {"type": "number", "exclusiveMinimum": 0},
         "payload_bits": {"const": 104.0},  # a scale and 512 codes of 4 bits, for 20 values

@@ -230,3 +230,16 @@ def test_stdin_is_empty(crowd):
     crowd.start("one", "import sys; print(repr(sys.stdin.read()))")
     crowd.finish("one")
     assert crowd.lines == [("one", "''")]
+
+
+def test_a_child_that_nobody_misses_ends_and_the_others_go_on(crowd):
+    dead = []
+
+    crowd.children._on_death = lambda _, name, code: dead.append((name, code))
+    crowd.start("lost", "print('last'); raise SystemExit(3)")
+    crowd.start("other", "import sys; sys.stdin.read(); print('done')")
+    crowd.finish("lost", "other")
+    assert dead == [("lost", 3)]
+    assert crowd.children.code("lost") == 3
+    assert crowd.children.code("other") == 0
+    assert ("other", "done") in crowd.lines

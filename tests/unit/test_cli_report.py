@@ -19,6 +19,7 @@ SUMMARY = {
     "recipe": "server-adam (log up, delta sign down)",
     "workers": 2,
     "servers": 1,
+    "lost": [],
     "consistency": "bsp",
     "staleness": {"mean": 0.0, "max": 0},
     "exposed_s": 0.0042,

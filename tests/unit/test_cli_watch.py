@@ -16,6 +16,7 @@ WAITING = (
     "2026-01-01T00:00:00Z info event=waiting need=join round=0 "
     'text="waiting for rank 1 of 2 for 5 s, never seen (to join)"'
 )
+JOINED = "2026-01-01T00:00:00Z info event=joined rank={} world_size=2 incarnation=1"
 LEFT = '2026-01-01T00:00:00Z info event=left rank={} reason=done text=""'
 
 
@@ -38,9 +39,16 @@ class Processes:
     def __init__(self, looks, then=lambda: None):
         self._looks = dict(looks)
         self._then = then
+        self.told = []
 
     def running(self, *names):
         return any(self._looks[name] > 0 for name in names)
+
+    def code(self, name):
+        return None if self._looks[name] > 0 else 0
+
+    def terminate(self, name):
+        self.told.append(name)
 
     def pump(self, _timeout_s):
         self._looks = {name: looks - 1 for name, looks in self._looks.items()}
@@ -50,9 +58,12 @@ class Processes:
         return ChildFailedError(name, 1, [], why)
 
 
-def watch_of(servers):
-    view = View()
-    return Watch(Board(2), view, RANKS, server_names(servers)), view
+def watch_of(servers, joined=(0, 1)):
+    view, names = View(), server_names(servers)
+    watch = Watch(Board(2), view, RANKS, names)
+    for rank in joined:
+        watch.on_line(names[-1], JOINED.format(rank))
+    return watch, view
 
 
 @pytest.fixture
@@ -102,9 +113,8 @@ def test_a_server_that_ends_before_the_workers_ends_the_job_by_name():
         watch.wait_trained(Processes(looks))
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_server_whose_job_was_done_before_it_began_says_what_to_do():
-    watch, _ = watch_of(1)
+def test_a_server_whose_job_was_done_before_it_began_says_at_once_what_to_do():
+    watch, _ = watch_of(1, joined=())
     watch.on_line("server", '2026-01-01T00:00:00Z info event=stop reason=done text="all"')
     children = Processes({"server": 0, "rank 0": 9, "rank 1": 9})
     with pytest.raises(ChildFailedError, match="is done already: name another folder"):
@@ -127,12 +137,70 @@ def test_workers_that_end_soon_after_their_server_may_do_so():
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_server_that_waits_for_a_worker_that_never_came_is_explained():
+def test_a_server_that_waits_for_a_worker_that_is_gone_says_whom_it_waits_for():
     watch, _ = watch_of(1)
     watch.on_line("server", WAITING)
     watch.on_line("server", LEFT.format(0))
-    with pytest.raises(GaveUpError, match=r"rank 1 of 2 .* every rank must make a psq"):
+    with pytest.raises(GaveUpError, match=r"rank 1 of 2 for 5 s"):
         watch.wait_end(Processes({"server": 3}))
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """No patience with what a server has to have said by now."""
+    monkeypatch.setattr(watching, "JOINED_HEARD_S", -1.0)
+    monkeypatch.setattr(watching, "GOODBYE_S", -1.0)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_worker_that_ends_well_and_never_joined_ends_the_job_by_rank():
+    watch, _ = watch_of(1, joined=(0,))
+    with pytest.raises(ChildFailedError, match=r"rank 1 ended .* it never joined"):
+        watch.wait_trained(Processes({"server": 9, "rank 0": 9, "rank 1": 1}))
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("line", [JOINED, LEFT])
+def test_whoever_a_server_has_heard_may_end(line):
+    watch, _ = watch_of(1, joined=())
+    for rank in range(2):
+        watch.on_line("server", line.format(rank))
+    watch.wait_trained(Processes({"server": 9, "rank 0": 2, "rank 1": 1}))
+
+
+def test_a_server_may_say_a_moment_later_that_the_last_worker_had_joined():
+    watch, _ = watch_of(1, joined=(0,))
+    lines = [LEFT.format(0), "x", "x", JOINED.format(1)]
+    children = Processes(
+        {"server": 99, "rank 0": 2, "rank 1": 1},
+        lambda: watch.on_line("server", lines.pop(0)) if lines else None,
+    )
+    watch.wait_trained(children)
+    assert not lines
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_server_that_was_away_as_all_ended_is_told_to_once():
+    watch, _ = watch_of(1)
+    watch.on_line("server", LEFT.format(0))
+    watch.restarts("server")
+    watch.on_line("server", READY.format(7000))
+    children = Processes({"server": 3})
+    watch.wait_end(children)
+    assert children.told == ["server"]
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_server_that_knows_or_is_not_ready_yet_is_let_be(ready):
+    watch, _ = watch_of(1)
+    watch.restarts("server")
+    if ready:
+        for line in (READY.format(7000), LEFT.format(0), LEFT.format(1)):
+            watch.on_line("server", line)
+    children = Processes({"server": 3})
+    watch.wait_end(children)
+    assert children.told == []
 
 
 @pytest.mark.usefixtures("impatient")

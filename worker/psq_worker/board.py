@@ -75,6 +75,10 @@ class Board:
         servers: how many servers they talk to.
         alone: there is one process that sends nothing: the bytes it reports are what dense fp32
             would take.
+
+    Attributes:
+        lost: the ranks that the job went on without, and the codes that they ended with;
+            None: with the job.
     """
 
     def __init__(self, world_size: int, *, servers: int = 1, alone: bool = False) -> None:
@@ -83,6 +87,7 @@ class Board:
         self.ranks = [RankState(rank) for rank in range(world_size)]
         self.points: list[Point] = []
         self.evaluations: list[Evaluation] = []
+        self.lost: dict[int, int | None] = {}
 
     def add(self, event: Event, now_s: float) -> None:
         """Take one event in; one of an unknown rank is ignored."""
@@ -106,6 +111,12 @@ class Board:
         """A worker said whom it waits for; its next event ends that."""
         self.ranks[rank].wait = words
 
+    def loses(self, rank: int, code: int | None) -> None:
+        """The job goes on without a worker, which ended with this code; None: it still runs."""
+        self.lost[rank] = code
+        self.ranks[rank].samples_per_s = 0.0
+        self.ranks[rank].wait = "lost"
+
     @property
     def steps(self) -> int:
         """How many steps the job will make; 0 while nobody knows."""
@@ -113,8 +124,9 @@ class Board:
 
     @property
     def step(self) -> int:
-        """Steps that every worker has made."""
-        return min((state.progress.step for state in self.ranks), default=0)
+        """Steps that every worker has made that is still there."""
+        there = (state for state in self.ranks if state.rank not in self.lost)
+        return min((state.progress.step for state in there), default=0)
 
     @property
     def numel(self) -> int:
@@ -166,6 +178,7 @@ class Board:
             "recipe": first.recipe,
             "workers": len(self.ranks),
             "servers": self.servers,
+            "lost": [{"rank": r, "exit_code": code} for r, code in sorted(self.lost.items())],
             "steps": steps,
             "numel": first.numel,
             "samples": samples,

@@ -11,8 +11,8 @@
   and SIGKILL to the whole process group after `STOP_GRACE_S`.
 - Each child holds the read end of a pipe whose write end only the parent has (`psq.process`): when
   the parent is killed in a way it cannot handle, the children end themselves.
-- One child that ends with a code other than 0 ends all, unless somebody starts it again
-  (`on_death`); the error carries its code and last words.
+- One child that ends with a code other than 0 ends all, unless somebody starts it again, or does
+  without it (`on_death`); the error carries its code and last words.
 
 Signals are turned into `InterruptedByError` inside `pump`, never in the middle of something else.
 """
@@ -44,7 +44,7 @@ READ_BYTES: Final = 65_536
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 OnLine = Callable[[str, str], None]
-OnDeath = Callable[["Children", str, int], str]
+OnDeath = Callable[["Children", str, int], str | None]
 
 
 class ChildFailedError(PsqError):
@@ -76,6 +76,7 @@ class _Child:
     outlives: bool
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
     open_streams: int = 2
+    is_missed: bool = True
 
 
 @dataclass(slots=True)
@@ -91,7 +92,8 @@ class Children:
     Args:
         on_line: called with a child's name and each line it prints, on stdout or stderr.
         on_death: called with this, the name of a child that ended with a code other than 0, and the
-            code; it may `start` a child of that name, and returns why it did not.
+            code; it may `start` a child of that name, and returns why it did not; None if the
+            others go on without.
         grace_s: how long children that are told to end may take for it.
     """
 
@@ -175,6 +177,15 @@ class Children:
             for child in (self._children[name] for name in names)
         )
 
+    def code(self, name: str) -> int | None:
+        """What a child ended with, as far as that has been looked at; None while it runs."""
+        code = self._children[name].process.returncode
+        return code if code is None or code >= 0 else 128 - code
+
+    def terminate(self, name: str) -> None:
+        """Ask one child to end."""
+        _terminate([self._children[name]])
+
     def pump(self, timeout_s: float) -> None:
         """Pass on what the children print, for at most `timeout_s`, or until something happens.
 
@@ -187,15 +198,16 @@ class Children:
             raise InterruptedByError(self._signals[0])
         for child in list(self._children.values()):
             code = child.process.poll()
-            if code:
+            if code and child.is_missed:
                 self._read_rest(child)
                 self._bury(child, code if code > 0 else 128 - code)
 
     def _bury(self, child: _Child, code: int) -> None:
-        """A child has died: another takes its place, or all end."""
+        """A child has died: another takes its place, or the others do without, or all end."""
         self._kill_group(child)
         why = "" if self._on_death is None else self._on_death(self, child.name, code)
-        if self._children[child.name] is child:
+        child.is_missed = why is not None
+        if why is not None and self._children[child.name] is child:
             raise ChildFailedError(child.name, code, child.tail, why.strip())
         for key in list(self._selector.get_map().values()):
             if isinstance(key.data, _Stream) and key.data.child is child:

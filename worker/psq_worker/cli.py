@@ -40,7 +40,8 @@ __all__ = ["main", "psq", "worker", "worker_main"]
 SAID_BY_LAUNCHER: Final = ("connect", "rank", "world_size", "progress", "progress_every")
 # What psq launch hands on to the server; the workers get every setting of theirs.
 FOR_SERVER: Final = (
-    *("save", "lease", "give_up_after", "metrics_host", "metrics_port", "keys"),
+    *("save", "lease", "min_workers", "grace", "give_up_after"),
+    *("metrics_host", "metrics_port", "keys"),
     *("durability", "checkpoint_every", "checkpoint_seconds", "keep_checkpoints", "checkpoint_url"),
 )
 LAUNCHER_SAYS: Final = ("timeline_filename", "state_dir")  # to each process, in its own words
@@ -132,7 +133,8 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
     told = given.resolve(WorkerConfig, rank=0, world_size=config.workers).config
     # The launcher binds, whatever address others are to bind.
     local = Given({**given.values, "bind": DEFAULT_ENDPOINT}, given.file)
-    told_server = local.resolve(ServerConfig).config
+    told_server = local.resolve(ServerConfig, world_size=config.workers).config
+    check_elastic(config, told_server)
     servers = server_count(config.servers, config.workers)
     check_job(told)  # fails before anything is started
     words = [script, "--", *script_words(arguments)] if script is not None else []
@@ -144,12 +146,27 @@ def launch(given: Given, script: str | None, arguments: tuple[str, ...]) -> None
         timeline=told.timeline_filename or told_server.timeline_filename,
         state_dir=kept_where(config, told.state_dir or told_server.state_dir),
         max_restarts=config.max_restarts,
+        min_workers=told_server.min_workers,
         metrics_port=first_metrics_port(told_server, servers),
         server_words=flag_words(given, ServerConfig, only=FOR_SERVER),
         aggregator_words=aggregator_words(told_server),
         worker_words=(*flag_words(given, WorkerConfig, without=LAUNCHER_SAYS), *words),
     )
     run_launch(commands, script or told.task, as_json=config.json)
+
+
+def check_elastic(config: LaunchConfig, told: ServerConfig) -> None:
+    """Refuse to go on without workers where their messages are added up on the way.
+
+    Raises:
+        ConfigError: it says why.
+    """
+    if config.tree is not None and told.min_workers is not None:
+        msg = (
+            "min_workers: in a tree every worker is waited for, since a message of an aggregator "
+            "is that of all its workers: leave --tree or --min-workers out"
+        )
+        raise ConfigError(msg)
 
 
 def kept_where(config: LaunchConfig, state_dir: str | None) -> str | None:

@@ -9,9 +9,9 @@ With a tree there are aggregators between them (`psq_worker.aggregators`), and w
 those. They are servers like the others here, and end with them.
 
 The job ends when every worker has ended with code 0 and the servers after them. A process that dies
-is started again, where that was asked for (`psq_worker.restarts`). Whatever else happens ends all
-of them: see `psq_worker.children`, and `psq_worker.watch` for what is made of
-their words. Nothing here imports torch or zmq.
+is started again, or the job goes on without it, where that was asked for (`psq_worker.restarts`).
+Whatever else happens ends all of them: see `psq_worker.children`, and `psq_worker.watch` for what
+is made of their words. Nothing here imports torch or zmq.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class Commands:
             it, which become one file at the end.
         state_dir: the folder in which everybody keeps what another process needs to go on.
         max_restarts: how often each server and worker may be started again.
+        min_workers: with how many workers the job goes on, where it need not have all.
         timeline: the file that the timeline goes to, if anywhere; each process leaves its part
             beside it, which become one file at the end.
         metrics_port: of server 0; the next numbers are the other servers'. 0 lets each take a free
@@ -87,6 +88,7 @@ class Commands:
     timeline: str | None = None
     state_dir: str | None = None
     max_restarts: int = 0
+    min_workers: int | None = None
     metrics_port: int = 0
     server_words: tuple[str, ...] = ()
     aggregator_words: tuple[str, ...] = ()
@@ -124,8 +126,16 @@ def launch(commands: Commands, view: View, env: Mapping[str, str]) -> Board:
     ranks = [f"rank {rank}" for rank in range(commands.workers)]
     servers = server_names(commands.servers)
     tree = plan_tree(commands.workers, commands.fanout) if commands.fanout else None
-    watch = Watch(board, view, ranks, servers)
-    restarts = Restarts(commands.max_restarts, view, servers=tuple(servers))
+    elastic = commands.min_workers is not None
+    watch = Watch(board, view, ranks, servers, commands.state_dir, elastic=elastic)
+    restarts = Restarts(
+        commands.max_restarts,
+        view,
+        servers=tuple(servers),
+        workers=tuple(ranks),
+        least=commands.min_workers,
+        on_lost=watch.loses,
+    )
     leaves_files = commands.state_dir is not None or commands.timeline is not None
     grace_s = KEPT_GRACE_S if leaves_files else STOP_GRACE_S
     whole = Children(watch.on_line, restarts.revive, grace_s=grace_s)
@@ -288,6 +298,7 @@ def _aggregator_command(commands: Commands, aggregator: Aggregator, parent: str)
 
 def _server_again(commands: Commands, watch: Watch, name: str, env: Mapping[str, str]) -> Order:
     """A server in the place of one that died: where the workers look for it."""
+    watch.restarts(name)
     number = server_names(commands.servers).index(name)
     command = _server_command(commands, number, bind=watch.endpoint(name) or LOCAL)
     return command, _without_pin(env), True

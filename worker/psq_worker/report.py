@@ -71,6 +71,7 @@ def comparison_table(psq: Summary, baseline: Summary, more: str = "") -> Rendera
 def _who(summary: Summary) -> str:
     workers, servers, rule = summary["workers"], summary["servers"], summary["consistency"]
     words = [f"{workers} worker{'s' if workers != 1 else ''}"]
+    words += [f"{len(summary['lost'])} lost on the way"] if summary["lost"] else []
     words += [f"{servers} servers"] if servers > 1 else []
     words += [rule] if rule != "bsp" else []
     return ", ".join([*words, summary["recipe"]])
@@ -118,6 +119,8 @@ def _sections(first: Summary) -> list[list[tuple[str, Cell]]]:
     ]
     if first["consistency"] != "bsp":
         size.insert(1, ("rounds stale, mean and most", _staleness))
+    if first["lost"]:
+        size.insert(1, ("lost on the way, code", _lost))
     if first["skipped"]:
         size.insert(1, ("pushes skipped, not finite", lambda s: f"{s['skipped']:,}"))
     if first["rejected"]:
@@ -151,6 +154,12 @@ def _exposed(summary: Summary) -> str:
 def _staleness(summary: Summary) -> str:
     staleness = summary["staleness"]
     return f"{staleness['mean']:.2f}, {staleness['max']}" if summary["servers"] else "-"
+
+
+def _lost(summary: Summary) -> str:
+    """Each rank and its code, which one that was started again and came too late has not."""
+    ended = ((one["rank"], one["exit_code"]) for one in summary["lost"])
+    return ", ".join(f"rank {rank}" + ("" if code is None else f" {code}") for rank, code in ended)
 
 
 def _ms(summary: Summary, phase: str) -> str:

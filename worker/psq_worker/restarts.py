@@ -1,10 +1,11 @@
-"""Processes of a launched job that died are started again: at the same address, as the same rank.
+"""Processes of a launched job that died: started again, done without, or the end of the job.
 
-Each process has so many restarts. Not started again is one that another try would not help: a
-wrong command line or configuration, a state directory that cannot be used, a key that is refused,
-or a rank that another process has taken. Nor is a worker after the end of its servers, since they
-end when every rank has done its part. This module decides and says so; `psq_worker.children` starts
-and ends processes.
+Each process has so many restarts, at the same address or as the same rank. Not started again is
+one that another try would not help: a wrong command line or configuration, a state directory that
+cannot be used, a key that is refused, or a rank that another process has taken. Nor is a worker
+after the end of its servers, since they end when every rank has done its part. Where servers go on
+without workers that are lost, as long as so many are there (--min-workers), so does the launcher.
+This module decides and says so; `psq_worker.children` starts and ends processes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ class Restarts:
         orders: how to start a process, by its name; asked when it is needed, since a server's
             address is known only once it has begun.
         servers: the names of those that end last.
+        workers: the names of the others.
+        least: how many workers rounds need; None: all.
+        on_lost: told of each worker that the job goes on without and its code.
         counts: how often each was started again.
     """
 
@@ -45,14 +49,43 @@ class Restarts:
     view: View
     orders: dict[str, Callable[[], Order]] = field(default_factory=dict)
     servers: tuple[str, ...] = ()
+    workers: tuple[str, ...] = ()
+    least: int | None = None
+    on_lost: Callable[[str, int], object] = lambda *_: None
     counts: dict[str, int] = field(default_factory=dict)
 
-    def revive(self, children: Children, name: str, code: int) -> str:
+    def revive(self, children: Children, name: str, code: int) -> str | None:
         """Start a process again that ended with this code.
 
         Returns:
-            Why not, in words; empty if it was.
+            Why not, in words; empty if it was, and None if the job goes on without.
         """
+        why = self._try_again(children, name, code)
+        if why and self.may_lose(children, name):
+            said = f", {why}" if why.strip() else ""
+            left = sum(self._is_there(children, other, name) for other in self.workers)
+            words = f"the job goes on with {left} of {len(self.workers)} workers"
+            self.view.say("", f"{name} {_how(code)}{said}: {words} (--min-workers {self.least})")
+            self.on_lost(name, code)
+            return None
+        return why
+
+    def may_lose(self, children: Children, name: str) -> bool:
+        """Whether the job can end well without this worker.
+
+        As the servers see it: rounds need so many workers, of those that are not done yet; and once
+        somebody is done, nobody need be there any more.
+        """
+        if self.least is None or name not in self.workers:
+            return False
+        others = [other for other in self.workers if other != name]
+        left = sum(children.code(other) is None for other in others)
+        done = sum(children.code(other) == 0 for other in others)
+        if not left:
+            return done > 0
+        return left >= min(self.least, len(self.workers) - done)
+
+    def _try_again(self, children: Children, name: str, code: int) -> str:
         if not self.allowed or name not in self.orders:
             return " "
         if code in FINAL_CODES:
@@ -68,6 +101,10 @@ class Restarts:
         first_life_only = {key: value for key, value in env.items() if key != FAILPOINT_ENV}
         children.start(name, command, first_life_only, outlives=outlives)
         return ""
+
+    @staticmethod
+    def _is_there(children: Children, other: str, name: str) -> bool:
+        return other != name and children.code(other) in {None, 0}
 
 
 def _how(code: int) -> str:
