@@ -55,6 +55,8 @@ NOTE_WAIT_S: Final = 5.0
 STRANGER_S: Final = 30.0
 """A connection that has not joined is forgotten after so much silence."""
 
+BACK_S: Final = 60.0
+"""How long after a server's start ranks may take to be back, once others are known to be done."""
 STOP_ROUND_S: Final = 2.0
 """How long a server that is told to stop waits for the end of a round that is half reduced."""
 
@@ -224,6 +226,8 @@ def on_tick(world: World) -> None:
             return
     if world.replicas is not None and _end_of_replicas(world, world.replicas):
         return
+    if _are_done_unheard(world):
+        return
     wait = current_wait(world)
     if wait is None:
         return
@@ -232,6 +236,31 @@ def on_tick(world: World) -> None:
     elif _worth_noting(world, wait):
         world.noted_wait_s = world.now_s
         world.log("waiting", need=wait.need, round=wait.round, text=wait_text(world))
+
+
+def _are_done_unheard(world: World) -> bool:
+    """End if ranks are done, and the others have not been heard since this server's start.
+
+    It was killed while they said goodbye: a worker that has done so and finds no server ends. One
+    that is not done looks for its server twice a second; one that was killed too has BACK_S.
+    """
+    if world.is_elastic or world.replicas is not None or not world.finished:
+        return False
+    patience_s = max(BACK_S, world.settings.lease_s)
+    others = [world.members.get(rank) for rank in world.ranks if rank not in world.finished]
+    for member in others:
+        if member is None or member.gone or member.incarnation:
+            return False
+        if world.now_s - member.seen_s <= patience_s:
+            return False
+    done = ", ".join(map(str, sorted(world.finished)))
+    text = (
+        f"rank {done} was done when this server was killed, and of the others none was heard in "
+        f"the {patience_s:g} s since its start: they are taken for done too; one that is not may "
+        "go on with a server that is started again"
+    )
+    finish(world, 0, "done", text)
+    return True
 
 
 def _end_of_replicas(world: World, replicas: Replicas) -> bool:
@@ -361,7 +390,7 @@ def wait_text(world: World) -> str:
     wait = current_wait(world)
     if wait is None:
         return world.above if world.job is not None and world.round.all_closed else ""
-    return describe(
+    words = describe(
         wait,
         world_size=world.world_size,
         now_s=world.now_s,
@@ -370,6 +399,13 @@ def wait_text(world: World) -> str:
         branches=world.settings.branches,
         few=elastic.missing_words(world),
     )
+    is_known = world.has_weights and bool(world.members)
+    if is_known and not any(member.incarnation for member in world.members.values()):
+        words += (
+            "; nobody has come since this server's start: if the job is done, stop it (SIGTERM), "
+            "its weights are whole"
+        )
+    return words
 
 
 def is_stalled(world: World) -> bool:
