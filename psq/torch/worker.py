@@ -42,7 +42,7 @@ from psq.torch.exchange import Exchange
 from psq.torch.groups import Group, group_up
 from psq.torch.keeper import Load, Save
 from psq.torch.keeping import make_keeper
-from psq.torch.opened import Reason, close_workers, opened, reason_of
+from psq.torch.opened import Reason, close_workers, note_opened, opened, reason_of
 from psq.torch.optimizer import Optimizer
 from psq.torch.overlap import Overlap, check_overlap
 from psq.torch.parameters import ParameterTable
@@ -226,7 +226,7 @@ class Worker:
         self._exchange.keeper = make_keeper(
             config, self.plan, self._table, model, self._exchange, self._averaging
         )
-        opened.append(self)
+        note_opened(self)
         self._join()
         if config.overlap:
             self._overlap = Overlap(
