@@ -1,15 +1,18 @@
-"""What a worker asks of a round beside its gradients: a learning rate and a weight."""
+"""What a worker asks of a round beside its gradients, and says of a step: checked at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Final
+
+from torch import Tensor
 
 from psq.errors import UsageError
 from psq.plan import Plan
 from psq_proto.messages import U32_MAX
 
-__all__ = ["MAX_WEIGHT", "Asked", "check_weight"]
+__all__ = ["MAX_WEIGHT", "Asked", "check_said", "check_weight", "loss_value"]
 
 MAX_WEIGHT: Final = U32_MAX
 """As much as a push has room for."""
@@ -55,3 +58,32 @@ def check_weight(weight: int, plan: Plan) -> int:
         )
         raise UsageError(msg)
     return weight
+
+
+def check_said(loss: object, samples: object) -> None:
+    """What a step is told for whoever looks on: before anything of the step is sent.
+
+    Raises:
+        UsageError: the loss is no number nor a tensor of one, or the samples are no whole number.
+    """
+    is_one = isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex()
+    if loss is not None and not is_one and not isinstance(loss, Real):
+        shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f" {loss!r:.80}"
+        msg = (
+            "loss: expected a number, or a tensor that holds one, got "
+            f"{type(loss).__name__}{shape}: give the mean loss of the batch, or leave it out"
+        )
+        raise UsageError(msg)
+    if not isinstance(samples, Integral) or samples < 0:
+        msg = (
+            f"samples: expected how many were in the batch, a whole number, got {samples!r:.80}: "
+            "give len(batch), or leave it out"
+        )
+        raise UsageError(msg)
+
+
+def loss_value(loss: float | Tensor | None) -> float | None:
+    """A loss that was checked, as a plain number; a tensor is read."""
+    if loss is None:
+        return None
+    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)

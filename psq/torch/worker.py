@@ -36,7 +36,7 @@ from psq.config import DEFAULT_LR
 from psq.errors import UsageError
 from psq.recipe import AdamConfig, Recipe
 from psq.rules import is_apart
-from psq.torch.asked import Asked, check_weight
+from psq.torch.asked import Asked, check_said, check_weight, loss_value
 from psq.torch.averaging import make_averaging
 from psq.torch.exchange import Exchange
 from psq.torch.groups import Group, group_up
@@ -384,7 +384,7 @@ class Worker:
 
         Raises:
             UsageError: the worker is closed, a parameter was replaced or moved, a gradient is
-                sparse, or the vectors are not as they should be; nothing was sent. With overlap
+                sparse, or an argument is not as it should be; nothing was sent. With overlap
                 also: a gradient or the learning rate was changed after the first was sent; the
                 worker cannot go on then.
             FencedError: another process has taken this rank over.
@@ -476,6 +476,7 @@ class Worker:
         vectors: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._check_usable()
+        check_said(loss, samples)
         if vectors is not None:
             self._check_may_give()
         self._samples += samples
@@ -561,7 +562,7 @@ class Worker:
     def _observe(self, report: StepReport, loss: float | Tensor | None, samples: int) -> None:
         if not observers:
             return
-        value = float(loss.detach()) if isinstance(loss, Tensor) else loss
+        value = loss_value(loss)
         for observer in tuple(observers):
             observer(self, report, value, samples)
 

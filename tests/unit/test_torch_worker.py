@@ -445,6 +445,40 @@ def test_observers_hear_of_each_step(join, monkeypatch):
     assert heard[1][2:] == (None, 0)
 
 
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"loss": "abc"}, "expected a number, or a tensor that holds one, got str 'abc'"),
+        ({"loss": torch.ones(2)}, r"got Tensor of shape \(2,\)"),
+        ({"loss": [1.0]}, "got list"),
+        ({"samples": 1.5}, "samples: expected how many were in the batch"),
+        ({"samples": -1}, "a whole number, got -1"),
+    ],
+)
+def test_what_no_observer_could_read_is_refused_before_anything_is_sent(join, said, words):
+    model = make_model()
+    worker = join(model)
+    loss_of(model, 0).backward()
+    with pytest.raises(UsageError, match=words):
+        worker.step(**said)
+    assert worker.step(loss=1.0, samples=8).applied
+
+
+@pytest.mark.parametrize("loss", [1, True, np.float32(1.0), torch.ones(1, 1), torch.tensor(1)])
+def test_observers_hear_of_a_loss_as_a_plain_number(join, loss):
+    heard = []
+    psq.torch.observers.append(lambda *said: heard.append(said[2]))
+    try:
+        model = make_model()
+        worker = join(model)
+        loss_of(model, 0).backward()
+        worker.step(loss=loss)
+    finally:
+        psq.torch.observers.pop()
+    assert heard == [1.0]
+    assert type(heard[0]) is float
+
+
 def test_observers_hear_of_all_samples_of_an_accumulated_step(join):
     heard = []
     psq.torch.observers.append(lambda *said: heard.append(said[3]))
