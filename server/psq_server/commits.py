@@ -89,6 +89,11 @@ class Commits:
         return max(self._gate.durable_version, self._store.version)
 
     @property
+    def dropped(self) -> int:
+        """How many answers were dropped because too many waited for the disk."""
+        return self._gate.dropped
+
+    @property
     def blocked(self) -> str:
         """Why the disk refuses; empty if it does not."""
         return self._gate.blocked

@@ -16,14 +16,15 @@ needs none still waits behind those that do; only an `early` Send and an Echo ne
 of a round whose shards may not go out one by one (`Adopt.whole`) everything waits for the round's
 ticket, from its first Reduce on, before there is one.
 
-Never here: a disk, a thread, a clock. Same actions and answers, same steps. What is held is bounded
-by what the state machine says before it hears another answer: every worker has one contribution
-under way, and gets its verdict from here.
+Never here: a disk, a thread, a clock. Same actions and answers, same steps. What rounds say is
+bounded by itself: every worker has one contribution under way, and gets its verdict from here. What
+peers ask for while the disk refuses is not: so many answers are held for each, for all strangers
+together, and for all peers (MAX_HELD_...). One more is dropped: whoever misses it asks again.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -92,8 +93,17 @@ Changes: TypeAlias = Callable[[bool], Mapping[str, Any]]
 _LEAVING: Final = (Send, Broadcast, SendFull, Save, Stop)
 """Not Echo: it says nothing of the job, anybody may ask for any number, and who sends bounds them.
 """
+MAX_HELD_OF_A_PEER: Final = 64
+"""Answers; as many as may wait in its outbox."""
+MAX_HELD_OF_STRANGERS: Final = 256
+"""Of all peers that speak for no rank, whatever they call themselves."""
+MAX_HELD_ANSWERS: Final = 65_536
+"""Of all peers: one that joins again and again has a new name each time."""
 _OPEN: Final = -1
 """Waits for the ticket of the round under way, which has none yet."""
+_ALL: Final = b"all"
+_STRANGERS: Final = b"strangers"
+"""Beside peers' names, which begin with another letter here."""
 
 
 class Gate:
@@ -106,6 +116,7 @@ class Gate:
 
     Attributes:
         blocked: why the disk refuses; empty if it does not.
+        dropped: how many answers were, because too many waited.
         durable_version: the newest version whose round is durable.
     """
 
@@ -124,6 +135,8 @@ class Gate:
         self._done: set[int] = set()
         self._is_open = False
         self._held: deque[tuple[int, Action]] = deque()
+        self._answers: Counter[bytes] = Counter()
+        self.dropped = 0
         self._versions: deque[tuple[int, int]] = deque()
         self.durable_version = -1 if version is None else version
         self.blocked = ""
@@ -192,6 +205,8 @@ class Gate:
         out: list[Action] = []
         while self._held and self._held[0][0] != _OPEN and self._held[0][0] <= self._released:
             out.append(self._held.popleft()[1])
+            self._answers.subtract(_whose(out[-1]))
+        self._answers = +self._answers
         return out
 
     def _record(self, actions: Sequence[Action], changes: Changes, steps: list[Step]) -> int:
@@ -254,12 +269,31 @@ class Gate:
         )
         if not is_leaving or not (self.waiting or self._is_open):
             steps.append(action)
-        else:
+        elif self._has_room(action):
+            self._answers.update(_whose(action))
             self._held.append((_OPEN if self._is_open else self._issued, action))
+        else:
+            self.dropped += 1
+
+    def _has_room(self, action: Action) -> bool:
+        limits = {_STRANGERS: MAX_HELD_OF_STRANGERS, _ALL: MAX_HELD_ANSWERS}
+        return all(
+            self._answers[name] < limits.get(name, MAX_HELD_OF_A_PEER) for name in _whose(action)
+        )
 
     def _issue(self) -> int:
         self._issued += 1
         return self._issued
+
+
+def _whose(action: Action) -> tuple[bytes, ...]:
+    """Whose room an action takes that a peer may have asked for."""
+    match action:
+        case Send(peer=peer):
+            return (_ALL, _STRANGERS if action.stranger else b"p" + peer)
+        case SendFull(peers=(peer,)):
+            return (_ALL, b"p" + peer)
+    return ()
 
 
 def said_of(said: Sequence[Pushed]) -> list[list[int | float]]:

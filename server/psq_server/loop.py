@@ -261,8 +261,8 @@ class Loop:
 
     @property
     def dropped_frames(self) -> int:
-        """Frames dropped because their peer was too slow."""
-        return self._outbox.dropped_frames
+        """Frames dropped because their peer was too slow, or the disk was and too many asked."""
+        return self._outbox.dropped_frames + self._commits.dropped
 
     @property
     def refused_keys(self) -> int:

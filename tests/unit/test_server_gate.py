@@ -4,7 +4,15 @@ import pytest
 
 from psq.plan import Plan
 from psq.presets import preset
-from psq_server.gate import Append, Gate, Keep, RecordKind, Sync
+from psq_server.gate import (
+    MAX_HELD_OF_A_PEER,
+    MAX_HELD_OF_STRANGERS,
+    Append,
+    Gate,
+    Keep,
+    RecordKind,
+    Sync,
+)
 from psq_server.state import (
     Adopt,
     Broadcast,
@@ -18,6 +26,7 @@ from psq_server.state import (
     Reduce,
     Save,
     Send,
+    SendFull,
     Started,
     Stop,
 )
@@ -189,3 +198,54 @@ def test_an_echo_is_never_held_so_that_strangers_cannot_fill_a_server_whose_disk
     assert admitted(made, *echoes) == echoes
     assert admitted(made, HELLO) == []
     assert made.held == held + 1
+
+
+def blocked():
+    """A gate whose disk does not answer."""
+    made = gate()
+    admitted(made, VERDICT, Committed(4, ()))
+    return made
+
+
+def count(made, actions):
+    """How many of these are held."""
+    before = made.held
+    assert admitted(made, *actions) == []
+    return made.held - before
+
+
+def test_strangers_have_a_room_together_whatever_they_call_themselves():
+    made = blocked()
+    flood = [Send(b"%d" % n, b"error", stranger=True) for n in range(2 * MAX_HELD_OF_STRANGERS)]
+    assert count(made, flood) == MAX_HELD_OF_STRANGERS
+    assert made.dropped == MAX_HELD_OF_STRANGERS
+    assert count(made, [Send(b"rank", b"verdict")]) == 1
+
+
+def test_what_one_rank_asks_for_again_and_again_takes_its_own_room():
+    made = blocked()
+    pulls = [SendFull((b"b",), {0: 4})] * 30 + [Send(b"b", b"again")] * MAX_HELD_OF_A_PEER
+    assert count(made, pulls) == MAX_HELD_OF_A_PEER
+    assert count(made, [Send(b"c", b"verdict"), SendFull((b"b", b"c"), {0: 4})]) == 2
+
+
+def test_one_that_joins_under_ever_new_names_has_a_bound_too(monkeypatch):
+    monkeypatch.setattr("psq_server.gate.MAX_HELD_ANSWERS", 100)
+    made = blocked()
+    assert count(made, [Send(b"%d" % n, b"welcome") for n in range(300)]) == 99
+    assert made.dropped == 201
+
+
+def test_rounds_and_the_end_are_held_whatever_is_full(monkeypatch):
+    monkeypatch.setattr("psq_server.gate.MAX_HELD_ANSWERS", 1)
+    made = blocked()
+    assert count(made, [WEIGHTS, Save(4), Stop(0, "stopped", "told so")]) == 3
+
+
+def test_there_is_room_again_when_the_disk_has_answered():
+    made = blocked()
+    flood = [Send(b"x", b"error", stranger=True)] * (2 * MAX_HELD_OF_STRANGERS)
+    count(made, flood)
+    assert len(made.done(1)) == 1 + MAX_HELD_OF_STRANGERS
+    admitted(made, VERDICT, Committed(5, ()))
+    assert count(made, flood) == MAX_HELD_OF_STRANGERS

@@ -211,12 +211,14 @@ Event: TypeAlias = (
 class Send:
     """Send one frame to one peer.
 
-    An `early` one says nothing that a crash could take back, so it need not wait for the disk.
+    An `early` one says nothing that a crash could take back, so it need not wait for the disk. A
+    `stranger` speaks for no rank, and may be anybody.
     """
 
     peer: bytes
     frame: Buffer
     early: bool = False
+    stranger: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,9 @@ def on_hello(world: World, peer: Peer, message: Message) -> None:
         msg = "this server has no incarnation left to hand out: restart it"
         raise RefusedError(msg)
     world.incarnation += 1
-    world.out.append(Send(peer.name, peer.session.send_cookie(world.incarnation)))
+    # Early: an incarnation is worth nothing beyond this server's life, and anybody may ask for one.
+    cookie = peer.session.send_cookie(world.incarnation)
+    world.out.append(Send(peer.name, cookie, early=True, stranger=True))
 
 
 def on_plan(world: World, peer: Peer, message: Message) -> None:
@@ -257,7 +259,8 @@ def _tell_job(world: World, peer: Peer) -> None:
     if world.job is None or not peer.wants_job or not peer.session.may_send(MessageType.JOB):
         return
     peer.wants_job = False
-    world.out.append(Send(peer.name, peer.session.send_job(world.job.plan.body)))
+    job = peer.session.send_job(world.job.plan.body)
+    world.out.append(Send(peer.name, job, early=True, stranger=True))
 
 
 def _comes_too_late(world: World, old: Member | None, peer: Peer, join: Join) -> bool:

@@ -270,7 +270,8 @@ class World:
         An `early` one says nothing that a crash could take back: see `Send`.
         """
         if peer.session.may_send(kind):
-            self.out.append(Send(peer.name, peer.session.send(kind, body, **fields), early))
+            frame = peer.session.send(kind, body, **fields)
+            self.out.append(Send(peer.name, frame, early, self.member_of(peer) is None))
 
     def tell(
         self,
@@ -311,7 +312,8 @@ class World:
         if peer.complaints <= MAX_COMPLAINTS or isinstance(error, FencedError):
             answer = peer.session.answer(error)
             if answer is not None:
-                self.out.append(Send(peer.name, answer))
+                stranger = self.member_of(peer) is None
+                self.out.append(Send(peer.name, answer, stranger=stranger))
         if peer.session.state in (State.CLOSED, State.FENCED):
             self.release(peer)
 

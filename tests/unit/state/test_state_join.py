@@ -392,3 +392,19 @@ def test_who_asked_for_the_job_and_joined_meanwhile_is_not_told_any_more(cluster
     early.join()
     assert jobs(early) == []
     assert not early.errors
+
+
+def test_what_strangers_hear_is_marked_as_theirs(cluster):
+    job = cluster()
+    first = job.connect(0).join()
+    asks, wrong = job.connect(1), job.connect(5)
+    asks.hello()
+    asks.send(MessageType.PLAN, b"")
+    wrong.hello()  # there is no such rank
+    marks = {
+        worker: [(s.early, s.stranger) for s in job.of(Send) if s.peer == worker.name]
+        for worker in (first, asks, wrong)
+    }
+    assert marks[first] == [(True, True), (False, False)], "COOKIE, WELCOME"
+    assert marks[asks] == [(True, True), (True, True)], "COOKIE, JOB"
+    assert marks[wrong] == [(False, True)], "ERROR"
