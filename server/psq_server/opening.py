@@ -87,7 +87,7 @@ def open_state(
     if config.state_dir is None:
         return Opened(ServerState(settings, clock()))
     from psq.durable import StateDirectory, reach  # noqa: PLC0415 - other servers need none of these
-    from psq_server.recovery import recover  # noqa: PLC0415
+    from psq_server.recovery import known, recover  # noqa: PLC0415
     from psq_server.store import Store  # noqa: PLC0415
 
     copy = _copier(config.checkpoint_url)
@@ -110,7 +110,8 @@ def open_state(
     )
     if found is None:
         return Opened(ServerState(settings, clock()), store)
-    state = _restore(found, settings, clock())
+    with known(f"the newest state in {directory.path}"):
+        state = _restore(found, settings, clock())
     _check_job(config, state)
     store.version = found.checkpoint
     if state.level == "journal":

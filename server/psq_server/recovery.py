@@ -13,13 +13,15 @@ checkpoint can be read, or the journal lacks something, it says what and where (
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias
 
 from psq.durable import JournalReader, StateDirectory, reach, read_journal
 from psq.durable.checkpoint import list_checkpoints, open_checkpoint
-from psq.errors import StateError
+from psq.errors import PsqError, StateError
 from psq.plan import Plan
 from psq_proto.frames import HEADER_BYTES, Buffer
 from psq_server.gate import RecordKind
@@ -27,9 +29,11 @@ from psq_server.state import Judge, Judged, Pushed, Reduce
 from psq_server.state.durable import merge
 from psq_server.weights import Weights
 
-__all__ = ["Entry", "Found", "Recovered", "Replayed", "recover", "replay"]
+__all__ = ["Entry", "Found", "Recovered", "Replayed", "known", "recover", "replay"]
 
 _BODY_CRC: Final = struct.Struct("<92xI4x")
+_FOREIGN: Final = (LookupError, TypeError, ValueError, AttributeError, OverflowError, struct.error)
+"""What becomes of a value that is missing, or of another kind, where it is used."""
 Taken: TypeAlias = dict[int, dict[int, memoryview]]
 """Of each shard: what each rank said that was judged."""
 
@@ -195,6 +199,32 @@ def _pushed(
 # ---- from a directory
 
 
+@contextmanager
+def known(place: str) -> Iterator[None]:
+    """Refuse what is whole on disk, and not what this psq writes: its values are used as they are.
+
+    Args:
+        place: what is read in the block.
+
+    Raises:
+        StateError: it says where, what was met and what to do.
+    """
+    try:
+        yield
+    except StateError as error:
+        if place in str(error):
+            raise
+        msg = f"{place}: {error}"
+        raise StateError(msg) from error
+    except (*_FOREIGN, PsqError) as error:
+        what = f"{error}" if isinstance(error, PsqError) else f"{type(error).__name__}: {error}"
+        msg = (
+            f"{place} is whole, and not what a server of this version of psq keeps ({what:.300}): "
+            "start the version that wrote it, or name the state directory of a server"
+        )
+        raise StateError(msg) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """A state that was on disk, as it was when its server died.
@@ -231,7 +261,8 @@ def recover(directory: StateDirectory, note: Callable[[str, str], None]) -> Foun
     captured, weights, version = begun
     reach("recovery.loaded")
     reader = read_journal(directory.journal, version, run_id=directory.run_id)
-    recovered = replay(captured, reader, weights)
+    with known(f"the journal in {directory.journal}"):
+        recovered = replay(captured, reader, weights)
     if reader.torn is not None:
         torn = reader.torn
         text = f"{torn.path}: the last {torn.lost_bytes} bytes were not written whole: {torn.why}"
@@ -244,25 +275,35 @@ def _load(
     directory: StateDirectory, note: Callable[[str, str], None]
 ) -> tuple[dict[str, Any], Weights, int] | None:
     """The newest checkpoint that is whole, in memory; None if there is none at all."""
-    listed = list_checkpoints(directory.checkpoints)
+    listed, why = list_checkpoints(directory.checkpoints), ""
     for each in listed:
         try:
-            checkpoint = open_checkpoint(each.path)
-            captured, facts = checkpoint.meta["server"], checkpoint.meta["facts"]
-            plan = Plan.parse(captured["plan"])
-            weights = Weights(plan, directory.run_id, directory.epoch, lambda _: False)
-            weights.resume(facts, checkpoint)
+            return _open(directory, each.path)
         except StateError as error:
+            why = str(error)
             note("rotten-checkpoint", f"{each.path}: {error}; it is passed over")
-        else:
-            return captured, weights, checkpoint.version
     if not listed:
         return None
     msg = (
         f"{directory.path} has {len(listed)} checkpoints, and none can be read: put back a copy of "
-        "one (psq ckpt verify says what is wrong), or begin again in another directory"
+        "one (psq ckpt verify says what is wrong), or begin again in another directory; of the "
+        f"oldest: {why}"
     )
     raise StateError(msg)
+
+
+def _open(directory: StateDirectory, path: Path) -> tuple[dict[str, Any], Weights, int]:
+    checkpoint = open_checkpoint(path)
+    with known(str(path)):
+        captured, facts = checkpoint.meta["server"], checkpoint.meta["facts"]
+        plan = Plan.parse(captured["plan"])
+        weights = Weights(plan, directory.run_id, directory.epoch, lambda _: False)
+        weights.resume(facts, checkpoint)
+        version = captured["world"]["version"]
+    if version != checkpoint.version:
+        msg = f"{path} is of version {checkpoint.version}, and its meta of {version!r:.40}"
+        raise StateError(msg)
+    return captured, weights, checkpoint.version
 
 
 def _check_fresh(directory: StateDirectory) -> None:

@@ -12,6 +12,7 @@ still keeps no buffer that another waits for.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final, Protocol
@@ -154,7 +155,7 @@ class Weights:
             StateError: an array is missing, or cannot be read.
         """
         for shard in self._versions:
-            self._versions[shard] = facts["shards"][shard]
+            self._versions[shard] = operator.index(facts["shards"][shard])
             for name, view in self._piece(shard).items():
                 if name not in stored.arrays:
                     msg = f"the checkpoint has no array {name!r}, which this job keeps"

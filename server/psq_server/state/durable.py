@@ -18,7 +18,8 @@ import struct
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
-from typing import Any, Final, TypeAlias
+from types import UnionType
+from typing import Any, Final, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from psq.errors import StateError
 from psq.plan import Plan
@@ -88,7 +89,8 @@ def from_plain(plain: Plain) -> Any:
         return plain
     match plain:
         case ["o", str(name), dict(named)] if name in _KINDS:
-            return _KINDS[name](**{key: from_plain(item) for key, item in named.items()})
+            values = {key: from_plain(item) for key, item in named.items()}
+            return _KINDS[name](**_checked(_KINDS[name], values))
         case ["d", maxlen, list(items)]:
             return deque(map(from_plain, items), maxlen)
         case ["c" | "m" as letter, list(items)]:
@@ -103,6 +105,37 @@ def from_plain(plain: Plain) -> Any:
         "another version; start that one"
     )
     raise StateError(msg)
+
+
+_HINTS: Final = {kind: get_type_hints(kind) for kind in (*_KINDS.values(), Member)}
+
+
+def _checked(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """These values, if each has the type of its field.
+
+    Raises:
+        StateError: one has not, or there is no such field.
+    """
+    for name, value in values.items():
+        hint = _HINTS[kind].get(name)
+        if hint is None or not _fits(value, hint):
+            msg = (
+                f"the saved state has {value!r:.80} as {kind.__name__}.{name}: it was written by "
+                "another version of psq; start that one"
+            )
+            raise StateError(msg)
+    return values
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is UnionType:
+        return any(_fits(value, each) for each in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if hint in {int, float}:
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
 
 
 class Recorder:
@@ -190,6 +223,7 @@ def restore(
             _put_back(world, name, captured["world"][name])
     for rank, kept in captured["members"].items():
         named = {name: from_plain(kept[name]) for name in _KEPT_FIELDS if name in kept}
+        named = _checked(Member, named)
         named.pop("rank", None)
         member = Member(rank=rank, incarnation=0, seen_s=world.now_s, peer=None, **named)
         world.members[rank] = member
@@ -208,4 +242,11 @@ def _put_back(world: World, name: str, plain: Plain) -> None:
     if hasattr(value, "restore"):
         value.restore(from_plain(plain))
     else:
-        setattr(world, name, from_plain(plain))
+        found = from_plain(plain)
+        if type(found) is not type(value):
+            msg = (
+                f"the saved state has {found!r:.80} as {name}: it was written by another version "
+                "of psq; start that one"
+            )
+            raise StateError(msg)
+        setattr(world, name, found)
