@@ -128,6 +128,32 @@ def test_export_writes_the_newest_weights(tmp_path):
     assert load_file(out)["w"].tolist() == [1, 2], "the newest valid one"
 
 
+def test_export_of_a_rotten_checkpoint_names_the_newest_whole_one_and_how_to_have_it(tmp_path):
+    x = np.arange(4, dtype=np.float32)
+    paths = [write_checkpoint(tmp_path, version, {"x": x * version}, META) for version in (1, 2, 3)]
+    out = tmp_path / "w.safetensors"
+    for path in paths[1:]:
+        spoil(path / "arrays-00000.bin", 3)
+    for place in (tmp_path, paths[1]):
+        with pytest.raises(StateError, match=r"not what was written.*whole one.*version 1") as error:
+            run("export", place, "-o", out)
+        assert not out.exists()
+    words = str(error.value).rpartition("psq ckpt ")[2].split()
+    run(*words)
+    assert load_file(out)["w"].tolist() == [1, 2]
+    spoil(paths[0] / "arrays-00000.bin", 3)
+    with pytest.raises(StateError, match=r"no checkpoint in .* is whole: take one from a copy"):
+        run("export", tmp_path, "-o", out)
+
+
+def test_export_to_a_place_that_cannot_be_written_blames_no_checkpoint(tmp_path):
+    write_checkpoint(tmp_path, 1, {"x": np.arange(4, dtype=np.float32)}, META)
+    write_checkpoint(tmp_path, 2, {"x": np.arange(4, dtype=np.float32)}, META)
+    with pytest.raises(StateError) as error:
+        run("export", tmp_path, "-o", tmp_path / "none" / "w.safetensors")
+    assert "whole" not in str(error.value)
+
+
 def test_diff_ends_with_one_where_two_differ(tmp_path):
     a = write_checkpoint(tmp_path, 1, {"x": np.zeros(3)}, {})
     b = write_checkpoint(tmp_path, 2, {"x": np.array([0, 0.5, 0])}, {"v": 2})

@@ -9,6 +9,7 @@ import zmq
 
 from psq import kernels, link
 from psq.config import Given
+from psq.errors import EXIT_GAVE_UP
 from psq.keys import load_server_keys
 from psq_worker import doctor
 from psq_worker.doctor import Check, examine, exit_code
@@ -37,6 +38,12 @@ def test_this_machine_can_run_psq():
 def test_a_finding_that_psq_cannot_live_with_is_code_78():
     assert exit_code([Check("a", "note", "")]) == 0
     assert exit_code([Check("a", "ok", ""), Check("b", "fail", "")]) == 78
+
+
+def test_a_server_that_does_not_answer_has_the_code_that_a_worker_would_end_with():
+    away = Check("server", "fail", "", code=75)
+    assert exit_code([Check("a", "note", ""), away]) == 75
+    assert exit_code([away, Check("b", "fail", "")]) == 78, "this machine comes first"
 
 
 def test_a_wrong_variable_is_found_before_it_stops_a_job():
@@ -113,8 +120,9 @@ def test_each_server_that_is_named_is_tried_and_says_which_one_is_not_there(monk
     assert checks["server 0"].verdict == "ok"
     assert f"{server.endpoint} answers: " in checks["server 0"].found
     assert "Mbit/s up" in checks["server 0"].found
-    assert checks["server 1"].verdict == "note"
+    assert checks["server 1"].verdict == "fail"
     assert f"{silent}: no answer within 1 s" in checks["server 1"].found
+    assert exit_code(list(checks.values())) == EXIT_GAVE_UP
 
 
 def test_a_server_that_cannot_be_heard_with_these_keys_may_be_another_one(monkeypatch, tmp_path):
@@ -124,7 +132,7 @@ def test_a_server_that_cannot_be_heard_with_these_keys_may_be_another_one(monkey
     wrong = tmp_path / "theirs" / "rank0"
     with link.ServerLink("tcp://127.0.0.1:0", keys=load_server_keys(tmp_path / "ours")) as server:
         check = found({"PSQ_CONNECT": server.endpoint, "PSQ_KEYS": str(wrong)})["server"]
-    assert check.verdict == "note"
+    assert (check.verdict, check.code) == ("fail", EXIT_GAVE_UP)
     assert f"{wrong} may have the key of another server" in check.advice
 
 

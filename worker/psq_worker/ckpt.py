@@ -249,8 +249,25 @@ def export(place: str, output: str) -> None:
     from psq.durable.export import export_safetensors  # noqa: PLC0415 - as above
 
     path = _newest(place)
-    size_bytes = export_safetensors(path, Path(output))
+    try:
+        size_bytes = export_safetensors(path, Path(output))
+    except StateError as error:
+        msg = f"{error}{_another(path, output)}"
+        raise StateError(msg) from error
     click.echo(f"{output}: {size_bytes:,} bytes, of {path.name}", err=True)
+
+
+def _another(path: Path, output: str) -> str:
+    """What else to export where this checkpoint is damaged; empty if it is not."""
+    from psq.durable.checkpoint import list_checkpoints, verify  # noqa: PLC0415 - as above
+
+    if not verify(path):
+        return ""  # it is the disk that refused
+    for one in list_checkpoints(path.parent):
+        if one.path != path and not verify(one.path):
+            words = f"psq ckpt export {one.path} -o {output}"
+            return f"; the newest whole one there is of version {one.version}: {words}"
+    return f"; no checkpoint in {path.parent} is whole: take one from a copy"
 
 
 @ckpt.command(short_help="Say what differs between two checkpoints.")

@@ -386,10 +386,11 @@ def merge_timeline(parts: tuple[str, ...], output: str) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(given: Given, *, as_json: bool) -> int:
-    """Say whether this machine can run psq, and what it would run with; ends with 0 or 78.
+    """Say whether this machine can run psq, and what it would run with.
 
-    Servers that a flag, a variable or the file names are tried too; one that does not
-    answer yet is a note, no failure.
+    Servers that a flag, a variable or the file names are tried too. Ends with 0 where nothing is
+    worse than a note, 78 where this machine or its settings will not do, and else with what a
+    worker would end with: 75 where a server does not answer, 77 where it refuses.
     """
     from psq_worker.doctor import examine, exit_code  # noqa: PLC0415 - not for every command
     from psq_worker.listing import print_checks  # noqa: PLC0415 - as above

@@ -49,12 +49,17 @@ ECHO: Final = b"echo" * 64
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding: "ok", "note" (works, but look), or "fail" (psq cannot run like this)."""
+    """One finding: "ok", "note" (works, but look), or "fail" (psq cannot run like this).
+
+    Attributes:
+        code: what the command ends with where this failed.
+    """
 
     name: str
     verdict: Verdict
     found: str
     advice: str = ""
+    code: int = EXIT_CONFIG
 
 
 def examine(environ: Mapping[str, str], given: Given | None = None) -> list[Check]:
@@ -79,8 +84,12 @@ def examine(environ: Mapping[str, str], given: Given | None = None) -> list[Chec
 
 
 def exit_code(checks: list[Check]) -> int:
-    """0 when psq can run, else 78."""
-    return EXIT_CONFIG if any(check.verdict == "fail" for check in checks) else 0
+    """0 when psq can run, and every server that was named answers; else the highest code.
+
+    That is 78 where this machine or its settings will not do. Else it is what a worker would end
+    with that meets this server: 75 where it does not answer, 77 where it refuses.
+    """
+    return max((check.code for check in checks if check.verdict == "fail"), default=0)
 
 
 def cores() -> int:
@@ -238,12 +247,12 @@ def _server(name: str, endpoint: str, folder: str | None) -> Check:
         keys = load_worker_keys(Path(folder)) if folder is not None else None
         rank = keys.rank if keys is not None else 0
         rates = probe_link(endpoint, rank, patience=patience, keys=keys)
-    except GaveUpError:
+    except GaveUpError as error:
         found = f"{endpoint}: no answer within {ANSWER_TIMEOUT_S:g} s"
         pinned = f"; {folder} may have the key of another server" if folder else ""
-        return Check(name, "note", found, _NO_SERVER + pinned)
-    except PsqError as error:
-        return Check(name, "note", f"{endpoint}: {error}")  # it says itself what to do
+        return Check(name, "fail", found, _NO_SERVER + pinned, error.exit_code)
+    except PsqError as error:  # it says itself what to do
+        return Check(name, "fail", f"{endpoint}: {error}", code=error.exit_code)
     words = f"{1000 * rates.round_trip_s:.2f} ms there and back"
     speed = f"{rates.up_mbit_s:,.0f} Mbit/s up, {rates.down_mbit_s:,.0f} down"
     return Check(name, "ok", f"{endpoint} answers: {words}, {speed}")
