@@ -58,6 +58,7 @@ class Totals:
         blocked: whether the disk refuses what has to be durable.
         journal_bytes: payload that was handed to the journal.
         checkpoints: how many were written, and how many could not be, as "written" and "failed".
+        copies: of checkpoints elsewhere, as "copied", "failed" and "overtaken" by a newer one.
         checkpoint_age_s: of the newest one.
     """
 
@@ -77,6 +78,7 @@ class Totals:
     blocked: bool = False
     journal_bytes: int = 0
     checkpoints: Mapping[str, int] = field(default_factory=dict)
+    copies: Mapping[str, int] = field(default_factory=dict)
     checkpoint_age_s: float = 0.0
 
 
@@ -196,6 +198,12 @@ def _families(build: Mapping[str, str], totals: Totals) -> Iterator[Metric]:
     )
     yield _counter(
         "psq_checkpoints", "Checkpoints by what came of them", "outcome", totals.checkpoints
+    )
+    yield _counter(
+        "psq_checkpoint_copies",
+        "Checkpoints to be copied elsewhere by what came of it",
+        "outcome",
+        totals.copies,
     )
     workers = GaugeMetricFamily("psq_workers", "Ranks by state", labels=["state"])
     for state, count in totals.workers.items():

@@ -121,7 +121,7 @@ class Speaker:
 class Server:
     """One life of a server on a directory."""
 
-    def __init__(self, path: Path, plan: Plan, **settings):
+    def __init__(self, path: Path, plan: Plan, *, copy=None, **settings):
         self.plan, self.now_s, self.connections = plan, 100.0, 0
         self.peers: dict[bytes, Speaker] = {}
         self.stopped: Stop | None = None
@@ -132,7 +132,7 @@ class Server:
         found = recover(self.directory, lambda event, text: self.notes.append((event, text)))
         settings = {"durability": "journal", "checkpoint_s": 1e9, **settings}
         told = Settings(self.directory.run_id, self.directory.epoch, **settings)
-        self.store = Store(self.directory)
+        self.store = Store(self.directory, copy=copy)
         self.found = found
         self.weights = None if found is None else found.weights
         if found is None:

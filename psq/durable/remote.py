@@ -4,7 +4,9 @@ A copy is the same files in a folder of the same name; the manifest is sent last
 one was never finished. What arrives is only taken if every checksum is right. Keys and endpoints
 are fsspec's to find, as its page on each kind of storage says; psq reads none.
 
-Needs the extra psq-train[remote]. Never in the way of training: it is slow, and it may fail.
+Needs the extra psq-train[remote]. Never in the way of training: it is slow, and it may fail. Where
+a kind of storage takes a limit for a call (fsspec's asynchronous ones do: s3, gs, abfs, http), it
+gets one; the others end when they end.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from psq.durable.checkpoint import adopt, parse_name, verify
 from psq.durable.files import sync
@@ -21,6 +23,11 @@ from psq.durable.manifest import MANIFEST, META, read_manifest
 from psq.errors import ConfigError, PsqError, StateError
 
 __all__ = ["check_url", "copy_checkpoint", "fetch_checkpoint", "is_url", "list_remote"]
+
+CALL_S: Final = 60.0
+"""How long a store may take for a question, and beyond that for a file of this many bytes a second:
+"""
+SLOWEST_BYTES_S: Final = 1 << 20
 
 
 def is_url(text: str) -> bool:
@@ -63,20 +70,21 @@ def copy_checkpoint(path: Path, url: str) -> str:
     target = f"{url.rstrip('/')}/{path.name}"
     with _reaching(target):
         storage, place = _storage(target)
-        if storage.exists(f"{place}/{MANIFEST}"):
-            if storage.cat_file(f"{place}/{MANIFEST}") == (path / MANIFEST).read_bytes():
+        limit = _limit(storage)
+        if storage.exists(f"{place}/{MANIFEST}", **limit):
+            if storage.cat_file(f"{place}/{MANIFEST}", **limit) == (path / MANIFEST).read_bytes():
                 return target
             msg = f"there is another checkpoint at {target}: name another folder"
             raise StateError(msg)
         if place.startswith("/"):  # else it is a bucket's, which has no folders; none is made here
             storage.makedirs(place, exist_ok=True)
         for name, size in sizes.items():
-            storage.put_file(str(path / name), f"{place}/{name}")
-            found = storage.info(f"{place}/{name}")["size"]
+            storage.put_file(str(path / name), f"{place}/{name}", **_limit(storage, size))
+            found = storage.info(f"{place}/{name}", **limit)["size"]
             if found != size:
                 msg = f"{target}/{name} has {found:,} bytes there, {size:,} were sent: try again"
                 raise StateError(msg)
-        storage.put_file(str(path / MANIFEST), f"{place}/{MANIFEST}")
+        storage.put_file(str(path / MANIFEST), f"{place}/{MANIFEST}", **limit)
     return target
 
 
@@ -149,6 +157,12 @@ def _storage(url: str) -> tuple[Any, str]:
     return storage, str(place)
 
 
+def _limit(storage: Any, nbytes: int = 0) -> dict[str, float]:
+    """The argument that bounds a call, for a kind of storage that takes one."""
+    takes_one = getattr(storage, "async_impl", False)
+    return {"timeout": CALL_S + nbytes / SLOWEST_BYTES_S} if takes_one else {}
+
+
 @contextlib.contextmanager
 def _reaching(url: str) -> Iterator[None]:
     """Turn whatever a kind of storage raises in this block into a StateError."""
@@ -156,6 +170,9 @@ def _reaching(url: str) -> Iterator[None]:
         yield
     except PsqError:
         raise
+    except TimeoutError as error:
+        msg = f"{url} did not answer in time: look at its endpoint, and at the network to it"
+        raise StateError(msg) from error
     except Exception as error:  # each kind of storage has errors of its own
         msg = f"cannot reach {url}: {type(error).__name__}: {error}; look at its keys and endpoint"
         raise StateError(msg) from error

@@ -7,6 +7,7 @@ reason is handed back, to be said loudly; and it does not stand in for one that 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -95,7 +96,9 @@ def load_newest(folder: Path, before: int | None = None) -> Loaded | None:
     raise StateError(msg)
 
 
-def prune(folder: Path, keep: int = MIN_KEPT, *, thorough: bool = True) -> Pruned:
+def prune(
+    folder: Path, keep: int = MIN_KEPT, *, thorough: bool = True, spared: Collection[Path] = ()
+) -> Pruned:
     """Remove what is older than the newest `keep` valid checkpoints; nothing, if there are fewer.
 
     Args:
@@ -103,6 +106,7 @@ def prune(folder: Path, keep: int = MIN_KEPT, *, thorough: bool = True) -> Prune
         keep: how many, 2 or more.
         thorough: read those that are to be kept to the last byte before anything goes; otherwise
             only their manifests, metas and sizes are looked at.
+        spared: not removed now, though they are too many: somebody reads them.
 
     Raises:
         UsageError: fewer than two were to be kept.
@@ -114,7 +118,8 @@ def prune(folder: Path, keep: int = MIN_KEPT, *, thorough: bool = True) -> Prune
     listed = list_checkpoints(folder)
     stop = _after_valid(listed, keep, thorough=thorough) if len(listed) > keep else None
     left = listed[:stop]
-    removed = [one.path for one in reversed(listed[len(left) :])]
+    old = [one.path for one in reversed(listed[len(left) :])]
+    removed = [path for path in old if path not in spared]
     for path in removed:
         _remove(path)
     kept = tuple(one.path for one in left)

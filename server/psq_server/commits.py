@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from psq.errors import StateError
 from psq_server.gate import Append, Gate, Keep, Sync
 from psq_server.line_log import LineLog
-from psq_server.news import Answered, Kept, News, Refused
+from psq_server.news import Answered, Copied, Kept, News, Refused
 from psq_server.saving import metadata_of
 from psq_server.state import (
     Action,
@@ -172,6 +172,12 @@ class Commits:
                     level: Level = "warning" if news.is_alone else "info"
                     self._log.write(level, "checkpointed", {"version": news.version, **note})
                 yield Checkpointed(news.version, news.text)
+            case Copied(failed=True):
+                self._log.write(
+                    "warning", "not-copied", {"version": news.version, "text": news.text}
+                )
+            case Copied():
+                self._log.write("info", "copied", {"version": news.version, "to": news.text})
 
     def _write_down(self, step: Append | Sync | Keep) -> None:
         store = self._need_store()

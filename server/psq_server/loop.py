@@ -256,6 +256,7 @@ class Loop:
             blocked=bool(self._commits.blocked),
             journal_bytes=0 if store is None else store.journal_bytes,
             checkpoints=kept,
+            copies={} if store is None else dict(store.copies),
             checkpoint_age_s=0.0 if store is None else store.age_s,
         )
 

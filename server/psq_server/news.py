@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-__all__ = ["Answered", "Kept", "News", "Refused"]
+__all__ = ["Answered", "Copied", "Kept", "News", "Refused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,4 +36,13 @@ class Kept:
     is_alone: bool = False
 
 
-News: TypeAlias = Answered | Refused | Kept
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A checkpoint was copied somewhere else, `text` says where; or it could not be, and why."""
+
+    version: int
+    text: str
+    failed: bool = False
+
+
+News: TypeAlias = Answered | Refused | Kept | Copied

@@ -20,8 +20,9 @@ from psq_server.state import ServerState, Settings
 from psq_server.weights import Weights
 
 if TYPE_CHECKING:
+    from psq_server.copies import Copy
     from psq_server.recovery import Found
-    from psq_server.store import Copy, Store
+    from psq_server.store import Store
 
 __all__ = ["Opened", "check_kept", "open_state"]
 

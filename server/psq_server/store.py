@@ -2,6 +2,7 @@
 
     the loop       append, sync, keep     hands over, never waits (but for room, see `append`)
     its threads    answer                 `fd` becomes readable, `news` says what
+    another one    copies                 takes checkpoints elsewhere; nothing waits for it
     the loop       news                   goes to the gate and to the state machine
 
 What the server waits for (`ticket`) is tried again until the disk takes it: a journal does so by
@@ -19,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from psq.durable import (
     Journal,
@@ -33,23 +34,22 @@ from psq.durable import (
 from psq.durable.checkpoint import list_checkpoints, write_checkpoint
 from psq.durable.retention import MIN_KEPT, prune
 from psq.errors import PsqError, StateError
+from psq_server.copies import Copies, Copy
 from psq_server.gate import Append, start
 from psq_server.news import Answered, Kept, News, Refused
 from psq_server.shadow import Arrays
 
-__all__ = ["Copy", "Store"]
+__all__ = ["Store"]
 
 RETRY_S: Final = 1.0
 ROOM_S: Final = 60.0
 """How long an append waits for the disk to catch up before the server ends."""
 ROOM_TRY_S: Final = 0.01
 CLOSE_S: Final = 0.5
-"""For each thread: what the server has waited for is on disk by then, or will not be."""
+"""For each thread: what the server has waited for is on disk by then, or will not be. A copy that
+is not made by then is cut off: the manifest comes last, so it is none."""
 MAX_JOBS: Final = 2
 """Checkpoints that wait: one that is written while rounds go on, and the last one."""
-
-Copy: TypeAlias = Callable[[Path], str]
-"""Copies a checkpoint to somewhere else; returns where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,6 @@ class Store:
     ) -> None:
         self._directory = directory
         self._keep = keep
-        self._copy = copy
         self._clock = clock
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.fd = self._reader
@@ -99,11 +98,17 @@ class Store:
         self._jobs: queue.Queue[_Job | None] = queue.Queue(MAX_JOBS)
         self._closing = threading.Event()
         self._is_refused = False
+        self._copies = None if copy is None else Copies(copy, self._tell, clock=clock)
         self._thread = threading.Thread(target=self._run, name="psq-checkpoint", daemon=True)
         self._thread.start()
         self.journal_bytes = self.checkpoints = self.failed_checkpoints = 0
         self.version = -1
         self._kept_s = clock()
+
+    @property
+    def copies(self) -> Mapping[str, int]:
+        """How many checkpoints were copied elsewhere, by what came of it."""
+        return {} if self._copies is None else self._copies.counts
 
     @property
     def age_s(self) -> float:
@@ -210,9 +215,12 @@ class Store:
             is_whole = False
         if self._journal is not None:
             is_whole = self._journal.close(timeout_s=CLOSE_S) and is_whole
+        ends_s = time.monotonic() + CLOSE_S
         self._thread.join(CLOSE_S)
         is_whole = is_whole and not self._thread.is_alive()
-        if not self._thread.is_alive():
+        left_s = max(0.0, ends_s - time.monotonic())
+        are_copied = self._copies is None or self._copies.close(left_s)
+        if not self._thread.is_alive() and are_copied:
             os.close(self._reader)
             os.close(self._writer)
         self._directory.close()
@@ -283,10 +291,13 @@ class Store:
         self._tell(news)
 
     def _tidy(self) -> str:
-        """Remove what nobody needs, copy the newest checkpoint; where the copy is, in words."""
-        prune(self._directory.checkpoints, self._keep, thorough=False)
-        listed = list_checkpoints(self._directory.checkpoints)
-        prune_journal(self._directory.journal, listed[-1].version)
-        if self._copy is None:
-            return ""
-        return f"copied to {self._copy(listed[0].path)}"
+        """Let the newest checkpoint be copied, remove what nobody needs; what to say of it."""
+        newest, note = list_checkpoints(self._directory.checkpoints)[0], ""
+        wanted: tuple[Path, ...] = ()
+        if self._copies is not None:
+            note = self._copies.offer(newest.version, newest.path)
+            wanted = self._copies.wanted
+        pruned = prune(self._directory.checkpoints, self._keep, thorough=False, spared=wanted)
+        if pruned.oldest_version is not None:
+            prune_journal(self._directory.journal, pruned.oldest_version)
+        return note

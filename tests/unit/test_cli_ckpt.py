@@ -135,7 +135,9 @@ def test_export_of_a_rotten_checkpoint_names_the_newest_whole_one_and_how_to_hav
     for path in paths[1:]:
         spoil(path / "arrays-00000.bin", 3)
     for place in (tmp_path, paths[1]):
-        with pytest.raises(StateError, match=r"not what was written.*whole one.*version 1") as error:
+        with pytest.raises(
+            StateError, match=r"not what was written.*whole one.*version 1"
+        ) as error:
             run("export", place, "-o", out)
         assert not out.exists()
     words = str(error.value).rpartition("psq ckpt ")[2].split()

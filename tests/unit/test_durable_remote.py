@@ -10,7 +10,15 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from psq.durable.checkpoint import list_checkpoints, load_checkpoint, verify, write_checkpoint
-from psq.durable.remote import copy_checkpoint, fetch_checkpoint, is_url, list_remote
+from psq.durable.remote import (
+    CALL_S,
+    SLOWEST_BYTES_S,
+    _limit,
+    copy_checkpoint,
+    fetch_checkpoint,
+    is_url,
+    list_remote,
+)
 from psq.errors import ConfigError, StateError
 
 ARRAYS = {"x": np.arange(50_000, dtype=np.float32), "count": np.array(7)}
@@ -147,3 +155,28 @@ def test_storage_that_is_not_there_is_named(near, s3, monkeypatch):
 def test_a_path_is_no_url():
     assert not is_url("/var/psq/state")
     assert is_url("s3://bucket/run")
+
+
+def test_a_store_that_takes_a_limit_gets_one_and_says_when_it_is_over(near, monkeypatch):
+    asked = []
+
+    class Hanging:
+        async_impl = True
+
+        def exists(self, place, **limit):
+            asked.append((place, limit))
+            raise TimeoutError
+
+    monkeypatch.setattr("psq.durable.remote._storage", lambda _: (Hanging(), "bucket/run"))
+    path = write_checkpoint(near, 1, ARRAYS, {})
+    with pytest.raises(StateError, match=r"s3://bucket/run/.* did not answer in time"):
+        copy_checkpoint(path, "s3://bucket/run")
+    assert [limit for _, limit in asked] == [{"timeout": CALL_S}]
+
+
+def test_a_store_that_takes_none_gets_none():
+    storage, _ = stored("memory://x")
+    assert _limit(storage, 1 << 30) == {}
+    assert _limit(fsspec.get_filesystem_class("s3")(), 2 * SLOWEST_BYTES_S) == {
+        "timeout": CALL_S + 2
+    }

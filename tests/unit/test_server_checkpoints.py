@@ -89,23 +89,6 @@ def test_an_answer_to_an_older_checkpoint_does_not_let_a_newer_one_move(
     came_back.crash()
 
 
-def test_a_copy_that_cannot_be_made_at_all_ends_no_later_checkpoint(tmp_path):
-    def refuse(path):
-        msg = f"{path.name} cannot be copied: nothing knows such a URL"
-        raise ConfigError(msg)
-
-    server, speakers = begun(tmp_path / "state", PLAN, checkpoint_every=1)
-    server.store._copy = refuse
-    for version in range(3):
-        make_round(server, speakers, version)
-        wait_for(server, lambda: not server.state._world.is_writing)
-    assert server.store.version == 3
-    said = [line for line in server.log.getvalue().splitlines() if "event=checkpointed" in line]
-    assert len(said) == 4  # the first may have been before the URL was wrong
-    assert all(" warning " in line and "nothing knows such a URL" in line for line in said[1:])
-    server.crash()
-
-
 def test_rounds_from_before_the_newest_checkpoint_stay_for_the_one_before(tmp_path, monkeypatch):
     """Killed between a checkpoint and the journal's segment for it; then that checkpoint rots."""
     monkeypatch.setattr(Journal, "start_segment", lambda _self, _version: None)
