@@ -54,6 +54,10 @@ MAX_STEPS: Final = 1_000_000_000
 MAX_SEED: Final = 2**32 - 1
 MAX_WAIT_S: Final = 30 * 86_400.0
 _HOST: Final = re.compile(r"\*|[\w.-]+|\[[\w:.%]+\]")  # any, a name or IPv4, IPv6
+_TIMELINE_WORDS: Final = (
+    "record where the time goes and write it as a Chrome trace; of t.json each process writes its "
+    "part, as t.rank0.json or t.server0.json; psq launch makes t.json of them"
+)
 LOOPBACK_HOSTS: Final = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -155,12 +159,7 @@ class ServerConfig:
     insecure_plaintext: bool = switch(
         "allow an address other than loopback although nothing is encrypted and anybody may join"
     )
-    timeline_filename: str | None = setting(
-        None,
-        "record where the time goes and write it as a Chrome trace; of t.json each process writes "
-        "its part, as t.rank0.json or t.server0.json; psq launch makes t.json of them",
-        metavar="FILE",
-    )
+    timeline_filename: str | None = setting(None, _TIMELINE_WORDS, metavar="FILE")
     json: bool = switch("end with a summary as one JSON line on stdout")
     debug: bool = switch("show a traceback with an error")
 
@@ -319,12 +318,7 @@ class WorkerConfig:
         low=0,
         high=3600,
     )
-    timeline_filename: str | None = setting(
-        None,
-        "record where the time goes and write it as a Chrome trace; of t.json each process writes "
-        "its part, as t.rank0.json or t.server0.json; psq launch makes t.json of them",
-        metavar="FILE",
-    )
+    timeline_filename: str | None = setting(None, _TIMELINE_WORDS, metavar="FILE")
     json: bool = switch("end with a summary as one JSON line on stdout")
     debug: bool = switch("show a traceback with an error")
 

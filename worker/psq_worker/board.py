@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from psq_worker.events import PHASES, Evaluation, Event, Progress, Started, Summary
+from psq_worker.events import PHASES, Counts, Evaluation, Event, Progress, Started, Summary
 
 __all__ = ["FP32_BITS", "Board", "Point", "RankState", "metric_words", "saved_bytes"]
 
@@ -228,8 +228,7 @@ def _bits(payload_bytes: int, said_numel: int) -> float | None:
 
 def _progress_of(end: Summary, old: Progress) -> Progress:
     """How far a process was when it ended."""
-    known = {f.name for f in dataclasses.fields(Progress)}
-    said = {name: value for name, value in dataclasses.asdict(end).items() if name in known}
+    said = {each.name: getattr(end, each.name) for each in dataclasses.fields(Counts)}
     return dataclasses.replace(old, **said)
 
 

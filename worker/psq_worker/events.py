@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Final, TypeAlias
 
 __all__ = [
     "PHASES",
+    "Counts",
     "Evaluation",
     "Event",
     "Progress",
@@ -55,8 +56,8 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a worker stands.
+class Counts:
+    """Where a worker stands: the totals that its progress and its summary have in common.
 
     Attributes:
         loss: mean over the steps since the last report; None when no step reported one.
@@ -73,13 +74,10 @@ class Progress:
             counted, over all steps; 0 under bsp.
         skipped: steps of which some gradient was not finite and was left out.
         rejected: other steps of which the server did not take all; it is still to be said.
-        doing: "training", or "evaluating" when that is what comes next.
     """
 
-    kind: ClassVar[str] = "progress"
     rank: int = 0
     step: int = 0
-    steps: int = 0
     loss: float | None = None
     samples: int = 0
     elapsed_s: float = 0.0
@@ -95,6 +93,19 @@ class Progress:
     exposed_s: float = 0.0
     staleness_sum: int = 0
     staleness_max: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress(Counts):
+    """Where a worker stands, now and then.
+
+    Attributes:
+        steps: how many it will make; 0 when only the user's script knows.
+        doing: "training", or "evaluating" when that is what comes next.
+    """
+
+    kind: ClassVar[str] = "progress"
+    steps: int = 0
     doing: str = "training"
 
 
@@ -113,31 +124,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(Counts):
     """The end of one process: its last progress and scores. What `psq-worker --json` prints."""
 
     kind: ClassVar[str] = "summary"
-    rank: int = 0
     world_size: int = 1
     task: str = ""
     recipe: str = ""
     consistency: str = "bsp"
-    step: int = 0
-    loss: float | None = None
-    samples: int = 0
-    elapsed_s: float = 0.0
-    sent_bytes: int = 0
-    received_bytes: int = 0
-    payload_bytes: int = 0
-    said_numel: int = 0
-    numel: int = 0
-    skipped: int = 0
-    rejected: int = 0
-    timed_steps: int = 0
-    phases_s: dict[str, float] = field(default_factory=dict)
-    exposed_s: float = 0.0
-    staleness_sum: int = 0
-    staleness_max: int = 0
     metric: str = ""
     scores: dict[str, float] = field(default_factory=dict)
 

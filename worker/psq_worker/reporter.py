@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from psq.torch import LOCAL, SAT_OUT
 from psq_worker.events import PHASES, Evaluation, Event, Progress, Started, Summary
@@ -168,29 +168,12 @@ class Reporter:
 
     def summary(self) -> Summary:
         """Everything counted so far."""
-        totals = self._totals
         return Summary(
-            rank=self._started.rank,
+            **self._counts(),
             world_size=self._started.world_size,
             task=self._started.task,
             recipe=self._started.recipe,
             consistency=self._started.consistency,
-            step=totals.step,
-            loss=self._mean_loss(),
-            samples=totals.samples,
-            elapsed_s=self._clock() - self._since_s,
-            sent_bytes=totals.sent_bytes,
-            received_bytes=totals.received_bytes,
-            payload_bytes=totals.payload_bytes,
-            said_numel=totals.said_numel,
-            numel=self._started.numel,
-            skipped=totals.skipped,
-            rejected=totals.rejected,
-            timed_steps=totals.timed_steps,
-            phases_s=dict(self._phases_s),
-            exposed_s=totals.exposed_s,
-            staleness_sum=totals.staleness_sum,
-            staleness_max=totals.staleness_max,
             metric=self._metric,
             scores=self._scores,
         )
@@ -198,28 +181,35 @@ class Reporter:
     def _progress(self) -> Progress:
         totals = self._totals
         progress = Progress(
-            rank=self._started.rank,
-            step=totals.step,
+            **self._counts(),
             steps=self._started.steps,
-            loss=self._mean_loss(),
-            samples=totals.samples,
-            elapsed_s=self._clock() - self._since_s,
-            sent_bytes=totals.sent_bytes,
-            received_bytes=totals.received_bytes,
-            payload_bytes=totals.payload_bytes,
-            said_numel=totals.said_numel,
-            numel=self._started.numel,
-            skipped=totals.skipped,
-            rejected=totals.rejected,
-            timed_steps=totals.timed_steps,
-            phases_s=dict(self._phases_s),
-            exposed_s=totals.exposed_s,
-            staleness_sum=totals.staleness_sum,
-            staleness_max=totals.staleness_max,
             doing="evaluating" if self._evaluates_after(totals.step) else "training",
         )
         totals.loss_sum, totals.loss_count = 0.0, 0
         return progress
+
+    def _counts(self) -> dict[str, Any]:
+        """The fields of `Counts`, as things are now."""
+        totals = self._totals
+        return {
+            "rank": self._started.rank,
+            "step": totals.step,
+            "loss": self._mean_loss(),
+            "samples": totals.samples,
+            "elapsed_s": self._clock() - self._since_s,
+            "sent_bytes": totals.sent_bytes,
+            "received_bytes": totals.received_bytes,
+            "payload_bytes": totals.payload_bytes,
+            "said_numel": totals.said_numel,
+            "numel": self._started.numel,
+            "skipped": totals.skipped,
+            "rejected": totals.rejected,
+            "timed_steps": totals.timed_steps,
+            "phases_s": dict(self._phases_s),
+            "exposed_s": totals.exposed_s,
+            "staleness_sum": totals.staleness_sum,
+            "staleness_max": totals.staleness_max,
+        }
 
     def _mean_loss(self) -> float | None:
         """The mean since the last progress event, or the mean before where no step came since."""
