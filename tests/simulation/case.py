@@ -42,6 +42,7 @@ class Case:
         skips: whether workers have nothing to say at times.
         min_workers: rounds go on without lost workers, with so many at least; 0: they wait.
         compute_s, say_s: how long a step takes, about, and from one shard to the next at most.
+        copies: how likely a worker's own copy of what goes with a checkpoint can be written.
         own_order: each worker says a step's shards in an order of its own.
         slow: which worker takes ten times as long; -1: none.
         calm_s: when the last fault has struck.
@@ -53,7 +54,7 @@ class Case:
         keeps: how likely a worker that died finds what it had kept.
         disk_errors, slow_disks: how often the disk refuses, or takes long, for a while.
         rot: how likely a server that died finds its newest checkpoint rotten.
-        durability: "journal" or "off".
+        durability: "journal", "checkpoint" or "off".
         checkpoint_every: rounds from one checkpoint to the next; 0: there is only the first.
     """
 
@@ -87,6 +88,7 @@ class Case:
     rot: float = 0.0
     durability: str = "off"
     checkpoint_every: int = 0
+    copies: float = 0.0
     own_order: bool = False
 
     @classmethod
@@ -141,13 +143,17 @@ def _draw(seed: int) -> Case:
         say_s=rng.choice((0.002, 0.002, 0.1)),
         min_workers=rng.choice((0, 0, 0, 0, 1, workers - 1)) if servers == 1 else 0,
     )
-    return replace(case, **_faults(rng), **_later(case))
+    return _later(replace(case, **_faults(rng)))
 
 
-def _later(case: Case) -> dict[str, Any]:
+def _later(case: Case) -> Case:
     """What was thought of later, from a generator of its own: the rest stays what it was."""
     rng = random.Random(f"{case.seed}/later")  # noqa: S311 - a simulation
-    return {"own_order": rng.random() < 0.2}
+    case = replace(case, own_order=rng.random() < 0.2)
+    if case.durability == "journal":
+        level = rng.choice(("journal", "journal", "journal", "checkpoint"))
+        case = replace(case, durability=level, copies=rng.choice((0.0, 0.5, 1.0)))
+    return case
 
 
 def _faults(rng: random.Random) -> dict[str, Any]:

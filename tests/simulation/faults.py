@@ -201,14 +201,14 @@ class Faults:
 
     def _break_disk(self) -> None:
         server = self._server()
-        if server is not None and self.simulation.case.durability == "journal":
+        if server is not None and self.simulation.case.durability != "off":
             self._strike("disk_errors", server.index)
             until_s = self.simulation.schedule.now_s + self.rng.uniform(*HOLD_S)
             server.disk.broken_until_s = until_s
 
     def _slow_disk(self) -> None:
         server = self._server()
-        if server is not None and self.simulation.case.durability == "journal":
+        if server is not None and self.simulation.case.durability != "off":
             self._strike("slow_disks", server.index)
             server.disk.slow_until_s = self.simulation.schedule.now_s + self.rng.uniform(*HOLD_S)
 

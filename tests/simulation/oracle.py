@@ -16,6 +16,7 @@ It knows everything that happens in all processes, which no process does.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -28,12 +29,14 @@ from psq_server.state import Pushed
 from .arithmetic import INITIAL, direction, is_refused, is_skipped, numbers, split
 from .case import Case, plan_of, view_of
 from .clock import Violation
+from .copies import Copy
 
 __all__ = ["Oracle", "Ticket", "reference"]
 
 _TYPE_OFFSET: Final = 5
 MANY: Final = 1000
 """More processes than a run has."""
+_VERSIONS: Final = re.compile(r"(?:round|version|is at|resolved) (-?[0-9]+)")
 _OF_A_VERSION: Final = frozenset({MessageType.VERDICT, MessageType.STATUS, MessageType.WELCOME})
 
 
@@ -44,7 +47,8 @@ class Ticket:
     Attributes:
         owner: the residual's history that it belongs to, and will return to.
         state: "open" until its worker hears of it, then "applied" or "returned"; "orphan" if its
-            worker died and took its residual along.
+            worker died and took its residual along; "void" if its worker began again before it, so
+            that it must not count any more.
         round: in which it was reduced, by the server as it is now; None: it was not.
     """
 
@@ -85,11 +89,18 @@ class Oracle:
         }
         self.newest = dict.fromkeys(shards, 0)
         self.versions = dict.fromkeys(range(case.servers), 0)
-        self.nothing = -1 if case.durability == "journal" else 0
+        self.nothing = 0 if case.durability == "off" else -1
         self.durable = dict.fromkeys(range(case.servers), self.nothing)
         self.promised = dict.fromkeys(range(case.servers), 0)
         """The newest version that anybody was told of, or computed from."""
         self.up = dict.fromkeys(range(case.servers), True)
+        self.epochs = dict.fromkeys(range(case.servers), 0)
+        self.rolled: dict[int, int] = {}
+        """The lowest version that a server came back at, after it had answered for a later one."""
+        self.known: dict[tuple[int, int], int] = {}
+        """The newest version of a server's that a process computed from."""
+        self.doomed: set[int] = set()
+        """The processes that computed from a version that never happened: they have to end."""
         self.losses = 0
         self.failed = ""
         self.contested: set[int] = set()
@@ -113,9 +124,14 @@ class Oracle:
         self.begins(owner)
         return owner
 
+    @property
+    def has_forgotten(self) -> bool:
+        """Whether a server may have lost what it knew: it came back, and has no journal."""
+        return self.case.durability == "checkpoint" and max(self.epochs.values()) > 1
+
     def misfit(self, rank: int, words: list[str]) -> None:
-        """A process could not go on from what was kept: only another process may be why."""
-        if rank not in self.contested:
+        """A process could not go on from what was kept: another one, or a server, has to be why."""
+        if rank not in self.contested and not self.has_forgotten:
             msg = f"rank {rank} cannot go on from what it kept: {words}"
             raise Violation(msg)
 
@@ -139,12 +155,21 @@ class Oracle:
         self._dirty.add(shard)
         return ticket
 
-    def hears(self, ticket: int, state: str) -> None:
-        """A worker has heard of what it said: "applied", or "returned" to its residual."""
+    def hears(self, ticket: int, state: str, *, behind: bool = False) -> None:
+        """A worker has heard of what it said: "applied", or "returned" to its residual.
+
+        Args:
+            ticket: what was said.
+            state: what became of it.
+            behind: it was a server that is no more who said so, and no journal was kept.
+        """
         heard = self.tickets[ticket]
         if heard.state != "open":
             msg = f"{heard} is {state} now, although it was {heard.state}"
             raise Violation(msg)
+        if behind and state == "applied" and heard.round is None:
+            self._void_ticket(heard)
+            return
         kept = self.durable[self.owners[heard.shard]]
         if state == "applied" and (heard.round is None or heard.round >= kept):
             msg = f"{heard} is said to count: {kept} versions are on disk"
@@ -171,6 +196,33 @@ class Oracle:
         else:
             heard.owner = owner
 
+    def _void_ticket(self, ticket: Ticket) -> None:
+        """What was said never counts: it is lost, wherever it is."""
+        assert ticket.round is None, ticket
+        ticket.state = "void"
+        self.lost[ticket.shard] += ticket.value
+        self.loose[ticket.shard].pop(ticket.number, None)
+        self._dirty.add(ticket.shard)
+
+    def recall(self, owner: int, copy: Copy) -> None:
+        """A process begins with what a copy holds: nothing of that rank may count since.
+
+        Raises:
+            Violation: something does.
+        """
+        for ticket in self.tickets.values():
+            if ticket.owner != copy.owner or ticket.number <= copy.tickets:
+                continue
+            if ticket.round is not None:
+                msg = f"rank {ticket.rank} goes on from its copy of {copy.version}: {ticket} counts"
+                raise Violation(msg)
+            if ticket.state in {"open", "orphan"}:
+                self._void_ticket(ticket)
+        self.residuals[owner] = dict(copy.residual)
+        for shard, value in copy.residual.items():
+            self.lost[shard] -= value
+            self._dirty.add(shard)
+
     def loses(self, owner: int) -> None:
         """A residual is gone, with all that was under way of it."""
         self.forgets(owner)
@@ -191,8 +243,16 @@ class Oracle:
             msg = f"rank {rank} holds {has} as version {version} of shard {shard}, made was {made}"
             raise Violation(msg)
 
-    def computes(self, rank: int, server: int, version: int) -> None:
+    def is_current(self, server: int, epoch: int) -> bool:
+        """Whether a worker that is in this epoch of a server's has to know what that has lost."""
+        return self.case.durability != "checkpoint" or epoch == self.epochs[server]
+
+    def computes(self, rank: int, server: int, version: int, process: int) -> None:
         """A worker computes from these weights: they are committed, no crash takes them back."""
+        if process in self.doomed:
+            msg = f"rank {rank} goes on, although it had computed from a version that is gone"
+            raise Violation(msg)
+        self.known[process, server] = version
         if version > self.versions[server] or version > self.durable[server]:
             msg = (
                 f"rank {rank} computes from version {version}: server {server} has committed "
@@ -229,7 +289,7 @@ class Oracle:
             value, number = numbers(pushed.payload)
             ticket = self.tickets[number]
             assert (ticket.rank, ticket.shard) == (pushed.rank, shard), (ticket, pushed.rank)
-            if ticket.round is not None:
+            if ticket.round is not None or ticket.state == "void":
                 msg = f"{ticket} is reduced again, in round {round_}"
                 raise Violation(msg)
             ticket.round = round_
@@ -269,6 +329,8 @@ class Oracle:
         Raises:
             Violation: it answered for a later one, or these are others than it had.
         """
+        if version < self.promised[server] and self.case.durability == "checkpoint":
+            self._roll_back(server, version)
         if version < self.promised[server]:
             msg = (
                 f"server {server} is back at version {version}, and had answered for "
@@ -290,11 +352,36 @@ class Oracle:
         for ticket in self.tickets.values():
             if ticket.shard in mine and ticket.round is not None and ticket.round >= version:
                 ticket.round = None
+                if ticket.state == "applied":
+                    self._void_ticket(ticket)
         self._dirty.update(mine)
+
+    def _roll_back(self, server: int, version: int) -> None:
+        """A server without a journal is back at its last checkpoint."""
+        self.rolled[server] = min(version, self.rolled.get(server, version))
+        self.promised[server] = self.durable[server] = version
+        self.losses += 1
+        self.doomed |= {
+            p for (p, s), knows in self.known.items() if s == server and knows > version
+        }
+
+    def check_rollback(self, rank: int, words: str) -> None:
+        """A worker ends because a server is behind it: it names both rounds, and it is so.
+
+        Raises:
+            Violation: it does not, or it is not.
+        """
+        named = sorted({int(number) for number in _VERSIONS.findall(words)})
+        if len(named) < 2 or not any(at < named[-1] for at in self.rolled.values()):
+            msg = f"rank {rank} ends with {words!r}; servers came back at {self.rolled}"
+            raise Violation(msg)
 
     def goes_down(self, server: int, frame: Buffer) -> None:
         """A server says something: it answers for no version that a crash would take back."""
         kind = frame[_TYPE_OFFSET]
+        if self.case.durability == "checkpoint" and kind in _OF_A_VERSION:
+            told = decode_frame(frame).header.version
+            self.promised[server] = max(self.promised[server], told)
         if self.case.durability != "journal":
             return
         if kind == MessageType.WEIGHTS:

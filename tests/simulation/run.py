@@ -12,6 +12,7 @@ from psq_server.state import StopRequested
 
 from .case import Case
 from .clock import Schedule, Violation
+from .copies import Copies
 from .disk import Disk
 from .faults import Faults
 from .network import Network
@@ -62,6 +63,10 @@ class Simulation:
             )
             for index in range(case.servers)
         ]
+        self.copies = {
+            rank: Copies(self.schedule, random.Random(f"{case.seed}/copies{rank}"), case.copies)  # noqa: S311
+            for rank in range(case.workers)
+        }
         self.workers: dict[int, Worker] = {}
         self.everyone: list[Worker] = []
         for server in self.servers:
@@ -81,10 +86,9 @@ class Simulation:
         current = list(self.workers.values())
         for worker in current:
             others = any(w.alive for w in self.everyone if w.rank == worker.rank)
-            if worker.fate == "fenced" and not others:
+            if not others and self._is_missing(worker):
                 self.start_worker(worker.rank)
-        done = {worker.rank for worker in self.everyone if worker.fate == "done"}
-        if len(done) < len(current):
+        if not all(self._is_done(worker) for worker in self.workers.values()):
             return
         for server in self.servers:
             alone = any(w.fate == "done" and w.left_alone[server.index] for w in self.everyone)
@@ -93,10 +97,38 @@ class Simulation:
                 server.stopping = True
                 process.happen(StopRequested("SIGTERM"))
 
+    def _is_missing(self, worker: Worker) -> bool:
+        """Whether this process is gone and the job goes on: who is done, too, if that is lost."""
+        if worker.fate in {"fenced", "rolled-back"}:
+            return True
+        forgotten = worker.fate == "done" and self.oracle.has_forgotten
+        return forgotten and any(
+            server.process is not None
+            and server.process.alive
+            and worker.rank not in server.process.state._world.finished
+            for server in self.servers
+        )
+
+    def _is_done(self, worker: Worker) -> bool:
+        """Whether the rank is done; where a server was set back, its present process."""
+        if self.oracle.has_forgotten:
+            return worker.fate == "done"
+        return any(w.rank == worker.rank and w.fate == "done" for w in self.everyone)
+
     def start_worker(self, rank: int, kept: Kept | None = None) -> Worker:
         """A process for a rank; it may go on from what the one before has kept."""
         owner = len(self.everyone) if kept is None else kept.owner
-        worker = Worker(rank, owner, self.case, self.schedule, self.network, self.oracle, kept)
+        worker = Worker(
+            rank,
+            owner,
+            self.case,
+            self.schedule,
+            self.network,
+            self.oracle,
+            self.copies[rank],
+            len(self.everyone),
+            kept,
+        )
         self.everyone.append(worker)
         self.workers[rank] = worker
         for server in range(self.case.servers):
@@ -119,7 +151,20 @@ class Simulation:
 
         One that came too late to join, or hangs while another has its rank, would give up some day.
         """
-        return all(server.ended for server in self.servers) and not any(
+        return self.is_stranded or (all(server.ended for server in self.servers) and self._are_gone)
+
+    @property
+    def is_stranded(self) -> bool:
+        """Whether one server was set back after another had ended the job: nobody can go on."""
+        ended = self.oracle.has_forgotten and any(server.ended for server in self.servers)
+        return ended and any(
+            worker.alive and worker.phase in {"offering", "joining"}
+            for worker in self.workers.values()
+        )
+
+    @property
+    def _are_gone(self) -> bool:
+        return not any(
             worker.alive
             and worker.phase not in {"offering", "joining"}
             and worker.rank not in self.oracle.contested
@@ -159,13 +204,17 @@ class Simulation:
         for worker in self.everyone:
             if worker.alive:
                 worker.stop("dead")
-            allowed = {"done", "dead", "late"}
+            allowed = {"done", "dead", "late"} | (
+                {"rolled-back"} if self.oracle.has_forgotten else set()
+            )
             if worker.rank in self.oracle.contested:
                 allowed.add("fenced")
             if worker.fate not in allowed:
                 msg = f"rank {worker.rank} ended with {worker.fate}"
                 raise Violation(msg)
         for server in self.servers:
+            if self.is_stranded:
+                break
             if server.ended is None or server.ended.exit_code:
                 msg = f"server {server.index} ended with {server.ended}"
                 raise Violation(msg)

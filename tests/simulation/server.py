@@ -102,7 +102,7 @@ class Server:
             min_workers=case.min_workers or None,
             grace_s=GRACE_S,
             give_up_after_s=900.0,
-            durability="journal" if case.durability == "journal" else "off",
+            durability=case.durability,
             checkpoint_every=case.checkpoint_every or None,
         )
 
@@ -112,6 +112,7 @@ class Server:
             return
         self.epoch += 1
         self.schedule.note("server starts", self.index, self.epoch)
+        self.oracle.epochs[self.index] = self.epoch
         self.process = Process(self)
         with suppress(Killed):
             self.process.begin()
@@ -161,7 +162,7 @@ class Process:
         self._events: deque[Event] = deque()
         self._flushing = False
         self._wake_s = -1.0
-        kept = server.case.durability == "journal"
+        kept = server.case.durability != "off"
         self.store = Store(server.disk, self.epoch, self._hear) if kept else None
         self.state: ServerState
         self.weights: IntegerWeights | None = None
@@ -172,7 +173,7 @@ class Process:
         server = self.server
         recovered = self._recover()
         self.state, self.weights = recovered.state, recovered.weights
-        if self.store is not None and self.weights is not None:
+        if self.store is not None and self.state.level == "journal":
             version = self.state.snapshot(server.clock.now_s()).version
             self.store.open_journal(version, recovered.last)
         self.commits = Commits(

@@ -22,12 +22,13 @@ from psq.client.identity import Identity
 from psq.client.machine import Machine
 from psq.errors import FencedError, GaveUpError, PsqError
 from psq.plan import Plan
-from psq_proto.frames import Buffer, Header
-from psq_proto.messages import Flags, Leave
+from psq_proto.frames import Buffer, Header, decode_frame
+from psq_proto.messages import Flags, Leave, MessageType
 
 from .arithmetic import INITIAL, RATE, direction, is_skipped, numbers, pack, split
 from .case import Case, view_of
 from .clock import LocalClock, Schedule, Violation
+from .copies import Copies, Copy
 from .network import Network, WorkerLink
 from .oracle import Oracle
 
@@ -36,6 +37,7 @@ __all__ = ["Kept", "Worker"]
 HEARTBEAT_S: Final = 1.0
 LOOK_S: Final = 0.1
 SLOW: Final = 10
+_TYPE_OFFSET: Final = 5
 
 Phase = Literal["offering", "joining", "computing", "saying", "finishing", "leaving", "gone"]
 
@@ -68,6 +70,7 @@ class Worker:
 
     Attributes:
         phase: what it does.
+        number: of the process.
         owner: the number of its residual's history, as the oracle knows it.
         fate: how it ended: "done", "fenced", "dead", "late" (a job that went on
             without it, and ended), or in a server's words.
@@ -83,9 +86,13 @@ class Worker:
         schedule: Schedule,
         network: Network,
         oracle: Oracle,
+        copies: Copies,
+        number: int,
         kept: Kept | None = None,
     ) -> None:
         self.rank = rank
+        self.copies = copies
+        self.number = number
         self.owner = owner
         self.case = case
         self.schedule = schedule
@@ -103,6 +110,8 @@ class Worker:
         self._wanted: dict[int, int] = {}
         self._unsaid: list[int] = []
         self._kept = kept
+        self._older = copies.found()
+        self._wanted_copies: dict[int, int] = {}
         self._base: tuple[tuple[Identity, ...], dict[int, tuple[int, int]]] | None = None
         self._timer_s = float("inf")
         self._step = 0
@@ -116,15 +125,14 @@ class Worker:
             link.on_sent = self._goes_up
         self.channels = [self._channel(server, link) for server, link in enumerate(self.links)]
         self.machines = [channel.machine for channel in self.channels]
-        if kept is not None:
-            self.phase = "offering"
-            for machine, identity in zip(self.machines, kept.identities, strict=True):
-                machine.offer(identity)
+        self._offer(None if kept is None else kept.identities)
         schedule.after(0.0, self._pump)
 
     def _channel(self, server: int, link: WorkerLink) -> Channel:
         plan = view_of(self.plan, server)
-        hooks = Hooks(self._initial, self._weights, self._restore, self._reset)
+        hooks = Hooks(
+            self._initial, self._weights, self._restore, self._reset, checkpoint=self._want_copy
+        )
         machine = Machine(
             plan,
             self.rank,
@@ -218,8 +226,13 @@ class Worker:
         fenced = isinstance(error, FencedError)
         self.schedule.note("worker ends", self.rank, self.owner, error)
         late = isinstance(error, GaveUpError) and self.case.min_workers > 0
-        self.stop("fenced" if fenced else "late" if late else f"{type(error).__name__}: {error}")
-        if not fenced and not late:
+        behind = bool(self.oracle.rolled) and "ROLLBACK" in str(error)
+        if behind:
+            self.oracle.check_rollback(self.rank, str(error))
+        fates = {"fenced": fenced, "late": late, "rolled-back": behind}
+        fate = next((name for name, is_so in fates.items() if is_so), "")
+        self.stop(fate or f"{type(error).__name__}: {error}")
+        if not fate:
             self.oracle.failed = f"rank {self.rank} ended with {type(error).__name__}: {error}"
 
     # ---- the training loop
@@ -250,6 +263,7 @@ class Worker:
             for machine in self.machines:
                 if machine.round is not None:
                     self._end_round(machine)
+            self._copy()
         is_held = any(machine.round is not None for machine in self.machines)
         if self.version >= self.case.rounds and not is_held:
             self.phase = "leaving"
@@ -259,26 +273,66 @@ class Worker:
             return
         self._begin()
 
+    def _offer(self, identities: Sequence[Identity] | None) -> None:
+        """Offer to go on as somebody: who kept all, or the newest copy that is left; or as nobody.
+
+        Whoever was kept is offered first: it has the newest version.
+        """
+        if identities is None and self._older:
+            identities = self._older[0].identities
+        if identities is None:
+            return
+        self.phase = "offering"
+        for machine, identity in zip(self.machines, identities, strict=True):
+            machine.offer(identity)
+
     def _take_up(self) -> None:
-        """Go on as the process before, if that fits every server; else begin anew."""
-        kept = self._kept
-        assert kept is not None
-        self.phase, self._kept = "joining", None
-        self._base = (kept.identities, kept.values)
+        """Go on as who was offered, if that fits every server; else the next, or begin anew."""
+        kept, self._kept = self._kept, None
+        copy = self._older.pop(0) if kept is None else None
+        self.phase = "joining"
         misfits = [words for machine in self.machines if (words := machine.misfit())]
         self.schedule.note("goes on", self.rank, self.owner, misfits)
-        if misfits:
-            self.oracle.misfit(self.rank, misfits)
-            self.oracle.loses(self.owner)
-            self.owner, self._base = self.oracle.new_owner(), None
-            for machine in self.machines:
-                machine.offer(None)
-        else:
-            self.values, self.residual = dict(kept.values), dict(kept.residual)
-            self.said, self._wanted = dict(kept.said), dict(kept.wanted)
+        if not misfits:
+            self._older.clear()
+            if kept is not None:
+                self._base = (kept.identities, kept.values)
+                self.values, self.residual = dict(kept.values), dict(kept.residual)
+                self.said, self._wanted = dict(kept.said), dict(kept.wanted)
+            elif copy is not None:
+                self.oracle.recall(self.owner, copy)
+                self.residual, self._wanted = dict(copy.residual), dict(copy.wanted)
             for machine in self.machines:
                 machine.take_up()
+        else:
+            if kept is not None:
+                self.oracle.misfit(self.rank, misfits)
+                self.oracle.loses(self.owner)
+                self.owner = self.oracle.new_owner()
+            if not self._older:
+                for machine in self.machines:
+                    machine.offer(None)
+            self._offer(None)
         self._pump()
+
+    def _want_copy(self, server: int, version: int) -> None:
+        """A server makes this version a checkpoint."""
+        self._wanted_copies[server] = version
+
+    def _copy(self) -> None:
+        """Keep what goes with a checkpoint, and say what is kept by now."""
+        for done in self.copies.news():
+            for server in done.servers:
+                self.machines[server].confirm(done.version, 0)
+        version, wanted = self.version, self._wanted_copies
+        servers = tuple(sorted(s for s in wanted if wanted[s] == version))
+        if not servers:
+            return
+        identities = tuple(replace(m.identity(), versions={}) for m in self.machines)
+        tickets = len(self.oracle.tickets)
+        residual, wants = dict(self.residual), dict(self._wanted)
+        copy = Copy(version, servers, self.owner, tickets, identities, residual, wants)
+        self.copies.write(copy)
 
     def keep(self) -> Kept | None:
         """What a process that comes after this one may go on from; None before its first step."""
@@ -299,7 +353,13 @@ class Worker:
         ended = machine.end_round()
         for shard in sorted(ended.pushed):
             if shard in self.said:  # else it was restored
-                self.oracle.hears(self.said.pop(shard), "applied")
+                behind = not self._is_current(machine)
+                self.oracle.hears(self.said.pop(shard), "applied", behind=behind)
+
+    def _is_current(self, machine: Machine) -> bool:
+        """Whether this worker has to know what that server knows."""
+        epoch = machine.session.epoch if machine.joined else -1
+        return self.oracle.is_current(self.machines.index(machine), epoch)
 
     def _begin(self) -> None:
         """Begin a step: it computes for a while, then says one shard after the other."""
@@ -310,7 +370,8 @@ class Worker:
             held = machine.round is not None  # it goes on after a crash
             if held or machine.replica.version == self._step or not in_step:
                 number = machine.begin(RATE).number
-                self.oracle.computes(self.rank, server, number)
+                if self._is_current(machine):
+                    self.oracle.computes(self.rank, server, number, self.number)
         self._check_replica()
         if not is_held:
             identities = tuple(machine.identity() for machine in self.machines)
@@ -324,7 +385,7 @@ class Worker:
         self._set_timer()
 
     def _check_replica(self) -> None:
-        for machine in self.machines:
+        for machine in filter(self._is_current, self.machines):
             for shard, version in machine.replica.versions.items():
                 if self.case.every == 1:
                     self.oracle.check_replica(self.rank, shard, version, self.values[shard])
@@ -389,7 +450,7 @@ class Worker:
         self.oracle.hears(ticket, "returned")
 
     def _reset(self, shards: Sequence[int]) -> None:
-        if self.rank not in self.oracle.contested:
+        if self.rank not in self.oracle.contested and not self.oracle.has_forgotten:
             msg = f"rank {self.rank} was told to forget its residuals of {shards}"
             raise Violation(msg)
         self.oracle.forgets(self.owner)
@@ -406,6 +467,11 @@ class Worker:
         if not self.alive:
             msg = f"rank {self.rank} speaks, although it is {self.fate}"
             raise Violation(msg)
+        if frame[_TYPE_OFFSET] == MessageType.CKPT_OK:
+            version = decode_frame(frame).header.version
+            if not self.copies.has(version):
+                msg = f"rank {self.rank} says that it has a copy of version {version}"
+                raise Violation(msg)
         self.oracle.goes_up(self.owner, frame)
 
     # ---- the end
@@ -418,5 +484,6 @@ class Worker:
         if fate != "done" and not keeps:
             self.oracle.loses(self.owner)
         self.schedule.note("worker is gone", self.rank, self.owner, fate)
+        self.copies.end()
         for link in self.links:
             link.close()
