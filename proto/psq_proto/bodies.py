@@ -69,7 +69,8 @@ class Join:
     """A worker takes up the incarnation of its COOKIE, from which moment it alone is that rank.
 
     `lineage` names its residual's history, `last_resolved` the last seq it has a verdict for,
-    `pending` the seq it has sent without one (NONE where there is none).
+    `pending` the seq it has sent without one (NONE where there is none), `epoch` the one in which
+    it was last welcomed (NONE: in none).
     """
 
     lineage: int
@@ -77,6 +78,7 @@ class Join:
     pending: int = NONE
     host: str = ""
     pid: int = 0
+    epoch: int = NONE
 
     def __post_init__(self) -> None:
         """Refuse what the wire cannot carry."""
@@ -85,11 +87,16 @@ class Join:
         checks.whole("pending", self.pending, NONE, U64_MAX)
         checks.text("host", self.host)
         checks.whole("pid", self.pid, 0, U64_MAX)
+        checks.whole("epoch", self.epoch, NONE, U32_MAX)
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The join is done; "reset" says that the worker's residual no longer goes with the weights."""
+    """The join is done; "reset" says that the worker's residual no longer goes with the weights.
+
+    `since` is the newest version that is still what it was in the epoch that JOIN named (NONE: all
+    are): a server without a journal makes later ones anew.
+    """
 
     mode: Literal["continue", "reset"]
     last_applied: int
@@ -97,6 +104,7 @@ class Welcome:
     init_wanted: bool
     world_size: int
     has_weights: bool
+    since: int = NONE
 
     def __post_init__(self) -> None:
         """Refuse what the wire cannot carry."""
@@ -106,6 +114,7 @@ class Welcome:
         checks.flag("init_wanted", self.init_wanted)
         checks.whole("world_size", self.world_size, 1, U32_MAX)
         checks.flag("has_weights", self.has_weights)
+        checks.whole("since", self.since, NONE, U64_MAX)
 
 
 @dataclass(frozen=True, slots=True)

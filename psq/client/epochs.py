@@ -9,7 +9,9 @@ committed.)
 
 What the server had called committed cannot have gone. If the server is behind that, it came back
 with an older state than this worker's (an old copy of its directory, or checkpoints without a
-journal), and to train on would silently repeat rounds: that is a rollback, and the worker stops.
+journal), and to train on would silently repeat rounds: that is a rollback, and the worker stops. It
+may have made rounds anew since, and be further than this worker; so it says at JOIN which version
+is the newest that is what it was.
 """
 
 from __future__ import annotations
@@ -46,6 +48,11 @@ class Epochs:
         self._committed = NONE
         self.sure = NONE
 
+    @property
+    def epoch(self) -> int:
+        """In which the server welcomed this worker last; NONE: in none."""
+        return self._epoch
+
     def heard(self, version: int) -> None:
         """The server says that this version is committed."""
         self._committed = max(self._committed, version)
@@ -58,21 +65,29 @@ class Epochs:
         self._epoch = epoch
         self.heard(version)
 
-    def enter(self, epoch: int, version: int) -> bool:
+    def enter(self, epoch: int, version: int, since: int = NONE) -> bool:
         """The server welcomes this worker at a version; whether in an epoch that is new to it.
+
+        Args:
+            epoch: the server's.
+            version: the server's.
+            since: up to which one it is what this worker knew; NONE: up to any.
 
         Raises:
             RemoteProtocolError: it is behind what it has called committed before.
         """
-        if version < self._committed:
+        left = version if since == NONE else min(since, version)
+        if left < self._committed:
+            anew = f" (made anew from round {left} on)" if left < version else ""
             msg = (
-                f"ROLLBACK: the server is at round {version}, and had told this worker of round "
-                f"{self._committed}: it came back with an older state; put its newest --state-dir "
-                "back, or start workers and servers again from a checkpoint that they share"
+                f"ROLLBACK: the server is at round {version}{anew}, and had told this worker of "
+                f"round {self._committed}: it came back with an older state; put its newest "
+                "--state-dir back, or start workers and servers again from a checkpoint that they "
+                "share"
             )
             raise RemoteProtocolError(msg)
         is_new = self._epoch not in (NONE, epoch)
-        self.sure = self._committed if self._early else version
+        self.sure = self._committed if self._early else left
         self._epoch = epoch
         self.heard(version)
         return is_new

@@ -66,6 +66,7 @@ class Identity:
         version: of the weights that it computes from.
         versions: the version of each shard of the replica that goes with it; none: to be pulled.
         pending: the contribution under way.
+        epoch: of the server, in which it was welcomed last.
     """
 
     run_id: bytes
@@ -74,6 +75,7 @@ class Identity:
     version: int = NONE
     versions: Mapping[int, int] = field(default_factory=dict)
     pending: Pending | None = None
+    epoch: int = NONE
 
     @property
     def pending_number(self) -> int:
@@ -106,6 +108,11 @@ class Welcomed:
             )
         if self.version < identity.version:
             return f"it is at version {identity.version}, the server at {self.version}"
+        if NONE < self.welcome.since < identity.version:
+            return (
+                f"it is at version {identity.version}, and the server, which is at {self.version}, "
+                f"has made anew what came after version {self.welcome.since}"
+            )
         return ""
 
 

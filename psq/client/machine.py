@@ -248,6 +248,7 @@ class Machine:
             self.replica.version if current is None else current.number,
             self.replica.versions,
             None if current is None else pending_of(current, self.frames),
+            self._epochs.epoch,
         )
 
     # ---- the worker's own doing
@@ -479,7 +480,7 @@ class Machine:
         self._standing.wait(now_s)
         said = self.round is not None and (self.round.pushed or self.round.skipped)
         pending = self.round.number if self.round is not None and said else NONE
-        join = self._standing.join(pending)
+        join = self._standing.join(pending, self._epochs.epoch)
         self._outbox.clear()
         self._outbox.append(self.session.send(MessageType.PLAN, self._plan.body))
         self._outbox.append(self.session.send(MessageType.JOIN, join))
@@ -492,7 +493,7 @@ class Machine:
         self._beat_at_s = now_s  # at once: its answer says what arrived
         if self._standing.is_trial:
             return
-        if self._epochs.enter(self.session.epoch, header.version):
+        if self._epochs.enter(self.session.epoch, header.version, welcome.since):
             self._forget_above(self._epochs.sure)
         self._pull = True
         self._initial.start(wanted=welcome.init_wanted)
@@ -524,7 +525,7 @@ class Machine:
         current = self.round
         if current is not None and self._answers > current.fence:
             self._settle(current, status)
-        self._pull_if_behind(status, 0 if current is None else current.target)
+        self._pull_if_behind(status, self._known if current is None else current.target)
 
     def _settle(self, current: Round, status: Status) -> None:
         """Act on a STATUS that knows of everything this round has sent."""

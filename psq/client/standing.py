@@ -70,11 +70,15 @@ class Standing:
         """Something was said that the server is to answer: when to begin again if it does not."""
         self.hello_at_s = now_s + self._backoff.next_s()
 
-    def join(self, pending: int) -> Join:
-        """The JOIN of a worker that has this contribution under way."""
+    def join(self, pending: int, epoch: int) -> Join:
+        """The JOIN of a worker that has this contribution under way.
+
+        `epoch` is the one in which the server welcomed it last.
+        """
         if self._offered is not None:
-            pending = self._offered.pending_number
-        return Join(self.lineage, self.resolved, pending, platform.node(), os.getpid())
+            pending, epoch = self._offered.pending_number, self._offered.epoch
+        name, pid = platform.node(), os.getpid()
+        return Join(self.lineage, self.resolved, pending, name, pid, epoch)
 
     def welcome(self, welcomed: Welcomed) -> None:
         """The server has answered."""

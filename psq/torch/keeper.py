@@ -220,7 +220,9 @@ class Keeper:
         versions = {k: v for each in identities for k, v in each.versions.items()}
         said = {
             "version": version,
-            "identities": [[i.run_id, i.lineage, i.resolved, i.version] for i in identities],
+            "identities": [
+                [i.run_id, i.lineage, i.resolved, i.version, i.epoch] for i in identities
+            ],
             "versions": np.array([versions[shard.index] for shard in self._shards], np.int64),
             "chance": random_state(),
             "script": self._found.get("script", {})
@@ -356,7 +358,7 @@ class Keeper:
         records: Mapping[int, Record],
         intact: Mapping[int, int],
     ) -> Identity:
-        run_id, lineage, resolved, version = entry
+        run_id, lineage, resolved, version, epoch = entry
         owned = [k for k, owner in enumerate(self._plan.layout.owners) if owner == server]
         if any(records[shard].number > version for shard in owned if shard in records):
             msg = f"a shard is of a later round than version {version}"
@@ -368,6 +370,7 @@ class Keeper:
             version,
             {shard: intact[shard] for shard in owned if shard in intact},
             self._pending(version, owned, records) if records else None,
+            epoch,
         )
 
     def _pending(

@@ -92,9 +92,17 @@ class Case:
     own_order: bool = False
 
     @classmethod
-    def of(cls, seed: int, given: Mapping[str, Any] | None = None) -> Case:
-        """The case of a seed, with some choices replaced."""
-        drawn = _draw(seed)
+    def of(
+        cls, seed: int, given: Mapping[str, Any] | None = None, *, as_at_first: bool = False
+    ) -> Case:
+        """The case of a seed, with some choices replaced.
+
+        Args:
+            seed: see the class.
+            given: the choices.
+            as_at_first: without what was thought of later, see `_later`.
+        """
+        drawn = _draw(seed) if as_at_first else _later(_draw(seed))
         if not given:
             return drawn
         case = replace(drawn, **given)
@@ -113,7 +121,7 @@ class Case:
 
     def difference(self) -> str:
         """What makes this case another one than its seed's, as options of the command."""
-        drawn = _draw(self.seed)
+        drawn = _later(_draw(self.seed))
         return " ".join(
             f"--set {field.name}={getattr(self, field.name)}"
             for field in fields(self)
@@ -143,7 +151,7 @@ def _draw(seed: int) -> Case:
         say_s=rng.choice((0.002, 0.002, 0.1)),
         min_workers=rng.choice((0, 0, 0, 0, 1, workers - 1)) if servers == 1 else 0,
     )
-    return _later(replace(case, **_faults(rng)))
+    return replace(case, **_faults(rng))
 
 
 def _later(case: Case) -> Case:

@@ -201,6 +201,7 @@ class Simulation:
         return f"no end {END_S} s after the last fault; " + "; ".join(said + told)
 
     def _check_end(self) -> None:
+        is_stranded = self.is_stranded
         for worker in self.everyone:
             if worker.alive:
                 worker.stop("dead")
@@ -213,9 +214,7 @@ class Simulation:
                 msg = f"rank {worker.rank} ended with {worker.fate}"
                 raise Violation(msg)
         for server in self.servers:
-            if self.is_stranded:
-                break
-            if server.ended is None or server.ended.exit_code:
+            if not is_stranded and (server.ended is None or server.ended.exit_code):
                 msg = f"server {server.index} ended with {server.ended}"
                 raise Violation(msg)
         self.oracle.check_end({w.owner for w in self.everyone if w.fate == "done"})

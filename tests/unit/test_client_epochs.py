@@ -31,6 +31,22 @@ def test_a_server_behind_what_it_had_committed_is_a_rollback_and_both_rounds_are
         epochs.enter(4, 11)
 
 
+def test_a_server_that_was_set_back_and_is_further_by_now_is_a_rollback():
+    epochs = Epochs()
+    epochs.enter(3, 10)
+    epochs.heard(12)
+    words = r"^ROLLBACK: .* round 15 \(made anew from round 11 on\), .* round 12"
+    with pytest.raises(RemoteProtocolError, match=words):
+        epochs.enter(5, 15, 11)
+
+
+def test_of_a_server_that_was_set_back_is_sure_what_it_did_not_make_anew():
+    epochs = Epochs()
+    epochs.enter(3, 10)
+    assert epochs.enter(4, 15, 12)
+    assert epochs.sure == 12
+
+
 def test_what_was_heard_late_takes_nothing_back():
     epochs = Epochs()
     epochs.heard(12)

@@ -9,6 +9,7 @@ import pytest
 
 from psq.client.farewell import ALONE_S
 from psq.client.hooks import Hooks
+from psq.client.identity import Identity
 from psq.client.initial import INITIAL_WINDOW
 from psq.client.machine import Machine
 from psq.client.round import merge
@@ -757,3 +758,18 @@ def test_a_server_behind_what_it_committed_is_named_as_such():
     talk.server = ServerSession(run_id=b"r" * 16, epoch=2)
     with pytest.raises(RemoteProtocolError, match=r"ROLLBACK: .* round 0, .* of round 1"):
         talk.welcome(version=0)
+
+
+def test_weights_of_a_worker_that_goes_on_are_pulled_again_if_they_were_damaged_on_the_way():
+    talk = Talk()
+    talk.machine.offer(Identity(b"r" * 16, 7, resolved=3, version=4, versions={0: 4}, epoch=1))
+    talk.welcome(6, last_applied=3)
+    talk.machine.take_up()
+    assert MessageType.PULL in talk.flush()
+    talk.hear(b"damaged" * 20)
+    for _ in range(2):
+        talk.beat()
+        talk.say(MessageType.STATUS, Status(6, 6, resolved=3))
+    assert MessageType.PULL in talk.flush()
+    talk.weights(6)
+    assert talk.machine.ready

@@ -16,7 +16,7 @@ from psq_proto.messages import BODY_TYPES, MessageType
 
 # The whole protocol in one number. It changes when a frame's bytes do: that breaks every client
 # there is, see proto/vectors/README.md.
-ALL_BYTES_SHA256 = "3d8195db3ca19c192d3e8fd1e4dbcaa584c380422d6f356f20e578c342ea9b8c"
+ALL_BYTES_SHA256 = "b3886c6ec6db7e707c78f29f5d35ba04edc02e3b0798cf9647102488bf3fdd1a"
 
 _path = Path(__file__).with_name("regenerate.py")
 _spec = importlib.util.spec_from_file_location("wire_regenerate", _path)

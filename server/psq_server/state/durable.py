@@ -25,7 +25,7 @@ from psq.errors import StateError
 from psq.plan import Plan
 from psq_proto.frames import HEADER_BYTES, Buffer
 from psq_proto.messages import Leave, Verdict
-from psq_server.state import joining
+from psq_server.state import joining, keeping
 from psq_server.state.members import TRANSIENT, Member, Resolved
 from psq_server.state.round import OpenRound
 from psq_server.state.world import Counts, World
@@ -233,6 +233,7 @@ def restore(
     world.has_weights = True
     world.versions, world.last_frames = dict(shards), dict(frames)
     world.start_version = world.checkpoint_version = world.version
+    keeping.note_start(world)
     world.note_opened()
     world.out, world.touched = [], False
 

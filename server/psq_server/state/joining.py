@@ -109,6 +109,7 @@ def on_join(world: World, peer: Peer, message: Message) -> None:
         init_wanted=rank == 0 and not world.has_weights,
         world_size=world.job.world_size,
         has_weights=world.has_weights,
+        since=keeping.since(world, join.epoch),
     )
     world.say(peer, MessageType.WELCOME, welcome, round=world.round.number, version=world.version)
     world.log(

@@ -37,15 +37,18 @@ __all__ = [
     "closes_whole",
     "durable_version",
     "level_of",
+    "note_start",
     "on_disk",
     "on_kept",
     "resolved_before",
+    "since",
 ]
 
 JOURNAL_ROUND_BYTES: Final = 16_000_000
 """A round of more payload than this is not journaled unless that is asked for."""
 REPLAY_S: Final = 1.0
 """A checkpoint is due when to reduce what came since the last took so long: a restart does it."""
+MAX_STARTS: Final = 64
 REPLAY_PAUSE_S: Final = 10.0
 """But no sooner than so long after the one before."""
 
@@ -96,6 +99,28 @@ def _is_due(world: World) -> bool:
     if world.level == "journal" and world.replay_s >= REPLAY_S:
         return world.now_s >= min(world.checkpoint_due_s, world.checkpoint_at_s + REPLAY_PAUSE_S)
     return world.now_s >= world.checkpoint_due_s
+
+
+# ---- what was lost between two processes
+
+
+def note_start(world: World) -> None:
+    """This process goes on from a version: what an earlier one made beyond it never happened.
+
+    Of an earlier start at a later version nobody need know any more. Beyond MAX_STARTS the oldest
+    are taken together, as if they had lost as much as the worst.
+    """
+    kept = [start for start in world.starts if start[1] < world.version]
+    if len(kept) >= MAX_STARTS:
+        kept[:2] = [(kept[1][0], kept[0][1])]
+    world.starts = (*kept, (world.settings.epoch, world.version))
+
+
+def since(world: World, epoch: int) -> int:
+    """The newest version that is still what a worker knew in this epoch; NONE: all are."""
+    if epoch > world.settings.epoch:  # an old copy of the directory was put back
+        return world.start_version
+    return min((v for e, v in world.starts if NONE < epoch < e), default=NONE)
 
 
 # ---- while a commit is in flight

@@ -108,6 +108,7 @@ class World:
         "durations_s",
         "replicas",
         "ledger",
+        "starts",
     )
 
     def __init__(  # noqa: PLR0915 - all that a server knows, field by field
@@ -156,6 +157,8 @@ class World:
         self.disk = ""
         """Why the disk refuses what has to be durable, if it does."""
         self.start_version = 0
+        self.starts: tuple[tuple[int, int], ...] = ()
+        """At which versions servers of this run began again, as (epoch, version); see `keeping`."""
         """The weights' version when this server started: 0 for a job it saw from the first."""
         self.checkpoint_version = 0
         self.checkpoint_due_s = now_s + settings.checkpoint_s
