@@ -249,6 +249,7 @@ class Server:
         arrays = {name: array.tobytes() for name, array in self.weights.still().items()}
         bodies = {name: body[100:] for name, body in arrays.items() if name.startswith("frame.")}
         captured = self.state.capture()
+        del captured["world"]["starts"]  # of which one that came back has one more
         return arrays | bodies, self.weights.facts()[0], captured
 
 
