@@ -263,6 +263,7 @@ class Machine:
         self._speech.drop_pushes()  # copies of a round that is over: their buffers are needed now
         self._progress = self.turns.jumps = False
         self.round = self._make_round(self.replica.version, rate, weight)
+        self._epochs.heard(self.replica.version)  # else nobody computes from it
         return self.round
 
     def _make_round(self, version: int, rate: float, weight: int) -> Round:

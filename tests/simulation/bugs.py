@@ -21,7 +21,7 @@ from psq.client.machine import Machine
 from psq.client.replica import ReplicaVersions
 from psq.client.speech import Speech
 from psq_proto.frames import Header
-from psq_proto.messages import Flags
+from psq_proto.messages import NONE, Flags
 from psq_server import gate, recovery
 from psq_server.commits import Commits
 from psq_server.state import durable, joining, keeping, training
@@ -35,6 +35,13 @@ from .arithmetic import GRAIN, numbers, pack
 __all__ = ["PLANTED", "Planted"]
 
 KEPT: Final[Mapping[str, Any]] = {"durability": "journal", "server_crashes": 2}
+SET_BACK: Final[Mapping[str, Any]] = {
+    "durability": "checkpoint",
+    "checkpoint_every": 2,
+    "copies": 1.0,
+    "server_crashes": 2,
+    "worker_crashes": 2,
+}
 SEEDS: Final = 60
 ROUND: Final = gate.RecordKind.ROUND
 
@@ -310,6 +317,17 @@ PLANTED: Final[Mapping[str, Planted]] = {
         _instead(held, "tell", _nothing),
         start=319_704,
         seeds=1,
+    ),
+    "set-back-and-overtaken": Planted(
+        "a server does not say that it was set back, and is further by now",
+        _instead(keeping, "since", lambda world, epoch: NONE),
+        SET_BACK,
+        seeds=300,
+    ),
+    "older-copy-believed": Planted(
+        "a worker goes on from a copy, although later contributions of its rank count",
+        _instead(joining, "may_continue", lambda old, join: True),
+        {**SET_BACK, "durability": "journal", "keeps": 0.0, "worker_crashes": 3},
     ),
     "verdict-settled-twice": Planted(
         "a contribution stays open after its round",

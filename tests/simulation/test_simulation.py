@@ -28,6 +28,7 @@ FOUND: tuple[tuple[int, dict[str, object]], ...] = (
     (319704, {}),  # two servers waited in a ring
     (15754, {}),  # weights that a worker went on from were damaged, and never asked for again
     (172, SET_BACK),  # a server that was set back had overtaken a worker
+    (17610, {"durability": "checkpoint"}),  # a worker computed from what it was not told of
     (391, SET_BACK),  # likewise, with a quorum
 )
 """What once failed (the choices that a seed stands for have changed since)."""

@@ -773,3 +773,11 @@ def test_weights_of_a_worker_that_goes_on_are_pulled_again_if_they_were_damaged_
     assert MessageType.PULL in talk.flush()
     talk.weights(6)
     assert talk.machine.ready
+
+
+def test_who_computes_from_a_version_that_a_server_has_lost_stops_whatever_it_was_told():
+    talk = Talk(plan=LATE).join()
+    talk.weights(2)
+    assert talk.machine.begin(0.1).number == 2
+    with pytest.raises(RemoteProtocolError, match=r"ROLLBACK: .* from round 1 on\), .* round 2"):
+        come_back(talk, 2, since=1)
