@@ -1,8 +1,8 @@
-"""What a durable server costs: the same job with nothing kept, checkpoints, a journal, in turns.
+"""What a durable server costs: the same job at each level, from nothing kept to a journal.
 
     python bench/durability.py [--hidden 1448] [--steps 10] [--repeats 7] [--folder DIR]
 
-Three servers and two worker processes run side by side. The workers take so many steps with one
+Four servers and two worker processes run side by side. The workers take so many steps with one
 server, then with the next, again and again, so that whatever else the machine does falls upon all
 of them. A round is a step as rank 0 sees it: forward, backward, push, the server, the answer. Given
 are times of a round beside those without --state-dir, best and median, and how much of the server's
@@ -32,7 +32,7 @@ from typing import IO, Any
 
 from psq.durable.checkpoint import list_checkpoints, load_checkpoint
 
-LEVELS = ("off", "checkpoint", "journal")
+LEVELS = ("off", "checkpoint", "replay", "journal")
 READY = re.compile(r"endpoint=(\S+)")
 BYTES_PER_VALUE = 16
 

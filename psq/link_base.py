@@ -126,6 +126,10 @@ class Link:
         """Let `wait` also return when another link, or a signal's descriptor, can be read."""
         self._poller.register(other if isinstance(other, int) else other._socket, zmq.POLLIN)  # noqa: SLF001 - its own class
 
+    def unwatch(self, descriptor: int) -> None:
+        """It is closed, or will be."""
+        self._poller.unregister(descriptor)
+
     def wait(self, timeout_s: float) -> bool:
         """Block until a message can be read, a watched descriptor is readable, or the time is up.
 

@@ -18,19 +18,33 @@ from psq.durable import StateDirectory
 from psq.layout import PART_NUMEL, part_count
 from psq.plan import Plan
 from psq.rules import make_choice
-from psq_proto.messages import NO_VERSION, NONE, Flags, Hello, Join, Leave, MessageType, Verdict
+from psq_proto.messages import (
+    NO_VERSION,
+    NONE,
+    Flags,
+    Hello,
+    Join,
+    Leave,
+    MessageType,
+    Recall,
+    Verdict,
+)
 from psq_proto.session import WorkerSession
 from psq_server.commits import Answer, Commits
 from psq_server.line_log import LineLog
 from psq_server.recovery import recover
+from psq_server.retaking import retake
 from psq_server.state import (
     Adopt,
     Broadcast,
     FrameReceived,
+    GoBack,
     Initialize,
     Judge,
     Log,
     Reduce,
+    Retake,
+    Retaken,
     Save,
     Send,
     SendFull,
@@ -39,6 +53,8 @@ from psq_server.state import (
     ShardReduced,
     Stop,
 )
+from psq_server.state.durable import Rest
+from psq_server.state.events import LOGGED
 from psq_server.store import Store
 from psq_server.weights import Weights
 
@@ -61,6 +77,9 @@ class Speaker:
         self.session = WorkerSession(rank=rank, plan_body=self.plan.body)
         self.heard = []
         self.verdicts = {}
+        self.said = {}  # (contribution, shard) -> codec, payload
+        self.forgets = False
+        self.recalls = []
 
     def send(self, kind, body=b"", **fields):
         frame = self.session.send(kind, body, **fields)
@@ -71,6 +90,19 @@ class Speaker:
         self.heard.append(message)
         if isinstance(message.body, Verdict):
             self.verdicts[message.header.seq] = message.body
+        if isinstance(message.body, Recall):
+            self.recalls.append((message.header.seq, message.body.shards))
+            self.server.replies.extend(self.again(*self.recalls[-1]))
+
+    def again(self, seq, shards):
+        """What this rank says when it is asked for what it said."""
+        if self.forgets:
+            return [self._later(MessageType.AGAIN, flags=Flags.SKIP, seq=seq)]
+        said = [(shard, *self.said[seq, shard]) for shard in shards]
+        return [self._later(MessageType.AGAIN, p, codec=c, shard=s, seq=seq) for s, c, p in said]
+
+    def _later(self, kind, body=b"", **fields):
+        return FrameReceived(self.name, memoryview(bytes(self.session.send(kind, body, **fields))))
 
     def join(self, resolved=NONE, pending=NONE):
         self.send(MessageType.HELLO, Hello(self.rank + 1))
@@ -98,6 +130,7 @@ class Speaker:
             codec = ShardCodec(get_codec(specs[number]), shard)
             payload = bytearray(codec.nbytes)
             codec.encode(values(shard.numel, 3, base, self.rank, index), payload, seed=7)
+            self.said[base, index] = (codec.codec.wire_id, bytes(payload))
             self.send(
                 MessageType.PUSH,
                 bytes(payload),
@@ -121,15 +154,18 @@ class Speaker:
 class Server:
     """One life of a server on a directory."""
 
-    def __init__(self, path: Path, plan: Plan, *, copy=None, **settings):
+    def __init__(self, path: Path, plan: Plan, *, copy=None, goes_back=False, **settings):
         self.plan, self.now_s, self.connections = plan, 100.0, 0
         self.peers: dict[bytes, Speaker] = {}
+        self.replies = deque()
+        self.went_back: GoBack | None = None
         self.stopped: Stop | None = None
         self.saved: int | None = None
         self.log = io.StringIO()
         self.directory = StateDirectory.open(path, create=True)
         self.notes: list[tuple[str, str]] = []
-        found = recover(self.directory, lambda event, text: self.notes.append((event, text)))
+        note = lambda event, text: self.notes.append((event, text))  # noqa: E731 - shorter
+        found = recover(self.directory, note, goes_back=goes_back)
         settings = {"durability": "journal", "checkpoint_s": 1e9, **settings}
         told = Settings(self.directory.run_id, self.directory.epoch, **settings)
         self.store = Store(self.directory, copy=copy)
@@ -144,9 +180,10 @@ class Server:
                 self.now_s,
                 shards=found.weights.versions,
                 frames=found.weights.last_frames,
+                rest=Rest(found.recovered.owed, found.checkpoint),
             )
             self.store.version = found.checkpoint
-            if self.state.level == "journal":
+            if self.state.level in LOGGED or goes_back:
                 last = found.recovered.last_number
                 self.store.open_journal(self.version, reader=found.reader, drop_after=last)
         self.commits = Commits(
@@ -176,11 +213,16 @@ class Server:
             self.state.validate()
             for action in self.commits.admit(actions):
                 self._do(action)
+            if not self._events and self.replies:
+                self._events.append(self.replies.popleft())
 
     def settle(self):
         """Wait until the disk has answered all that was asked of it."""
         while True:
             self._hear()
+            if self.replies:
+                self.happen(self.replies.popleft())
+                continue
             is_writing = self.state._world.is_writing and not self.state.stopped
             if not (self.commits._gate.waiting or is_writing):
                 return
@@ -220,6 +262,11 @@ class Server:
                 self._events.append(ShardReduced(action.round, action.shard, frame, 0.001))
             case Judge():
                 self._events.append(self.weights.judge(action))
+            case Retake():
+                frames = retake(action.past, self.weights)
+                self._events.append(Retaken(action.past.number, frames))
+            case GoBack():
+                self.went_back = action
             case Send():
                 self._deliver(action.peer, action.frame)
             case Broadcast():
@@ -264,8 +311,11 @@ def begun(path, plan, **settings):
     return server, speakers
 
 
-def again(path, plan, resolved=NONE, **settings):
-    """The next life of it, every rank joined with what it knows."""
+def again(path, plan, resolved=NONE, said=None, **settings):
+    """The next life of it, every rank joined with what it knows, and has kept of what it said."""
     server = Server(path, plan, **settings)
-    speakers = [Speaker(server, rank).join(resolved) for rank in range(plan.world_size)]
+    speakers = [Speaker(server, rank) for rank in range(plan.world_size)]
+    for speaker, kept in zip(speakers, said or [{}] * plan.world_size, strict=True):
+        speaker.said = kept
+        speaker.join(resolved)
     return server, speakers

@@ -25,6 +25,7 @@ __all__ = [
     "Kept",
     "Leave",
     "Range",
+    "Recall",
     "StaleEpoch",
     "Status",
     "Verdict",
@@ -281,6 +282,24 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
+class Recall:
+    """The server has lost these shards of the contribution `seq` of the header: say them again.
+
+    At least one, ascending. The answer is an AGAIN for each, or one AGAIN SKIP for all that the
+    worker has not kept.
+    """
+
+    shards: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what the wire cannot carry."""
+        checks.shards("shards", self.shards)
+        if not self.shards:
+            msg = "shards must name at least one"
+            raise UsageError(msg)
+
+
+@dataclass(frozen=True, slots=True)
 class Error:
     """The server refuses something; after a fatal one it says no more on this connection."""
 
@@ -345,6 +364,7 @@ ControlBody: TypeAlias = (
     | StaleEpoch
     | Status
     | Range
+    | Recall
     | Error
     | Bye
 )

@@ -154,11 +154,7 @@ def _misuse(header: Header) -> str:
             f"{kind.name} has rate {header.rate}: PUSH and WEIGHTS MEAN have a finite one >= 0, "
             "all others 0"
         )
-    if kind is MessageType.PUSH:
-        return _misuse_of_push(header, flags)
-    if kind is MessageType.WEIGHTS:
-        return _misuse_of_weights(header, flags)
-    return _misuse_of_others(header, flags)
+    return _MISUSES.get(kind, _misuse_of_others)(header, flags)
 
 
 def _has_rate(kind: MessageType, flags: int) -> bool:
@@ -188,6 +184,16 @@ def _misuse_of_push(header: Header, flags: int) -> str:
     return ""
 
 
+def _misuse_of_again(header: Header, flags: int) -> str:
+    if flags & ~_SKIP or header.part:
+        return f"AGAIN has no flag but SKIP and no part, got flags {flags} part {header.part}"
+    if flags and (header.codec or header.shard):
+        return f"AGAIN SKIP has no codec and no shard, got {header.codec} and {header.shard}"
+    if not flags and (not header.codec or header.shard == NO_SHARD):
+        return f"AGAIN must name a codec and a shard, got codec {header.codec} {header.shard}"
+    return ""
+
+
 def _misuse_of_weights(header: Header, flags: int) -> str:
     if flags not in _KINDS_OF_WEIGHTS:
         return f"WEIGHTS must be one of DELTA, FULL and MEAN, or MEAN SKIP, got flags {flags}"
@@ -200,6 +206,13 @@ def _misuse_of_weights(header: Header, flags: int) -> str:
     if header.part and flags != Flags.FULL:
         return f"WEIGHTS DELTA and MEAN have no parts, got part {header.part}"
     return ""
+
+
+_MISUSES: Final = {
+    MessageType.PUSH: _misuse_of_push,
+    MessageType.AGAIN: _misuse_of_again,
+    MessageType.WEIGHTS: _misuse_of_weights,
+}
 
 
 def _misfit(header: Header, body_len: int) -> str:

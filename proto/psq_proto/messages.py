@@ -1,8 +1,8 @@
 """Message types, flags and control bodies: what psq's processes can say to each other.
 
 This is the module to import from; limits and bodies have files of their own. Data bodies (PLAN,
-INIT, PUSH, WEIGHTS, PROBE, ECHO, JOB) are raw bytes and have no class; PULL and CKPT have no body
-at all.
+INIT, PUSH, AGAIN, WEIGHTS, PROBE, ECHO, JOB) are raw bytes and have no class; PULL and CKPT have no
+body at all.
 Nothing here does I/O or keeps state. `proto/README.md` is the specification.
 """
 
@@ -24,6 +24,7 @@ from psq_proto.bodies import (
     Kept,
     Leave,
     Range,
+    Recall,
     StaleEpoch,
     Status,
     Verdict,
@@ -81,6 +82,7 @@ __all__ = [
     "Leave",
     "MessageType",
     "Range",
+    "Recall",
     "StaleEpoch",
     "Status",
     "Verdict",
@@ -106,6 +108,7 @@ class MessageType(IntEnum):
     CKPT_OK = 9
     PROBE = 10
     DRAW = 11
+    AGAIN = 12
     COOKIE = 65
     WELCOME = 66
     VERDICT = 67
@@ -119,6 +122,7 @@ class MessageType(IntEnum):
     ECHO = 75
     JOB = 76
     RANGE = 77
+    RECALL = 78
 
     __hash__ = int.__hash__  # Enum's own is a Python function, and every frame is looked up often
 
@@ -128,6 +132,7 @@ DATA_TYPES: Final = frozenset(
         MessageType.PLAN,
         MessageType.INIT,
         MessageType.PUSH,
+        MessageType.AGAIN,
         MessageType.WEIGHTS,
         MessageType.PROBE,
         MessageType.ECHO,
@@ -147,7 +152,8 @@ class Flags(IntFlag):
     NONE = 0
     SKIP = 1
     """PUSH without payload: this rank contributes nothing to a shard, or to all it has not said.
-    With MEAN: nobody has contributed, nothing is to be applied."""
+    With MEAN: nobody has contributed, nothing is to be applied. With AGAIN: this rank has not kept
+    what it said."""
     DELTA = 2
     """WEIGHTS to add to the version before."""
     FULL = 4
@@ -182,6 +188,7 @@ BODY_TYPES: Final[dict[MessageType, type[ControlBody]]] = {
     MessageType.STALE_EPOCH: StaleEpoch,
     MessageType.STATUS: Status,
     MessageType.RANGE: Range,
+    MessageType.RECALL: Recall,
     MessageType.ERROR: Error,
     MessageType.BYE: Bye,
 }

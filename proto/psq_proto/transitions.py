@@ -6,6 +6,7 @@ what.
 
     IDLE -HELLO-> GREETED -COOKIE-> COOKIED -PLAN-> PLANNED -JOIN-> JOINING -WELCOME-> JOINED
     JOINED -INIT PUSH PULL HEARTBEAT CKPT_OK DRAW VERDICT WEIGHTS CKPT STATUS RANGE-> JOINED
+    JOINED -RECALL AGAIN-> JOINED
     JOINED -LEAVE-> LEAVING -BYE-> CLOSED
 
 PROBE and its ECHO measure the link and move nobody, from COOKIED until LEAVING. JOB, which answers
@@ -60,13 +61,15 @@ def _table() -> _Table:
         s.JOINED: {
             **dict.fromkeys((m.INIT, m.PUSH, m.PULL, m.HEARTBEAT), s.JOINED),
             **dict.fromkeys((m.VERDICT, m.WEIGHTS, m.CKPT, m.STATUS), s.JOINED),
-            **dict.fromkeys((m.CKPT_OK, m.DRAW, m.RANGE), s.JOINED),
+            **dict.fromkeys((m.CKPT_OK, m.DRAW, m.RANGE, m.RECALL, m.AGAIN), s.JOINED),
             m.LEAVE: s.LEAVING,
         },
-        # A worker that left still hears the end of its last round, and proves it lives until BYE.
+        # A worker that left still hears the end of its last round, proves it lives until BYE, and
+        # says again what a server that came back meanwhile lacks.
         s.LEAVING: {
-            **dict.fromkeys((m.HEARTBEAT, m.LEAVE, m.CKPT_OK), s.LEAVING),
-            **dict.fromkeys((m.VERDICT, m.WEIGHTS, m.CKPT, m.STATUS, m.RANGE), s.LEAVING),
+            **dict.fromkeys((m.HEARTBEAT, m.LEAVE, m.CKPT_OK, m.AGAIN), s.LEAVING),
+            **dict.fromkeys((m.VERDICT, m.WEIGHTS, m.CKPT, m.STATUS), s.LEAVING),
+            **dict.fromkeys((m.RANGE, m.RECALL), s.LEAVING),
         },
     }
     table = join | work

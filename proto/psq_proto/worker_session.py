@@ -41,6 +41,7 @@ _LEFTOVERS: Final = frozenset(
         MessageType.CKPT,
         MessageType.STATUS,
         MessageType.RANGE,
+        MessageType.RECALL,
         MessageType.ECHO,
         MessageType.JOB,
     }
@@ -48,7 +49,13 @@ _LEFTOVERS: Final = frozenset(
 """What a server may have under way when a worker moves on or joins again: dropped, no fault."""
 
 _NAMING_THE_PLAN: Final = frozenset(
-    {MessageType.WELCOME, MessageType.VERDICT, MessageType.WEIGHTS, MessageType.STATUS}
+    {
+        MessageType.WELCOME,
+        MessageType.VERDICT,
+        MessageType.WEIGHTS,
+        MessageType.STATUS,
+        MessageType.RECALL,
+    }
 )
 
 _RAISED: Final[dict[str, type[RemoteError]]] = {

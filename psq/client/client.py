@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from psq.client import held
 from psq.client.channel import Channel
 from psq.client.data import Asking, Terms
+from psq.client.farewell import NEEDED_S
 from psq.client.hooks import Hooks
 from psq.client.identity import Attempt, Identity
 from psq.client.machine import Machine
@@ -397,7 +398,9 @@ class Client:
                 self._links.close(HURRIED_LINGER_S if hurried else None)
 
     def _say_goodbye(self) -> None:
-        bounded = replace(self._patience, give_up_after_s=self._patience.farewell_s)
+        needed = any(machine.kept.is_needed for machine in self._machines)
+        farewell_s = max(self._patience.farewell_s, NEEDED_S if needed else 0.0)
+        bounded = replace(self._patience, give_up_after_s=farewell_s)
         try:
             self._pump(lambda: all(machine.left for machine in self._machines), bounded)
         except GaveUpError as error:

@@ -19,9 +19,9 @@ from __future__ import annotations
 from psq.clock import parse_consistency
 from psq.errors import RemoteProtocolError
 from psq.plan import Plan
-from psq_proto.messages import NONE
+from psq_proto.messages import NONE, Status
 
-__all__ = ["Epochs", "comes_early"]
+__all__ = ["Epochs", "check_not_behind", "comes_early"]
 
 
 def comes_early(plan: Plan) -> bool:
@@ -29,6 +29,21 @@ def comes_early(plan: Plan) -> bool:
     if plan.recipe.whole or plan.recipe.downlink.kind == "mean":
         return False
     return parse_consistency(plan.consistency).eager
+
+
+def check_not_behind(status: Status, number: int) -> None:
+    """A server that knows all that was said of a round has that round open, or behind it.
+
+    Raises:
+        RemoteProtocolError: this one has not.
+    """
+    if status.round < number or status.resolved > number:
+        msg = (
+            f"ROLLBACK: the server is at round {status.round} and has resolved "
+            f"{status.resolved} of this rank, this worker is at round {number}: "
+            "the server came back with an older state; start the job again"
+        )
+        raise RemoteProtocolError(msg)
 
 
 class Epochs:
@@ -65,17 +80,23 @@ class Epochs:
         self._epoch = epoch
         self.heard(version)
 
-    def enter(self, epoch: int, version: int, since: int = NONE) -> bool:
+    def enter(
+        self, epoch: int, version: int, since: int = NONE, *, has_nothing: bool = False
+    ) -> bool:
         """The server welcomes this worker at a version; whether in an epoch that is new to it.
 
         Args:
             epoch: the server's.
             version: the server's.
             since: up to which one it is what this worker knew; NONE: up to any.
+            has_nothing: neither weights, nor a word about what this worker said: then it is all the
+                same to it how far the server was before.
 
         Raises:
             RemoteProtocolError: it is behind what it has called committed before.
         """
+        if has_nothing:
+            self._committed = NONE
         left = version if since == NONE else min(since, version)
         if left < self._committed:
             anew = f" (made anew from round {left} on)" if left < version else ""

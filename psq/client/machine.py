@@ -34,7 +34,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from psq.client.epochs import Epochs, comes_early
+from psq.client.epochs import Epochs, check_not_behind, comes_early
 from psq.client.farewell import FAREWELL_BEAT_S, Farewell
 from psq.client.frames import Frame, PushFrames
 from psq.client.hooks import Hooks
@@ -44,6 +44,7 @@ from psq.client.offset import OffsetEstimate
 from psq.client.pending import pending_of, say_as_before
 from psq.client.replica import ReplicaVersions
 from psq.client.round import Round
+from psq.client.said import Said
 from psq.client.speech import Speech
 from psq.client.standing import Standing
 from psq.client.turns import Turns
@@ -131,6 +132,7 @@ class Machine:
         self._shards = tuple(shard.index for shard in plan.owned)
         self._receives_only = not all(group.pushed for group in plan.groups)
         self._speech = Speech(self.session, self.frames)
+        self.kept = Said(self.session, self.frames)
         self._outbox = self._speech.outbox
         self._initial = InitialWeights(plan, self.session, hooks.initial, is_lent)
         self._is_held = False
@@ -274,13 +276,7 @@ class Machine:
 
     def _go_on(self, rate: float, weight: int) -> Round:
         current = self._open()
-        if (rate, weight) != (current.rate, current.weight):
-            msg = (
-                f"round {current.number} was begun with lr {current.rate!r} and weight "
-                f"{current.weight}, before this process was started again; it cannot end with lr "
-                f"{rate!r} and weight {weight}: start it with the settings it had"
-            )
-            raise UsageError(msg)
+        current.check_same(rate, weight)
         self.holds = False
         self._pull = True
         return current
@@ -322,6 +318,7 @@ class Machine:
         current = self._open()
         for shard in current.rejected():
             self._hooks.restore(shard)
+        self.kept.note(current)
         self.round = None
         return current
 
@@ -381,7 +378,7 @@ class Machine:
     def not_sent(self, now_s: float) -> None:
         """The link has no room for what `next_frame` gave, or no connection."""
         if self._farewell.is_said:
-            self._farewell.unheard(now_s)
+            self._farewell.unheard(now_s, is_needed=self.kept.is_needed)
 
     def _queue_due(self, now_s: float) -> None:
         if self.session.state in (State.CLOSED, State.FENCED):
@@ -393,6 +390,9 @@ class Machine:
             return
         if self.session.state is State.JOINED:
             self._queue_work(now_s)
+        again = None if self._outbox or self._standing.is_trial else self.kept.next(self.round)
+        if again is not None:
+            self._outbox.append(again)
         if not self._outbox and now_s >= self._beat_at_s:
             leaving = self.session.state is State.LEAVING
             self._beat_at_s = now_s + (FAREWELL_BEAT_S if leaving else self._heartbeat_s)
@@ -455,6 +455,7 @@ class Machine:
             self._take(header, body, now_s)
 
     def _take(self, header: Header, body: ControlBody | memoryview, now_s: float) -> None:
+        self.kept.hear(header, body)
         match body:
             case Cookie():
                 self._on_cookie(now_s)
@@ -494,7 +495,9 @@ class Machine:
         self._beat_at_s = now_s  # at once: its answer says what arrived
         if self._standing.is_trial:
             return
-        if self._epochs.enter(self.session.epoch, header.version, welcome.since):
+        bare = self.replica.version == self._standing.resolved == NONE and not self.round
+        epoch, now = self.session.epoch, header.version
+        if self._epochs.enter(epoch, now, welcome.since, has_nothing=bare):
             self._forget_above(self._epochs.sure)
         self._pull = True
         self._initial.start(wanted=welcome.init_wanted)
@@ -530,13 +533,7 @@ class Machine:
 
     def _settle(self, current: Round, status: Status) -> None:
         """Act on a STATUS that knows of everything this round has sent."""
-        if status.round < current.number or status.resolved > current.number:
-            msg = (
-                f"ROLLBACK: the server is at round {status.round} and has resolved "
-                f"{status.resolved} of this rank, this worker is at round {current.number}: "
-                "the server came back with an older state; start the job again"
-            )
-            raise RemoteProtocolError(msg)
+        check_not_behind(status, current.number)
         if current.outcome or self._outbox:
             return
         if self.turns.in_order:

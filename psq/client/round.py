@@ -82,6 +82,20 @@ class Round:
         """The next contribution is computed from a later version than this one."""
         self.target = self.number + 1
 
+    def check_same(self, rate: float, weight: int) -> None:
+        """What a process before this one began ends with the settings it had.
+
+        Raises:
+            UsageError: it is to end with others.
+        """
+        if (rate, weight) != (self.rate, self.weight):
+            msg = (
+                f"round {self.number} was begun with lr {self.rate!r} and weight "
+                f"{self.weight}, before this process was started again; it cannot end with lr "
+                f"{rate!r} and weight {weight}: start it with the settings it had"
+            )
+            raise UsageError(msg)
+
     def push(self, shard: int, weight: int | None = None) -> None:
         """Note that a shard's payload is said, with a weight of its own if one is given."""
         self._check_unsaid(shard)

@@ -96,11 +96,12 @@ class ServerConfig:
         "keep the job here, and go on with the one that is there: a killed server loses nothing",
         metavar="FOLDER",
     )
-    durability: Literal["auto", "journal", "checkpoint", "off"] = setting(
+    durability: Literal["auto", "journal", "replay", "checkpoint", "off"] = setting(
         "auto",
-        "what of the job is in --state-dir: each round before anybody hears of it (journal), or "
+        "what of the job is in --state-dir: each round before anybody hears of it (journal); that "
+        "without payloads, which workers keep since the last checkpoint and say again (replay); or "
         "checkpoints, and what came after the last one is lost; auto: journal for rounds of up to "
-        "16 MB",
+        "16 MB, else checkpoint",
     )
     checkpoint_every: int | None = setting(
         None,

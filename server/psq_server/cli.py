@@ -26,7 +26,7 @@ import psq
 from psq import kernels
 from psq.config import Given, ServerConfig, is_loopback, stray_variables
 from psq.config.options import EPILOG, options, run
-from psq.errors import ConfigError
+from psq.errors import ConfigError, StateError
 from psq.keys import Ranks, ServerKeys, WorkerKeys, load_server_keys, load_worker_keys
 from psq.link import ServerLink
 from psq.metrics import CONTENT_TYPE, Metrics, Totals
@@ -103,24 +103,28 @@ def _serve(  # noqa: PLR0913, PLR0917 - what a server is made of
     opened: Opened,
 ) -> int:
     started_s = time.monotonic()
-    state, store = opened.state, opened.store
-    above = _above(config, state, log) if config.parent is not None else None
+    above = _above(config, opened.state, log) if config.parent is not None else None
     insecure = not link.encrypted and not is_loopback(link.endpoint)
     watcher = _Watcher(config)
-    loop = Loop(
-        link,
-        state,
-        log=log,
-        signals=signals,
-        observer=watcher.metrics,
-        save=save,
-        insecure=insecure,
-        timeline=Timeline() if config.timeline_filename else None,
-        above=above,
-        store=store,
-        weights=opened.weights,
-    )
-    watcher.loop = loop
+    timeline = Timeline() if config.timeline_filename else None
+
+    def begin(opened: Opened) -> Loop:
+        watcher.loop = Loop(
+            link,
+            opened.state,
+            log=log,
+            signals=signals,
+            observer=watcher.metrics,
+            save=save,
+            insecure=insecure,
+            timeline=timeline,
+            above=above,
+            store=opened.store,
+            weights=opened.weights,
+        )
+        return watcher.loop
+
+    loop = begin(opened)
     health = HealthServer(
         config.metrics_host,
         config.metrics_port,
@@ -143,17 +147,34 @@ def _serve(  # noqa: PLR0913, PLR0917 - what a server is made of
     ending: Ending | None = None
     try:
         ending = loop.run()
+        while ending.reason == "lost":
+            opened = _before_the_loss(config, opened, log)
+            loop = begin(opened)
+            ending = loop.run()
     finally:
         if above is not None:
             above.leave(*_farewell(ending))
         health.close()
-        if store is not None and not store.close():
+        if opened.store is not None and not opened.store.close():
             log.write("error", "not-kept", {"text": "not all that was to be kept is on disk"})
         if config.timeline_filename:
             _write_timeline(Path(config.timeline_filename), loop, log)
     if config.json:
-        click.echo(json.dumps(_summary(loop, state, ending, time.monotonic() - started_s)))
+        click.echo(json.dumps(_summary(loop, opened.state, ending, time.monotonic() - started_s)))
     return ending.exit_code
+
+
+def _before_the_loss(config: ServerConfig, opened: Opened, log: LineLog) -> Opened:
+    """Begin again, as another start would, from before the rounds that are lost.
+
+    Raises:
+        StateError: the disk does not let go of what was under way; another start may do it.
+    """
+    assert opened.store is not None  # noqa: S101 - what is lost was on its disk
+    if not opened.store.close():
+        msg = f"{config.state_dir} is still being written: start this server again"
+        raise StateError(msg)
+    return open_state(config, _settings(config), log, goes_back=True)
 
 
 def _write_timeline(path: Path, loop: Loop, log: LineLog) -> None:

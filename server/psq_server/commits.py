@@ -25,7 +25,7 @@ from psq_server.state import (
     Durable,
     ServerState,
 )
-from psq_server.state.events import Level
+from psq_server.state.events import LOGGED, Level
 from psq_server.weights import Weights
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Commits:
                 self._write_down(step)
                 continue
             yield step
-            if isinstance(step, Adopt) and step.level == "journal":
+            if isinstance(step, Adopt) and step.level in LOGGED:
                 self._need_store().open_journal(0)
 
     def hear(self) -> Iterator[Answer | Action]:

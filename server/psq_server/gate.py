@@ -7,6 +7,8 @@ actions by list of actions, and says what may be done now and what is to be writ
     journal      Judge, Reduce        Append(JUDGE or SHARD), and is done: nobody sees it yet
                  Committed            Append(ROUND), Sync(ticket); what leaves waits for the ticket
                  Changed              Append(CHANGE), Sync(ticket); likewise
+    replay       likewise, but that of a payload its length and digest are put down, and all that
+                 was reduced in one record, Append(SAID), before that of the round
     + checkpoint Started              Keep(0, ticket); likewise
                  Checkpoint           Keep(version); the last one with a ticket, for what follows it
 
@@ -48,6 +50,8 @@ from psq_server.state import (
     Started,
     Stop,
 )
+from psq_server.state.events import LOGGED
+from psq_server.state.past import digest_of
 
 __all__ = ["Append", "Changes", "Gate", "Keep", "RecordKind", "Step", "Sync", "said_of", "start"]
 
@@ -60,6 +64,7 @@ class RecordKind(IntEnum):
     ROUND = 3
     CHANGE = 4
     START = 5
+    SAID = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +136,10 @@ class Gate:
         self._whole = whole
         self._has_weights = version is not None
         self._judged = -1  # the round whose payloads are in a JUDGE record
+        self._said: list[tuple[int, float, list[list[int | float]]]] = []
+        """At "replay": of each shard that the open round has reduced, its rate and who said what.
+        """
+        self._reduced = -1  # that round
         self._issued = self._released = 0
         self._done: set[int] = set()
         self._is_open = False
@@ -214,10 +223,11 @@ class Gate:
 
         What the list says before it says so waits as well: a verdict comes before its commit.
         """
-        if self._level != "journal" or not self._has_weights:
+        if self._level not in LOGGED or not self._has_weights:
             return 0
         if any(isinstance(action, Committed) for action in actions):
             ticket = self._issue()
+            self._log_said(steps)
             steps.append(Append(RecordKind.ROUND, changes(True)))  # noqa: FBT003 - see Changes
             self._is_open = False
             self._held = deque((ticket if t == _OPEN else t, action) for t, action in self._held)
@@ -248,20 +258,34 @@ class Gate:
 
     def _log(self, action: Judge | Reduce, steps: list[Step]) -> None:
         """Put down what a shard, or a judgement, is made of."""
-        if self._level != "journal":
+        if self._level not in LOGGED:
             return
         self._is_open = self._is_open or self._whole
+        bare = self._level == "replay"
         if isinstance(action, Judge):
             self._judged = action.round
             said = [one for each in action.said.values() for one in each]
-            shards = {shard: said_of(each) for shard, each in action.said.items()}
+            shards = {shard: said_of(each, bare=bare) for shard, each in action.said.items()}
             meta = {"round": action.round, "rate": action.rate, "said": shards}
-            steps.append(Append(RecordKind.JUDGE, meta, tuple(one.payload for one in said)))
+            payloads = () if bare else tuple(one.payload for one in said)
+            steps.append(Append(RecordKind.JUDGE, meta, payloads))
+            return
+        if bare:
+            known = said_of(action.said, bare=action.round != self._judged)
+            self._said.append((action.shard, action.rate, known))
+            self._reduced = action.round
             return
         meta = {"round": action.round, "shard": action.shard, "rate": action.rate}
         meta["said"] = said_of(action.said)
         payloads = () if action.round == self._judged else action.payloads
         steps.append(Append(RecordKind.SHARD, meta, payloads))
+
+    def _log_said(self, steps: list[Step]) -> None:
+        """Put down, at "replay", what the round that ends now was made of."""
+        if self._level == "replay":
+            meta = {"round": self._reduced, "said": self._said}
+            steps.append(Append(RecordKind.SAID, meta))
+            self._said = []
 
     def _pass(self, action: Action, steps: list[Step]) -> None:
         is_leaving = isinstance(action, _LEAVING) and not (
@@ -296,9 +320,17 @@ def _whose(action: Action) -> tuple[bytes, ...]:
     return ()
 
 
-def said_of(said: Sequence[Pushed]) -> list[list[int | float]]:
-    """Whose payloads these are, and how they count, for a record; the payloads go beside it."""
-    return [[one.rank, one.codec, one.weight, one.staleness] for one in said]
+def said_of(said: Sequence[Pushed], *, bare: bool = False) -> list[list[int | float]]:
+    """Whose payloads these are, and how they count, for a record.
+
+    The payloads go beside it; where they do not (`bare`), each one's length and digest belong to
+    it.
+    """
+    listed: list[list[int | float]] = []
+    for one in said:
+        known = (one.payload.nbytes, digest_of(one.payload)) if bare else ()
+        listed.append([one.rank, one.codec, one.weight, one.staleness, *known])
+    return listed
 
 
 def start(epoch: int, version: int) -> Append:

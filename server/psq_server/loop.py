@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, assert_never
 
 from psq.clock import parse_consistency
-from psq.errors import StateError
+from psq.errors import EXIT_STATE, StateError
 from psq.link import DRAIN_LIMIT, Sent, ServerLink, WorkerLink
 from psq.metrics import Totals
 from psq.plan import Plan
@@ -28,6 +28,7 @@ from psq_proto.messages import NO_SHARD, MessageType
 from psq_server.commits import Answer, Commits
 from psq_server.line_log import LineLog
 from psq_server.outbox import Outbox
+from psq_server.retaking import retake
 from psq_server.saving import metadata_of, part_path, save_weights
 from psq_server.signals import Signals
 from psq_server.state import (
@@ -40,12 +41,15 @@ from psq_server.state import (
     Echo,
     Event,
     FrameReceived,
+    GoBack,
     Initialize,
     Judge,
     Log,
     PeerBehind,
     PeerGone,
     Reduce,
+    Retake,
+    Retaken,
     Save,
     Send,
     SendFull,
@@ -113,7 +117,10 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How and why the loop ended."""
+    """How and why the loop ended.
+
+    The reason "lost" is no end of the server: rounds are lost, and it goes on from before them.
+    """
 
     exit_code: int
     reason: str
@@ -290,6 +297,8 @@ class Loop:
             raise
         self._outbox.flush()
         self._linger()
+        if self._store is not None:
+            self._link.unwatch(self._store.fd)
         if self._failure is not None:
             raise self._failure
         return self._ending
@@ -415,7 +424,7 @@ class Loop:
         match action:
             case Send() | Echo() | Broadcast() | SendFull():
                 self._timed("send", lambda: self._transmit(action))
-            case Reduce() | Judge():
+            case Reduce() | Judge() | Retake():
                 self._work(action)
             case Committed():
                 self._close_round(action)
@@ -425,6 +434,8 @@ class Loop:
                 self._weights = self._make_room(action.plan)
             case Started() | Changed() | Checkpoint():
                 pass  # they are the gate's
+            case GoBack():
+                self._ending = Ending(EXIT_STATE, "lost", action.text, self._saved)
             case Log():
                 self._log.write(action.level, action.event, action.fields)
             case Save():
@@ -470,11 +481,13 @@ class Loop:
     def _is_busy(self, frame: Buffer) -> bool:
         return self._link.is_lent(frame) or self._outbox.holds(frame)
 
-    def _work(self, action: Reduce | Judge) -> None:
+    def _work(self, action: Reduce | Judge | Retake) -> None:
         if isinstance(action, Reduce):
             self._reduce(action)
-        else:
+        elif isinstance(action, Judge):
             self._judge(action)
+        else:
+            self._timed("reduce", lambda: self._retake(action))
 
     def _reduce(self, action: Reduce) -> None:
         before_s = self._clock()
@@ -487,6 +500,11 @@ class Loop:
                 Phase.REDUCE, before_s, end_s, shard, action.round, NOWHERE, len(frame)
             )
         self._events.append(ShardReduced(action.round, action.shard, frame, reduce_s))
+
+    def _retake(self, action: Retake) -> None:
+        """Make a round again whose payloads have come."""
+        frames = retake(action.past, self._hold())
+        self._events.append(Retaken(action.past.number, frames))
 
     def _judge(self, action: Judge) -> None:
         before_s = self._clock()

@@ -17,6 +17,9 @@ from psq.config import ServerConfig
 from psq.errors import ConfigError
 from psq_server.line_log import LineLog
 from psq_server.state import ServerState, Settings
+from psq_server.state.durable import Rest
+from psq_server.state.events import LOGGED
+from psq_server.state.keeping import refusal
 from psq_server.weights import Weights
 
 if TYPE_CHECKING:
@@ -77,9 +80,17 @@ def open_state(
     settings: Settings,
     log: LineLog,
     *,
+    goes_back: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> Opened:
     """Open the state directory, if there is to be one, and take up what is in it.
+
+    Args:
+        config: what was asked for.
+        settings: what follows from it.
+        log: is told what was found.
+        goes_back: rounds that the workers cannot say again are lost: forget them, for good.
+        clock: monotonic seconds.
 
     Raises:
         StateError: the directory cannot be used, or its state cannot be had whole.
@@ -102,7 +113,11 @@ def open_state(
         checkpoint_s=config.checkpoint_s,
     )
     began_s = clock()
-    found = recover(directory, lambda event, text: log.write("error", event, {"text": text}))
+    found = recover(
+        directory,
+        lambda event, text: log.write("error", event, {"text": text}),
+        goes_back=goes_back,
+    )
     store = Store(directory, keep=config.keep_checkpoints, copy=copy, clock=clock)
     log.write(
         "info",
@@ -115,7 +130,7 @@ def open_state(
         state = _restore(found, settings, clock())
     _check_job(config, state)
     store.version = found.checkpoint
-    if state.level == "journal":
+    if state.level in LOGGED or goes_back:
         store.open_journal(
             state.snapshot(clock()).version,
             reader=found.reader,
@@ -128,6 +143,7 @@ def open_state(
             "version": state.snapshot(clock()).version,
             "checkpoint": found.checkpoint,
             "rounds": found.recovered.rounds,
+            "owed": len(found.recovered.owed),
             "durability": state.level,
             "seconds": round(clock() - began_s, 3),
         },
@@ -143,6 +159,7 @@ def _restore(found: Found, settings: Settings, now_s: float) -> ServerState:
         now_s,
         shards=found.weights.versions,
         frames=found.weights.last_frames,
+        rest=Rest(found.recovered.owed, found.checkpoint),
     )
 
 
@@ -160,6 +177,9 @@ def _check_job(config: ServerConfig, state: ServerState) -> None:
                 f"--{option.replace('_', '-')} out, or name another --state-dir"
             )
             raise ConfigError(msg)
+    fault = refusal(plan, config.durability)
+    if fault:
+        raise ConfigError(fault)
 
 
 def _copier(url: str | None) -> Copy | None:

@@ -2,9 +2,8 @@
 
 `replay` is pure: it takes records, whoever read them, and drives whoever reduces. Rounds are
 replayed as wholes, in order: a shard whose round has no ROUND record never happened, for nothing
-that depended on it had left. Reduction is deterministic, so the state is what it was to the byte;
-each round says what its answers' checksums were, and a replay that gives others is refused, rather
-than gone on from.
+that depended on it had left. Rounds whose payloads are with the workers are owed: what the ranks
+were is known at once, the weights when the payloads have come again (`psq_server.state.replaying`).
 
 `recover` does so with a state directory. It never begins afresh where there was a state: if no
 checkpoint can be read, or the journal lacks something, it says what and where (StateError, 65).
@@ -17,35 +16,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol
 
 from psq.durable import JournalReader, StateDirectory, reach, read_journal
 from psq.durable.checkpoint import list_checkpoints, open_checkpoint
 from psq.errors import PsqError, StateError
 from psq.plan import Plan
-from psq_proto.frames import HEADER_BYTES, Buffer
 from psq_server.gate import RecordKind
-from psq_server.state import Judge, Judged, Pushed, Reduce
+from psq_server.retaking import Reducing, Told, retake
+from psq_server.state import Past
 from psq_server.state.durable import merge
 from psq_server.weights import Weights
 
-__all__ = ["Entry", "Found", "Recovered", "Replayed", "known", "recover", "replay"]
+__all__ = ["Entry", "Found", "Recovered", "known", "recover", "replay"]
 
-_BODY_CRC: Final = struct.Struct("<92xI4x")
 _FOREIGN: Final = (LookupError, TypeError, ValueError, AttributeError, OverflowError, struct.error)
 """What becomes of a value that is missing, or of another kind, where it is used."""
-Taken: TypeAlias = dict[int, dict[int, memoryview]]
-"""Of each shard: what each rank said that was judged."""
-
-
-class Replayed(Protocol):
-    """Who takes rounds again; `psq_server.weights.Weights` is one."""
-
-    def judge(self, action: Judge) -> Judged:
-        """What the recipe's rules make of a whole round."""
-
-    def reduce(self, action: Reduce) -> Buffer:
-        """The sealed WEIGHTS of one shard after this round."""
 
 
 class Entry(Protocol):
@@ -75,35 +61,51 @@ class Recovered:
     Attributes:
         rounds: how many rounds were taken again.
         last_number: of the last record that counts; None: none does.
+        owed: the rounds after these, whose payloads are with the workers.
     """
 
     rounds: int
     last_number: int | None
+    owed: tuple[Past, ...] = ()
 
 
-def replay(captured: dict[str, Any], records: Iterable[Entry], weights: Replayed) -> Recovered:
+def replay(
+    captured: dict[str, Any],
+    records: Iterable[Entry],
+    weights: Reducing,
+    *,
+    goes_back: bool = False,
+) -> Recovered:
     """Bring a captured state up to date, in place, and the weights with it.
+
+    From the first round on whose payloads the records do not have (level `replay`), the weights
+    stay as they are: the rounds are owed, and `retake` makes them again when the payloads are here.
 
     Args:
         captured: by `ServerState.capture`.
         records: what was made durable after it, in order; older ones are passed over.
         weights: as they were captured.
+        goes_back: what is owed cannot be had: what comes before it counts, and nothing after it.
 
     Raises:
         StateError: a round is missing, or gives other bytes than it gave.
     """
-    return _Replay(captured, weights).take(records)
+    return _Replay(captured, weights, goes_back=goes_back).take(records)
 
 
 class _Replay:
     """The rounds of a journal, taken one by one."""
 
-    def __init__(self, captured: dict[str, Any], weights: Replayed) -> None:
+    def __init__(
+        self, captured: dict[str, Any], weights: Reducing, *, goes_back: bool = False
+    ) -> None:
         self._captured = captured
+        self._goes_back = goes_back
+        self._ended = False
         self._weights = weights
-        self._shards: dict[int, tuple[Mapping[str, Any], tuple[memoryview, ...]]] = {}
-        self._judged: tuple[Mapping[str, Any], tuple[memoryview, ...]] | None = None
+        self._told = Told()
         self._rounds = 0
+        self._owed: list[Past] = []
 
     @property
     def _version(self) -> int:
@@ -112,34 +114,37 @@ class _Replay:
 
     def take(self, records: Iterable[Entry]) -> Recovered:
         last: int | None = None
-        for record in records:
+        for record in filter(lambda _: not self._ended, records):  # to the end, wherever that is
             meta = record.meta
             match record.kind:
                 case RecordKind.START:
                     self._forget_round()
                     last = record.number
                 case RecordKind.SHARD if meta["round"] >= self._version:
-                    self._shards.pop(meta["shard"], None)
-                    self._shards[meta["shard"]] = (meta, record.buffers)
+                    self._told.shard(meta, record.buffers)
+                case RecordKind.SAID if meta["round"] >= self._version:
+                    self._told.said(meta)
                 case RecordKind.JUDGE if meta["round"] >= self._version:
-                    self._judged = (meta, record.buffers)
+                    self._told.judged(meta, record.buffers)
                 # What is older than this state counts too: the checkpoint before may need it yet.
                 case RecordKind.ROUND:
                     if meta["version"] > self._version:
                         self._take_round(meta)
-                    last = record.number
+                    last = last if self._ended else record.number
                 case RecordKind.CHANGE:
                     if meta["version"] >= self._version:
                         merge(self._captured, meta)
                     last = record.number
-        return Recovered(self._rounds, last)
+        return Recovered(self._rounds, last, tuple(self._owed))
 
     def _forget_round(self) -> None:
-        self._shards.clear()
-        self._judged = None
+        self._told = Told()
 
     def _take_round(self, meta: Mapping[str, Any]) -> None:
-        """Reduce a round's shards again, and believe what it says of the ranks."""
+        """Reduce a round's shards again, and believe what it says of the ranks.
+
+        From the first one on whose payloads are elsewhere, rounds are owed.
+        """
         version = meta["version"]
         if version != self._version + 1:
             msg = (
@@ -148,52 +153,17 @@ class _Replay:
             )
             raise StateError(msg)
         reach("recovery.round")
-        taken: Taken = {}
-        if self._judged is not None:
-            taken = self._judge_again(*self._judged)
-        answers: dict[int, int] = {}
-        for shard, (said, buffers) in self._shards.items():
-            pushed = _pushed(said["said"], buffers, taken.get(shard))
-            frame = self._weights.reduce(Reduce(version - 1, shard, pushed, said["rate"]))
-            if len(frame) >= HEADER_BYTES:
-                answers[shard] = _BODY_CRC.unpack_from(frame)[0]
-        if answers != meta["crcs"]:
-            differ = sorted(s for s, crc in meta["crcs"].items() if answers.get(s) != crc)
-            msg = (
-                f"round {version - 1} gives other bytes than it gave, of shards "
-                f"{differ or sorted(answers)!r:.200}: go on with the same version of psq, the same "
-                "kernels (PSQ_KERNEL) and the same rules"
-            )
-            raise StateError(msg)
+        past = self._told.past(version - 1, meta["crcs"])
+        if self._goes_back and past.missing():
+            self._ended = True
+            return
+        if self._owed or past.missing():
+            self._owed.append(past)
+        else:
+            retake(past, self._weights)
+            self._rounds += 1
         merge(self._captured, meta)
         self._forget_round()
-        self._rounds += 1
-
-    def _judge_again(self, meta: Mapping[str, Any], buffers: tuple[memoryview, ...]) -> Taken:
-        """Let the rules look at the round again; returns who said what of each shard."""
-        payloads = iter(buffers)
-        said = {
-            shard: tuple(_one(each, next(payloads)) for each in listed)
-            for shard, listed in meta["said"].items()
-        }
-        self._weights.judge(Judge(meta["round"], said, meta["rate"]))
-        return {shard: {one.rank: one.payload for one in each} for shard, each in said.items()}
-
-
-def _one(listed: list[Any], payload: memoryview) -> Pushed:
-    rank, codec, weight, staleness = listed
-    return Pushed(rank, payload, codec, weight, staleness)
-
-
-def _pushed(
-    listed: list[list[Any]],
-    buffers: tuple[memoryview, ...],
-    judged: Mapping[int, memoryview] | None,
-) -> tuple[Pushed, ...]:
-    """What was handed to the reducer: payloads are in the record, or were judged before."""
-    if judged is None:
-        return tuple(_one(each, buffers[at]) for at, each in enumerate(listed))
-    return tuple(_one(each, judged[each[0]]) for each in listed)
 
 
 # ---- from a directory
@@ -244,12 +214,15 @@ class Found:
     checkpoint: int
 
 
-def recover(directory: StateDirectory, note: Callable[[str, str], None]) -> Found | None:
+def recover(
+    directory: StateDirectory, note: Callable[[str, str], None], *, goes_back: bool = False
+) -> Found | None:
     """The state in a directory, or None if none was begun there.
 
     Args:
         directory: open, and this process's.
         note: takes an event and a text: what was passed over, and why.
+        goes_back: rounds that the workers cannot say again are lost: what comes before them counts.
 
     Raises:
         StateError: there is a state, and it cannot be had whole.
@@ -262,7 +235,7 @@ def recover(directory: StateDirectory, note: Callable[[str, str], None]) -> Foun
     reach("recovery.loaded")
     reader = read_journal(directory.journal, version, run_id=directory.run_id)
     with known(f"the journal in {directory.journal}"):
-        recovered = replay(captured, reader, weights)
+        recovered = replay(captured, reader, weights, goes_back=goes_back)
     if reader.torn is not None:
         torn = reader.torn
         text = f"{torn.path}: the last {torn.lost_bytes} bytes were not written whole: {torn.why}"

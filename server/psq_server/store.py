@@ -206,7 +206,12 @@ class Store:
             yield self._news.popleft()
 
     def close(self) -> bool:
-        """End both threads; returns whether everything that was handed over is on disk."""
+        """End both threads; returns whether everything that was handed over is on disk.
+
+        Once: whoever asks again hears that it is over.
+        """
+        if self._closing.is_set():
+            return True
         self._closing.set()
         is_whole = True
         try:

@@ -56,7 +56,14 @@ class Tally:
         )
 
 
-def disturbed_job(life: Life, rng: random.Random, tally: Tally, enough: Callable[[], bool]) -> None:
+def disturbed_job(
+    life: Life,
+    rng: random.Random,
+    tally: Tally,
+    enough: Callable[[], bool],
+    *,
+    servers_alone: bool = False,
+) -> None:
     """Run a job to its end, and kill while it runs until there is `enough` of it."""
     pause, last, moved_s = threading.Event(), -1, time.monotonic()
     while not enough():
@@ -70,6 +77,8 @@ def disturbed_job(life: Life, rng: random.Random, tally: Tally, enough: Callable
         assert time.monotonic() < moved_s + STALL_S, f"no step in {STALL_S:.0f} s, at {now}"
         worker = rng.randrange(life.world_size)
         kinds: list[tuple[int, ...]] = [(SERVER,), (worker,), (SERVER, worker)]
+        if servers_alone:
+            kinds = kinds[:1]
         untouched = not (tally.servers and tally.workers)
         struck = life.kill(*(kinds[-1] if untouched else rng.choice(kinds)))
         for place in sorted(struck, key=lambda _: rng.random()):

@@ -65,6 +65,26 @@ def test_kills_at_random_moments_change_nothing(life_of, undisturbed, recipe):
     assert tally.workers
 
 
+@pytest.mark.parametrize("recipe", ["server-adam", "shared-direction"])
+def test_kills_of_a_server_whose_workers_keep_the_payloads_change_nothing(
+    life_of, undisturbed, recipe
+):
+    expected = undisturbed(KILLS_STEPS, recipe)
+    options = ("--durability", "replay", "--checkpoint-every", "20")
+    life, tally = life_of("killed", KILLS_STEPS, recipe=recipe, options=options), Tally()
+    rng = random.Random(recipe)  # noqa: S311 - no secret
+
+    def enough():
+        return tally.servers >= ENOUGH_KILLS
+
+    disturbed_job(life.start(), rng, tally, enough, servers_alone=True)
+    assert life.outcome() == expected
+    assert tally.servers
+    said = "".join(path.read_text() for path in life.folder.glob("server*.err"))
+    assert "event=replayed" in said
+    assert "event=lost" not in said
+
+
 @pytest.mark.parametrize("place", [SERVER, 1], ids=["server", "worker"])
 def test_a_process_that_is_stopped_and_goes_on_changes_nothing(life_of, undisturbed, place):
     life = life_of("stopped", STEPS, options=("--lease", "0.5")).start()

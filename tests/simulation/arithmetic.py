@@ -126,6 +126,11 @@ class IntegerWeights:
         refused = {rank: "unlucky: today" for rank in ranks if is_refused(rank, action.round)}
         return Judged(action.round, {}, refused)
 
+    @property
+    def version(self) -> int:
+        """The newest that any shard has."""
+        return max(self.versions.values())
+
     def full(self, shard: int) -> tuple[int, tuple[Buffer, ...]]:
         """The version that a shard has now, and the sealed WEIGHTS of all of it."""
         return self.versions[shard], (self._frame(shard, Flags.FULL, self.values[shard]),)

@@ -19,12 +19,13 @@ from psq.client import held
 from psq.client.epochs import Epochs
 from psq.client.machine import Machine
 from psq.client.replica import ReplicaVersions
+from psq.client.said import Said
 from psq.client.speech import Speech
 from psq_proto.frames import Header
-from psq_proto.messages import NONE, Flags
+from psq_proto.messages import NONE, Flags, MessageType
 from psq_server import gate, recovery
 from psq_server.commits import Commits
-from psq_server.state import durable, joining, keeping, training
+from psq_server.state import durable, joining, keeping, presence, training
 from psq_server.state.members import Member
 from psq_server.state.round import Contribution, OpenRound
 from psq_server.state.world import World
@@ -42,6 +43,7 @@ SET_BACK: Final[Mapping[str, Any]] = {
     "server_crashes": 2,
     "worker_crashes": 2,
 }
+RECALLS: Final[Mapping[str, Any]] = {"durability": "replay", "server_crashes": 3}
 SEEDS: Final = 60
 ROUND: Final = gate.RecordKind.ROUND
 
@@ -175,6 +177,26 @@ def _always_early(say: Callable[..., None]) -> Callable[..., None]:
     return said
 
 
+def _drop_at_announcement(hear: Callable[..., None]) -> Callable[..., None]:
+    def heard(self: Said, header: Header, body: Any) -> None:
+        hear(self, header, body)
+        if header.type is MessageType.CKPT and header.seq:
+            self.told(header.version + 1)
+
+    return heard
+
+
+def _keep_views(note: Callable[..., None]) -> Callable[..., None]:
+    def noted(self: Said, ended: Any) -> None:
+        note(self, ended)
+        kept = self._kept.get(ended.number)
+        if kept is not None:
+            for shard in kept.shards:
+                kept.shards[shard] = (kept.shards[shard][0], self._frames.said(shard).data)
+
+    return noted
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     return None
 
@@ -202,7 +224,7 @@ PLANTED: Final[Mapping[str, Planted]] = {
     ),
     "keep-uncommitted-weights": Planted(
         "a worker keeps shards of a round that a crash took back",
-        _instead(Epochs, "enter", lambda self, epoch, version: False),
+        _instead(Epochs, "enter", lambda self, epoch, version, **_: False),
         {**KEPT, "consistency": "bsp", "judged": False},
         seeds=300,
     ),
@@ -305,6 +327,23 @@ PLANTED: Final[Mapping[str, Planted]] = {
         _instead(disk, "pruned_to", lambda images: images[-1].journal_from),
         {**KEPT, "checkpoint_every": 1, "rot": 1.0},
         seeds=200,
+    ),
+    "kept-payloads-dropped-too-early": Planted(
+        "a worker lets go what it said before a checkpoint that is not on the server's disk yet",
+        _around(Said, "hear", _drop_at_announcement),
+        {**RECALLS, "checkpoint_every": 2},
+        seeds=200,
+    ),
+    "kept-payloads-not-copied": Planted(
+        "a worker keeps buffers that it encodes the next round into",
+        _around(Said, "note", _keep_views),
+        RECALLS,
+    ),
+    "not-asked-again": Planted(
+        "what a server asked for once, and did not get, it waits for for ever",
+        _instead(presence.replaying, "on_beat", _nothing),
+        {**RECALLS, "flips": 30, "checkpoint_every": 0},
+        seeds=300,
     ),
     "evicted-and-counted": Planted(
         "what a rank that was given up had said in part stays in the round",

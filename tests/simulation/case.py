@@ -16,6 +16,7 @@ from psq.groups import DEFAULT_GROUP, Group
 from psq.plan import Plan
 from psq.presets import preset
 from psq.recipe import Aggregate
+from psq_server.state.events import LOGGED
 
 __all__ = ["Case", "plan_of", "view_of"]
 
@@ -26,6 +27,10 @@ CONSISTENCIES: Final = (
     *("bsp",) * 6,
     *("bsp,quorum=1,mads=1", "bsp,quorum=2", "ssp:1", "ssp:2,quorum=2", "asp"),
 )
+
+
+REPLAYS: Final = 0.2
+"""How many of the jobs that keep every round leave the payloads to their workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,8 @@ class Case:
         keeps: how likely a worker that died finds what it had kept.
         disk_errors, slow_disks: how often the disk refuses, or takes long, for a while.
         rot: how likely a server that died finds its newest checkpoint rotten.
-        durability: "journal", "checkpoint" or "off".
+        durability: "journal", "checkpoint", "replay" (where workers that die would take along what
+            a server may ask for: none do then) or "off".
         checkpoint_every: rounds from one checkpoint to the next; 0: there is only the first.
     """
 
@@ -103,10 +109,13 @@ class Case:
             as_at_first: without what was thought of later, see `_later`.
         """
         drawn = _draw(seed) if as_at_first else _later(_draw(seed))
+        if not as_at_first and "durability" not in (given or {}):
+            drawn = _leave_payloads(drawn)
         if not given:
             return drawn
         case = replace(drawn, **given)
         plain = case.servers == 1 and case.consistency == "bsp"
+        case = _spare_workers(case)
         return replace(
             case,
             every=case.every if case.consistency == "bsp" else 1,
@@ -115,13 +124,18 @@ class Case:
         )
 
     @property
+    def is_logged(self) -> bool:
+        """Whether nobody hears of a round before it is on disk."""
+        return self.durability in LOGGED
+
+    @property
     def whole(self) -> bool:
         """Whether rounds close as a whole, rather than shard by shard."""
         return self.judged or self.consistency != "bsp"
 
     def difference(self) -> str:
         """What makes this case another one than its seed's, as options of the command."""
-        drawn = _later(_draw(self.seed))
+        drawn = _leave_payloads(_later(_draw(self.seed)))
         return " ".join(
             f"--set {field.name}={getattr(self, field.name)}"
             for field in fields(self)
@@ -154,6 +168,13 @@ def _draw(seed: int) -> Case:
     return replace(case, **_faults(rng))
 
 
+def _spare_workers(case: Case) -> Case:
+    """Where a worker's memory is part of what is kept, workers live, and checkpoints last."""
+    if case.durability != "replay":
+        return case
+    return replace(case, worker_crashes=0, takeovers=0, rot=0.0, min_workers=0, copies=0.0)
+
+
 def _later(case: Case) -> Case:
     """What was thought of later, from a generator of its own: the rest stays what it was."""
     rng = random.Random(f"{case.seed}/later")  # noqa: S311 - a simulation
@@ -161,6 +182,14 @@ def _later(case: Case) -> Case:
     if case.durability == "journal":
         level = rng.choice(("journal", "journal", "journal", "checkpoint"))
         case = replace(case, durability=level, copies=rng.choice((0.0, 0.5, 1.0)))
+    return case
+
+
+def _leave_payloads(case: Case) -> Case:
+    """Some of those that keep every round leave the payloads to their workers."""
+    rng = random.Random(f"{case.seed}/replay")  # noqa: S311 - a simulation
+    if case.durability == "journal" and rng.random() < REPLAYS:
+        return _spare_workers(replace(case, durability="replay"))
     return case
 
 

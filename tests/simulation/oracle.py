@@ -263,7 +263,7 @@ class Oracle:
 
     def goes_up(self, owner: int, frame: Buffer) -> None:
         """A worker sends something: what it pushes is what it pushed before."""
-        if frame[_TYPE_OFFSET] != MessageType.PUSH:
+        if frame[_TYPE_OFFSET] not in {MessageType.PUSH, MessageType.AGAIN}:
             return
         header, body = decode_frame(frame)
         if header.flags & Flags.SKIP:
@@ -376,13 +376,21 @@ class Oracle:
             msg = f"rank {rank} ends with {words!r}; servers came back at {self.rolled}"
             raise Violation(msg)
 
+    def remade(self, server: int, values: Mapping[int, tuple[int, int]]) -> None:
+        """A server has made again, of what workers kept, all that it had lost."""
+        for shard, value in values.items():
+            made = self.history[shard][self.versions[server]]
+            if value != made:
+                msg = f"shard {shard} is made again as {value}, was {made}"
+                raise Violation(msg)
+
     def goes_down(self, server: int, frame: Buffer) -> None:
         """A server says something: it answers for no version that a crash would take back."""
         kind = frame[_TYPE_OFFSET]
         if self.case.durability == "checkpoint" and kind in _OF_A_VERSION:
             told = decode_frame(frame).header.version
             self.promised[server] = max(self.promised[server], told)
-        if self.case.durability != "journal":
+        if not self.case.is_logged:
             return
         if kind == MessageType.WEIGHTS:
             ahead = self.case.consistency == "bsp" and not self.case.judged

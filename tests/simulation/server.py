@@ -21,6 +21,7 @@ from psq_proto.frames import Buffer
 from psq_server.commits import Commits
 from psq_server.outbox import Outbox
 from psq_server.recovery import replay
+from psq_server.retaking import retake
 from psq_server.state import (
     Action,
     Adopt,
@@ -32,6 +33,7 @@ from psq_server.state import (
     Echo,
     Event,
     FrameReceived,
+    GoBack,
     Initialize,
     Judge,
     Log,
@@ -39,6 +41,8 @@ from psq_server.state import (
     PeerGone,
     Pushed,
     Reduce,
+    Retake,
+    Retaken,
     Send,
     SendFull,
     ServerState,
@@ -47,6 +51,8 @@ from psq_server.state import (
     Stop,
     Tick,
 )
+from psq_server.state.durable import Rest
+from psq_server.state.events import LOGGED
 
 from .arithmetic import IntegerWeights
 from .case import Case
@@ -103,6 +109,7 @@ class Server:
             grace_s=GRACE_S,
             give_up_after_s=900.0,
             durability=case.durability,
+            kept_bytes=1 if case.checkpoint_every == 1 else 1 << 20,
             checkpoint_every=case.checkpoint_every or None,
         )
 
@@ -173,7 +180,7 @@ class Process:
         server = self.server
         recovered = self._recover()
         self.state, self.weights = recovered.state, recovered.weights
-        if self.store is not None and self.state.level == "journal":
+        if self.store is not None and self.state.level in LOGGED:
             version = self.state.snapshot(server.clock.now_s()).version
             self.store.open_journal(version, recovered.last)
         self.commits = Commits(
@@ -203,11 +210,19 @@ class Process:
         last = next((e for e in reversed(entries) if e.number == replayed.last_number), None)
         weights.on_reduced = self._reduced
         state = ServerState.restore(
-            server.settings, captured, now_s, shards=weights.versions, frames=weights.last_frames
+            server.settings,
+            captured,
+            now_s,
+            shards=weights.versions,
+            frames=weights.last_frames,
+            rest=Rest(replayed.owed, image.version),
         )
         version = state.snapshot(now_s).version
         server.schedule.note("recovered", server.index, image.version, replayed.rounds, version)
-        server.oracle.recovered(server.index, version, weights.values)
+        owed = replayed.owed  # else these are its weights; then they will be: see `remade`
+        history = server.oracle.history
+        values = {shard: history[shard][version] for shard in weights.values} if owed else None
+        server.oracle.recovered(server.index, version, values or weights.values)
         return _Recovered(state, weights, last)
 
     # ---- what the network, the disk and the clock bring
@@ -264,7 +279,7 @@ class Process:
 
     def _handle(self, event: Event) -> None:
         actions = self.state.handle(event, self.server.clock.now_s())
-        durable = self.state.level != "journal"
+        durable = self.state.level not in LOGGED
         for action in actions:
             if isinstance(action, Committed):  # the verdicts stand before it
                 self.server.oracle.committed(self.server.index, action.version, durable=durable)
@@ -304,6 +319,10 @@ class Process:
             case Reduce(round_, shard):
                 frame = self._hold().reduce(action)
                 self._events.append(ShardReduced(round_, shard, frame, REDUCE_S))
+            case Retake():
+                self._retake(action)
+            case GoBack():
+                raise Violation(action.text)
             case Judge():
                 self._events.append(self._hold().judge(action))
             case Initialize(shard, _, values):
@@ -316,6 +335,16 @@ class Process:
                 self.server.schedule.note("log", self.server.index, action.event, action.fields)
             case _:
                 pass
+
+    def _retake(self, action: Retake) -> None:
+        """Make a round again that the oracle has seen."""
+        weights = self._hold()
+        weights.on_reduced = _unseen
+        self._events.append(Retaken(action.past.number, retake(action.past, weights)))
+        weights.on_reduced = self._reduced
+        self.server.network.strike("recalled")
+        if weights.version == self.state.snapshot(self.server.clock.now_s()).version:
+            self.server.oracle.remade(self.server.index, weights.values)
 
     def _stop(self, action: Stop) -> None:
         """The process ends; its connections do a while later."""

@@ -22,7 +22,7 @@ FOUND: tuple[tuple[int, dict[str, object]], ...] = (
     (3, {"flips": 2, "cuts": 0, "jumps": 0, "stalls": 0, "worker_crashes": 0}),  # a damaged PLAN
     (165, {"servers": 2, "cuts": 4, "takeovers": 1, "keeps": 1.0}),  # no rollback, though said so
     (309, {"takeovers": 1}),  # another process went on in the place of one that was reset
-    (300760, {}),  # a damaged BYE
+    (300760, {"durability": "journal"}),  # a damaged BYE
     (374, {"takeovers": 1}),  # a shard of a round that was made again
     (312281, {}),  # rounds that only an older checkpoint needs were dropped
     (319704, {}),  # two servers waited in a ring

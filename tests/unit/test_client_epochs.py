@@ -47,6 +47,14 @@ def test_of_a_server_that_was_set_back_is_sure_what_it_did_not_make_anew():
     assert epochs.sure == 12
 
 
+def test_a_process_that_has_nothing_follows_a_server_that_went_back():
+    epochs = Epochs()
+    epochs.enter(3, 10)
+    assert epochs.enter(4, 2, has_nothing=True)
+    with pytest.raises(RemoteProtocolError, match=r"^ROLLBACK"):
+        epochs.enter(5, 1)
+
+
 def test_what_was_heard_late_takes_nothing_back():
     epochs = Epochs()
     epochs.heard(12)

@@ -26,6 +26,7 @@ from psq_proto.messages import (
     Leave,
     MessageType,
     Range,
+    Recall,
     StaleEpoch,
     Status,
     Verdict,
@@ -98,6 +99,7 @@ STRATEGIES = {
     | st.builds(
         Range, seq=U64, state=st.sampled_from(["wait", "late", "end"]), epoch=U64, left=POSITIONS
     ),
+    Recall: st.builds(Recall, shards=SHARDS.filter(bool)),
     Leave: st.builds(Leave, reason=LEAVE_REASONS, text=TEXT),
     Error: st.builds(
         Error, code=st.sampled_from(ErrorCode).map(str) | TEXT, text=TEXT, fatal=st.booleans()

@@ -55,7 +55,17 @@ MAJOR_AT, TYPE_AT, FLAGS_AT, RATE_AT, BODY_LEN_AT, BODY_CRC_AT, HEADER_CRC_AT = 
 
 
 @st.composite
-def sealed(draw: st.DrawFn) -> tuple[Header, bytes]:
+def sealed_again(draw: st.DrawFn, fields: dict[str, Any], body: bytes) -> tuple[Header, bytes]:
+    if draw(st.booleans()):
+        return Header(MessageType.AGAIN, flags=Flags.SKIP, **fields), b""
+    named = {"codec": draw(U16.filter(bool)), "shard": draw(SHARD)}
+    return Header(MessageType.AGAIN, **fields, **named), body
+
+
+@st.composite
+def sealed(  # noqa: C901 - a case for each kind of message
+    draw: st.DrawFn,
+) -> tuple[Header, bytes]:
     """Any legal header with a body that goes with it."""
     kind = draw(st.sampled_from(MessageType))
     fields: dict[str, Any] = {
@@ -72,6 +82,8 @@ def sealed(draw: st.DrawFn) -> tuple[Header, bytes]:
     elif kind in (MessageType.PUSH, MessageType.WEIGHTS):
         fields |= {"codec": draw(U16.filter(bool)), "shard": draw(SHARD)}
         fields["part"] = draw(U32)
+    if kind is MessageType.AGAIN:
+        return draw(sealed_again(fields, body))
     if kind is MessageType.WEIGHTS:
         fields["flags"] = draw(st.sampled_from([Flags.DELTA, Flags.FULL, Flags.MEAN]))
         fields["part"] = draw(U32) if fields["flags"] is Flags.FULL else 0
@@ -240,6 +252,11 @@ def test_each_lie_is_named(offset: int, lie: bytes, words: str) -> None:
     [
         (MessageType.PUSH, {"shard": 1}, "must name a codec"),
         (MessageType.PUSH, {"codec": 1, "shard": NO_SHARD}, "must name a codec and a shard"),
+        (MessageType.AGAIN, {"shard": 1}, "must name a codec"),
+        (MessageType.AGAIN, {"codec": 1, "shard": NO_SHARD}, "must name a codec and a shard"),
+        (MessageType.AGAIN, {"codec": 1, "part": 1}, "no part"),
+        (MessageType.AGAIN, {"codec": 1, "flags": Flags.FULL}, "no flag but SKIP"),
+        (MessageType.AGAIN, {"flags": Flags.SKIP, "shard": 1}, "no codec and no shard"),
         (MessageType.PUSH, {"codec": 1, "flags": Flags.FULL}, "no flag but SKIP"),
         (MessageType.PUSH, {"codec": 1, "flags": Flags.MEAN}, "no flag but SKIP"),
         (MessageType.PUSH, {"flags": Flags.SKIP, "codec": 1}, "SKIP has codec 0 and part 0, got 1"),

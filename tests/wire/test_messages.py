@@ -26,6 +26,7 @@ from psq_proto.messages import (
     Join,
     Leave,
     MessageType,
+    Recall,
     Status,
     Verdict,
     Welcome,
@@ -114,6 +115,8 @@ def test_missing_and_extra_fields_are_named(kind: MessageType) -> None:
         (lambda: Verdict("applied", rejected=(1, 1)), "ascending order, got 1 after 1"),
         (lambda: Verdict("applied", rejected=(U32_MAX,)), "rejected must be a whole number"),
         (lambda: Verdict("applied", rejected=(True,)), "rejected must be a whole number"),
+        (lambda: Recall(()), "at least one"),
+        (lambda: Recall((2, 1)), "ascending order, got 1 after 2"),
         (lambda: Verdict("rejected", rejected=(1,)), "names no shards of its own"),
         (lambda: Status(0, 0, resolved=-2), "resolved must be"),
         (lambda: Status(0, 0, clock_s=math.inf), "clock_s must be a finite number"),
@@ -170,7 +173,7 @@ def test_clipping_never_cuts_a_character_in_two() -> None:
 
 
 def test_every_message_type_has_one_sender_and_one_kind_of_body() -> None:
-    assert {kind for kind in MessageType if from_worker(kind)} == {*range(1, 12)}
+    assert {kind for kind in MessageType if from_worker(kind)} == {*range(1, 13)}
     assert not DATA_TYPES & BODY_TYPES.keys()
     assert DATA_TYPES | BODY_TYPES.keys() | {MessageType.PULL, MessageType.CKPT} == set(MessageType)
 

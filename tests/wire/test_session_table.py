@@ -24,6 +24,7 @@ from psq_proto.messages import (
     Leave,
     MessageType,
     Range,
+    Recall,
     StaleEpoch,
     Status,
     Verdict,
@@ -48,6 +49,8 @@ BODIES: dict[MessageType, ControlBody | bytes] = {
     T.CKPT_OK: Kept(7),
     T.DRAW: Draw(0, 0, 10, 2, 0),
     T.RANGE: Range(0, "drawn", 0, ((0, 2),), 10),
+    T.RECALL: Recall((0,)),
+    T.AGAIN: b"bits",
     T.CKPT: b"",
     T.COOKIE: Cookie(NONCE),
     T.WELCOME: WELCOME,
@@ -98,6 +101,8 @@ def forged(kind: MessageType, end: WorkerSession | ServerSession) -> bytearray:
         fields |= {"flags": Flags.SKIP, "shard": NO_SHARD}
     if kind is T.WEIGHTS:
         fields |= {"flags": Flags.FULL, "codec": 1}
+    if kind is T.AGAIN:
+        fields["codec"] = 1
     body = BODIES[kind]
     if isinstance(body, bytes):
         return encode_frame(Header(kind, **fields), body)

@@ -16,7 +16,7 @@ from psq_proto.messages import BODY_TYPES, MessageType
 
 # The whole protocol in one number. It changes when a frame's bytes do: that breaks every client
 # there is, see proto/vectors/README.md.
-ALL_BYTES_SHA256 = "b3886c6ec6db7e707c78f29f5d35ba04edc02e3b0798cf9647102488bf3fdd1a"
+ALL_BYTES_SHA256 = "c8d19909573601ede5f4ae3512fd4897fa1ec2796cd2a17179acba5b8bb0cd52"
 
 _path = Path(__file__).with_name("regenerate.py")
 _spec = importlib.util.spec_from_file_location("wire_regenerate", _path)

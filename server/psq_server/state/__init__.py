@@ -20,6 +20,7 @@ from psq_server.state.events import (
     EndedAbove,
     Event,
     FrameReceived,
+    GoBack,
     Initialize,
     Judge,
     Judged,
@@ -28,6 +29,8 @@ from psq_server.state.events import (
     PeerGone,
     Pushed,
     Reduce,
+    Retake,
+    Retaken,
     Save,
     Send,
     SendFull,
@@ -40,6 +43,7 @@ from psq_server.state.events import (
     WeightsAbove,
 )
 from psq_server.state.machine import ServerState, Snapshot
+from psq_server.state.past import Past
 from psq_server.state.world import Counts, Settings
 
 __all__ = [
@@ -59,14 +63,18 @@ __all__ = [
     "EndedAbove",
     "Event",
     "FrameReceived",
+    "GoBack",
     "Initialize",
     "Judge",
     "Judged",
     "Log",
+    "Past",
     "PeerBehind",
     "PeerGone",
     "Pushed",
     "Reduce",
+    "Retake",
+    "Retaken",
     "Save",
     "Send",
     "SendFull",

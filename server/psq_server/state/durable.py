@@ -17,7 +17,7 @@ from __future__ import annotations
 import struct
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from types import UnionType
 from typing import Any, Final, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
@@ -27,10 +27,21 @@ from psq_proto.frames import HEADER_BYTES, Buffer
 from psq_proto.messages import Leave, Verdict
 from psq_server.state import joining, keeping
 from psq_server.state.members import TRANSIENT, Member, Resolved
+from psq_server.state.past import Collection, Past
 from psq_server.state.round import OpenRound
 from psq_server.state.world import Counts, World
 
-__all__ = ["FORMAT", "Plain", "Recorder", "from_plain", "merge", "restore", "to_plain"]
+__all__ = [
+    "FORMAT",
+    "NO_REST",
+    "Plain",
+    "Recorder",
+    "Rest",
+    "from_plain",
+    "merge",
+    "restore",
+    "to_plain",
+]
 
 FORMAT: Final = 1
 Plain: TypeAlias = Any
@@ -138,6 +149,23 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What was on the disk beside the state.
+
+    Attributes:
+        owed: the last of its rounds, whose payloads are with the workers; they are not in the
+            weights yet.
+        checkpoint: the version of the newest one; None: the state's.
+    """
+
+    owed: tuple[Past, ...] = ()
+    checkpoint: int | None = None
+
+
+NO_REST: Final = Rest()
+
+
 class Recorder:
     """Captures a world: whole, or what changed since it was captured last."""
 
@@ -199,6 +227,7 @@ def restore(
     captured: Mapping[str, Plain],
     shards: Mapping[int, int],
     frames: Mapping[int, tuple[Buffer, ...]],
+    rest: Rest = NO_REST,
 ) -> None:
     """Make a new world what the captured one was, between two rounds.
 
@@ -207,6 +236,7 @@ def restore(
         captured: see the module.
         shards: the version that moved each shard last.
         frames: what was broadcast last of each shard, sealed anew.
+        rest: what else was on the disk.
 
     Raises:
         StateError: another version of psq wrote it.
@@ -232,8 +262,13 @@ def restore(
     world.round = OpenRound(world.version, due, world.now_s, job.owed(due))
     world.has_weights = True
     world.versions, world.last_frames = dict(shards), dict(frames)
+    for past in rest.owed:
+        world.versions |= dict.fromkeys(past.shards, past.number + 1)
+    if rest.owed:
+        world.collection = Collection(rest.owed, rest.owed[0].number)
     world.start_version = world.checkpoint_version = world.version
     keeping.note_start(world)
+    world.written_version = world.version if rest.checkpoint is None else rest.checkpoint
     world.note_opened()
     world.out, world.touched = [], False
 

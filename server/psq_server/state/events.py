@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 from psq.keys import Authorized
 from psq.plan import Plan
 from psq_proto.frames import Buffer
 
+if TYPE_CHECKING:
+    from psq_server.state.past import Past
+
 __all__ = [
+    "LOGGED",
     "Action",
     "Adopt",
     "Blocked",
@@ -30,6 +34,7 @@ __all__ = [
     "Event",
     "Field",
     "FrameReceived",
+    "GoBack",
     "Initialize",
     "Judge",
     "Judged",
@@ -39,6 +44,8 @@ __all__ = [
     "PeerGone",
     "Pushed",
     "Reduce",
+    "Retake",
+    "Retaken",
     "Save",
     "Send",
     "SendFull",
@@ -53,8 +60,11 @@ __all__ = [
 
 Level = Literal["info", "warning", "error"]
 Field: TypeAlias = str | int | float
-DurabilityLevel = Literal["off", "checkpoint", "journal"]
-"""What of a job outlives its server: nothing, its checkpoints, every round."""
+DurabilityLevel = Literal["off", "checkpoint", "replay", "journal"]
+"""What of a job outlives its server: nothing, its checkpoints, who said what in every round (while
+its workers keep the payloads), every round."""
+LOGGED: Final = frozenset({"replay", "journal"})
+"""At these levels nobody hears of a round before it is on disk."""
 
 
 class Pushed(NamedTuple):
@@ -184,6 +194,14 @@ class Checkpointed:
 
 
 @dataclass(frozen=True, slots=True)
+class Retaken:
+    """A `Retake` is done: of each shard that the round moved, the sealed WEIGHTS."""
+
+    round: int
+    frames: Mapping[int, Buffer]
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed. A machine that hears nothing for long still has to notice silence."""
 
@@ -199,6 +217,7 @@ Event: TypeAlias = (
     | Durable
     | Blocked
     | Checkpointed
+    | Retaken
     | Tick
     | Above
 )
@@ -314,6 +333,21 @@ class Reduce:
 
 
 @dataclass(frozen=True, slots=True)
+class Retake:
+    """Make a round again that was committed before a crash; answer with `Retaken`."""
+
+    past: Past
+
+
+@dataclass(frozen=True, slots=True)
+class GoBack:
+    """End this process's state, and begin again from the checkpoint: rounds after it are lost."""
+
+    version: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
     """A round is over: `version` is what it made.
 
@@ -390,6 +424,8 @@ Action: TypeAlias = (
     | Initialize
     | Judge
     | Reduce
+    | Retake
+    | GoBack
     | Committed
     | Started
     | Changed

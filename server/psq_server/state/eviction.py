@@ -27,6 +27,7 @@ def _evict(world: World, member: Member) -> None:
     """Go on without a rank."""
     rank, staged = member.rank, "complete"
     world.changed()
+    world.is_exposed = True
     member.evicted = True
     if rank not in world.round.closing and not world.round.is_complete(rank):
         staged = "partial" if world.round.drop(rank, forget=False) else "nothing"

@@ -13,8 +13,8 @@ from psq.errors import FencedError, LocalError, RefusedError, RemotePlanError
 from psq.keys import Ranks
 from psq.plan import Plan
 from psq_proto.messages import U32_MAX, ErrorCode, Join, MessageType, Welcome
-from psq_proto.session import Message
-from psq_server.state import covers, drawing, elastic, keeping
+from psq_proto.session import HeaderFields, Message
+from psq_server.state import covers, drawing, elastic, keeping, replaying
 from psq_server.state.events import Adopt, Send
 from psq_server.state.job import Job, check_fits
 from psq_server.state.members import Member, Peer, may_continue
@@ -111,7 +111,11 @@ def on_join(world: World, peer: Peer, message: Message) -> None:
         has_weights=world.has_weights,
         since=keeping.since(world, join.epoch),
     )
-    world.say(peer, MessageType.WELCOME, welcome, round=world.round.number, version=world.version)
+    fields = HeaderFields(round=world.round.number, version=world.version, seq=keeping.mark(world))
+    world.say(peer, MessageType.WELCOME, welcome, **fields)
+    if world.collection is not None:
+        world.collection.parked.pop(rank, None)
+        replaying.ask(world, member)
     world.log(
         "joined",
         rank=rank,
@@ -168,6 +172,7 @@ def _check_offer(world: World, plan: Plan) -> None:
         raise RemotePlanError(msg)
     _check_branches(plan, world.settings)
     fault = elastic.refusal(plan, world.settings.min_workers)
+    fault = fault or keeping.refusal(plan, world.settings.durability)
     if fault:
         raise RemotePlanError(fault)
     if world.settings.saves and not plan.recipe.apply.part.keeps_weights:
@@ -327,7 +332,10 @@ def _admit(
         peer=peer.name,
         lineage=join.lineage if resumes else peer.session.fresh_lineage,
         base=world.version,
+        process=(join.host, join.pid),
     )
+    if old is not None and old.process not in {None, member.process}:
+        world.is_exposed = True  # what that one had kept is gone
     if same and old is not None:
         member.last_applied, member.resolved = old.last_applied, old.resolved
         member.base = old.base

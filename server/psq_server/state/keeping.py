@@ -4,10 +4,14 @@
     off           nothing                          everybody, at once
     checkpoint    version 0, and some versions     everybody, at once: what came after the last of
                                                    them is lost with the process
+    replay        these, and of each round         nobody before that is durable
+                  between who said what; the
+                  workers keep the payloads
     journal       these, and each round between    nobody before the round is durable
 
-Decided here: the level, when a checkpoint is due, what a STATUS may say while a commit is in
-flight. What is held back until the disk has answered is the gate's to know (`psq_server.gate`).
+Decided here: the level, when a checkpoint is due, what workers have to keep, what a STATUS may say
+while a commit is in flight. What is held back until the disk has answered is the gate's to know
+(`psq_server.gate`).
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ from typing import Final
 
 from psq.plan import Plan
 from psq_proto.messages import NONE, Kept, MessageType
-from psq_proto.session import Message
+from psq_proto.session import HeaderFields, Message
 from psq_server.state.events import (
+    LOGGED,
     Blocked,
     Checkpoint,
     Checkpointed,
@@ -36,12 +41,19 @@ __all__ = [
     "begin_flight",
     "closes_whole",
     "durable_version",
+    "full_words",
+    "holds_goodbye",
+    "is_full",
+    "kept_rounds",
     "level_of",
+    "mark",
     "note_start",
     "on_disk",
     "on_kept",
+    "refusal",
     "resolved_before",
     "since",
+    "try_again",
 ]
 
 JOURNAL_ROUND_BYTES: Final = 16_000_000
@@ -51,6 +63,10 @@ REPLAY_S: Final = 1.0
 MAX_STARTS: Final = 64
 REPLAY_PAUSE_S: Final = 10.0
 """But no sooner than so long after the one before."""
+RETRY_S: Final = 1.0
+"""When rounds wait for a checkpoint, and one has failed, the next is tried after so long."""
+MIN_KEPT_ROUNDS: Final = 2
+"""Workers keep so many rounds, whatever these take: one while the other becomes a checkpoint."""
 
 
 def level_of(settings: Settings, job: Job) -> DurabilityLevel:
@@ -67,7 +83,7 @@ def closes_whole(plan: Plan, level: DurabilityLevel) -> bool:
     the shard whole. With a mean it cannot: its residual has changed units, or no server has the
     weights. (Where ranks compute the same, a round is covered shard by shard, and closes so.)
     """
-    return level == "journal" and plan.recipe.downlink.kind == "mean" and plan.replicas == 1
+    return level in LOGGED and plan.recipe.downlink.kind == "mean" and plan.replicas == 1
 
 
 def announce_if_due(world: World) -> bool:
@@ -82,8 +98,9 @@ def announce(world: World, *, last: bool = False) -> None:
     """Make the present version a checkpoint, and tell the workers before anything that follows."""
     for member in world.members.values():
         if not member.gone:
-            world.tell(member, MessageType.CKPT, b"", round=world.version, version=world.version)
-    world.is_writing = True
+            fields = HeaderFields(round=world.version, version=world.version, seq=mark(world))
+            world.tell(member, MessageType.CKPT, b"", **fields)
+    world.is_writing, world.is_exposed = True, False
     world.checkpoint_at_s = world.now_s
     world.checkpoint_due_s = world.now_s + world.settings.checkpoint_s
     world.checkpoint_version, world.replay_s = world.version, 0.0
@@ -96,7 +113,11 @@ def _is_due(world: World) -> bool:
     every = world.settings.checkpoint_every
     if every is not None and world.version - world.checkpoint_version >= every:
         return True
-    if world.level == "journal" and world.replay_s >= REPLAY_S:
+    if world.level == "replay":
+        since = world.version - world.checkpoint_version
+        if world.is_exposed or since >= kept_rounds(world) // 2:
+            return True
+    if world.level in LOGGED and world.replay_s >= REPLAY_S:
         return world.now_s >= min(world.checkpoint_due_s, world.checkpoint_at_s + REPLAY_PAUSE_S)
     return world.now_s >= world.checkpoint_due_s
 
@@ -121,6 +142,71 @@ def since(world: World, epoch: int) -> int:
     if epoch > world.settings.epoch:  # an old copy of the directory was put back
         return world.start_version
     return min((v for e, v in world.starts if NONE < epoch < e), default=NONE)
+
+
+# ---- what the workers keep
+
+
+def refusal(plan: Plan, durability: str) -> str:
+    """Why this job cannot run at this level, in words; empty if it can."""
+    if durability != "replay" or plan.replicas == 1:
+        return ""
+    return (
+        f"--durability replay: with aggregate={plan.recipe.aggregate.kind} what ranks that compute "
+        "the same say late belongs to rounds that are over: choose journal or checkpoint"
+    )
+
+
+def mark(world: World) -> int:
+    """What WELCOME, STATUS and CKPT say of the disk: workers let go what is older than that.
+
+    0: they need keep nothing.
+    """
+    keeps = world.level == "replay" or world.collection is not None
+    return world.written_version + 1 if keeps else 0
+
+
+def kept_rounds(world: World) -> int:
+    """Of how many rounds workers keep what they said, at most."""
+    job = world.need_job()
+    round_bytes = max(1, job.staged_bytes_limit // job.world_size)
+    return max(MIN_KEPT_ROUNDS, world.settings.kept_bytes // round_bytes)
+
+
+def is_full(world: World) -> bool:
+    """Whether rounds wait for a checkpoint, so that workers need not keep more than they may."""
+    if world.level != "replay" or not world.has_weights:
+        return False
+    return world.version - world.written_version >= kept_rounds(world)
+
+
+def full_words(world: World) -> str:
+    """That wait in words."""
+    return (
+        f"waiting for a checkpoint on disk: workers keep what they said in "
+        f"{kept_rounds(world)} rounds at most, since version {world.written_version}"
+    )
+
+
+def try_again(world: World) -> None:
+    """Begin the checkpoint anew that rounds wait for, if it could not be written.
+
+    The workers know which version it is: none has been made since.
+    """
+    if world.is_writing or not is_full(world) or world.round.closed or world.ending is not None:
+        return
+    if world.now_s - world.checkpoint_at_s >= RETRY_S:
+        world.is_writing, world.checkpoint_at_s = True, world.now_s
+        world.checkpoint_version = world.version
+        world.out.append(Checkpoint(world.version))
+
+
+def holds_goodbye(world: World, member: Member) -> bool:
+    """Whether a rank that has left is to stay a while: what it said is on no disk yet."""
+    if world.collection is not None:
+        return True
+    is_said = member.resolved is not None and member.resolved.version > world.written_version
+    return world.level == "replay" and is_said
 
 
 # ---- while a commit is in flight
@@ -156,7 +242,12 @@ def on_disk(world: World, event: Durable | Blocked | Checkpointed) -> None:
         case Checkpointed():
             if event.version == world.checkpoint_version:  # and not of the initial weights, late
                 world.is_writing = False
+            if not event.text:
+                world.written_version = max(world.written_version, event.version)
             if event.text:  # there is another one in its time
+                if world.level == "replay":  # workers cannot let go what they keep
+                    soon_s = world.now_s + REPLAY_PAUSE_S
+                    world.checkpoint_due_s = min(world.checkpoint_due_s, soon_s)
                 world.log("no-checkpoint", "error", version=event.version, text=event.text)
 
 

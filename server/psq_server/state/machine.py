@@ -56,7 +56,17 @@ from psq.plan import Plan
 from psq_proto.frames import Buffer
 from psq_proto.messages import MessageType
 from psq_proto.session import Message, State
-from psq_server.state import drawing, durable, elastic, joining, keeping, presence, rounds, training
+from psq_server.state import (
+    drawing,
+    durable,
+    elastic,
+    joining,
+    keeping,
+    presence,
+    replaying,
+    rounds,
+    training,
+)
 from psq_server.state.events import (
     Action,
     Blocked,
@@ -70,6 +80,7 @@ from psq_server.state.events import (
     Judged,
     PeerBehind,
     PeerGone,
+    Retaken,
     Send,
     ShardReduced,
     StopRequested,
@@ -97,6 +108,7 @@ _HANDLERS: Final[dict[MessageType, Callable[[World, Peer, Message], None]]] = {
     MessageType.CKPT_OK: keeping.on_kept,
     MessageType.PROBE: presence.on_probe,
     MessageType.DRAW: drawing.on_draw,
+    MessageType.AGAIN: replaying.on_again,
 }
 
 
@@ -106,7 +118,7 @@ class Snapshot:
 
     Attributes:
         status: "waiting" for workers or initial weights, "running", "stalled", "blocked" by the
-            disk, or "stopping".
+            disk, "recovering" (workers say again what the server lacks), or "stopping".
         version: of the weights; -1 before the first.
         round: the open round.
         text: the present wait in words.
@@ -132,7 +144,7 @@ class ServerState:
         self._recorder = durable.Recorder()
 
     @classmethod
-    def restore(
+    def restore(  # noqa: PLR0913 - all that was on the disk
         cls,
         settings: Settings,
         captured: Mapping[str, durable.Plain],
@@ -140,6 +152,7 @@ class ServerState:
         *,
         shards: Mapping[int, int],
         frames: Mapping[int, tuple[Buffer, ...]],
+        rest: durable.Rest = durable.NO_REST,
     ) -> Self:
         """The state that was captured, between two rounds, without any connection.
 
@@ -149,12 +162,13 @@ class ServerState:
             now_s: all ranks count as heard now.
             shards: the version that moved each shard last.
             frames: what was broadcast last of each shard, sealed for this epoch.
+            rest: what else was on the disk; of rounds that are owed, nothing is in the weights.
 
         Raises:
             StateError: another version of psq wrote it.
         """
         made = cls(settings, now_s)
-        durable.restore(made._world, captured, shards, frames)
+        durable.restore(made._world, captured, shards, frames, rest)
         made._checked_version = made._world.version
         made._recorder.capture(made._world)
         return made
@@ -289,12 +303,22 @@ class ServerState:
             case EndedAbove():
                 presence.finish(world, event.exit_code, "gave-up", event.text)
             case Durable() | Blocked() | Checkpointed():
-                keeping.on_disk(world, event)
+                self._on_disk(event)
+            case Retaken():
+                replaying.on_retaken(world, event)
             case StopRequested():
                 presence.on_stop_requested(world, event.reason)
             case _:
                 assert_never(event)
         return type(event).__name__
+
+    def _on_disk(self, event: Durable | Blocked | Checkpointed) -> None:
+        world = self._world
+        was_full = keeping.is_full(world)
+        keeping.on_disk(world, event)
+        if was_full and not keeping.is_full(world):  # rounds waited for this
+            world.progressed()
+            rounds.advance(world)
 
     def _on_frame(self, event: FrameReceived) -> str:
         world = self._world
@@ -322,6 +346,8 @@ class ServerState:
             return "blocked"
         if presence.is_stalled(world):
             return "stalled"
+        if world.collection is not None:
+            return "recovering"
         return "running" if world.has_weights else "waiting"
 
     def _check(self) -> None:
@@ -364,6 +390,7 @@ class ServerState:
     def _check_round(self) -> None:
         world, job, open_round = self._world, self._world.job, self._world.round
         contributions = [*open_round.items(), *open_round.closing.items()]
+        assert world.collection is None or not open_round.closed, "a round closed too early"
         if job is None:
             assert not contributions
             return

@@ -34,7 +34,10 @@ MAX_STRANGERS: Final = 256
 NO_LINEAGE: Final = -1
 """Of a rank whose residual nobody can know any more: whoever joins next starts a new one."""
 TRANSIENT: Final = frozenset(
-    {"incarnation", "seen_s", "peer", "synced", "pulling", "noted_silent", "cut_s", "held"}
+    {
+        *("incarnation", "seen_s", "peer", "synced", "pulling", "noted_silent", "cut_s", "held"),
+        "process",
+    }
 )
 """Of a member what ends with the server's process: connections, times, what waits for either."""
 STANDINGS: Final = ("joined", "silent", "left", "lost", "absent")
@@ -84,6 +87,7 @@ class Member:
         since: the first round that needs it.
         kept: the newest checkpoint that it has a copy of its own for, or NONE.
         held: it waits for another server of the job, and can say nothing to this one before.
+        process: who speaks for it, as host and pid; None: unknown since this server's start.
     """
 
     rank: int
@@ -104,6 +108,7 @@ class Member:
     since: int = 0
     kept: int = NONE
     held: bool = False
+    process: tuple[str, int] | None = None
 
     def cut(self, now_s: float) -> None:
         """Nobody speaks for this rank any more, until it joins again."""

@@ -21,8 +21,8 @@ from psq_proto.messages import (
     Status,
     clip_text,
 )
-from psq_proto.session import Message
-from psq_server.state import covers, drawing, elastic, eviction, keeping
+from psq_proto.session import HeaderFields, Message
+from psq_server.state import covers, drawing, elastic, eviction, keeping, replaying
 from psq_server.state.events import Echo, PeerBehind, PeerGone, Save, Send, Stop
 from psq_server.state.members import Member, Peer, standing
 from psq_server.state.replicas import Replicas
@@ -68,6 +68,9 @@ def on_heartbeat(world: World, peer: Peer, message: Message) -> None:
     beat, member = message.body, world.member_of(peer)
     assert isinstance(beat, Heartbeat)
     assert member is not None, peer.session.rank
+    replaying.on_beat(world, member)
+    if member.gone and keeping.holds_goodbye(world, member):
+        return  # it stays until it is answered
     if world.has_weights and beat.have_version == world.version:
         member.synced = True
     wait = current_wait(world)
@@ -88,7 +91,8 @@ def on_heartbeat(world: World, peer: Peer, message: Message) -> None:
         clock_s=max(0.0, world.now_s),
     )
     early = not member.gone
-    world.say(peer, MessageType.STATUS, status, early=early, round=version, version=version)
+    fields = HeaderFields(round=version, version=version, seq=keeping.mark(world))
+    world.say(peer, MessageType.STATUS, status, early=early, **fields)
     member.held = beat.held
     if beat.held:
         advance(world)
@@ -113,6 +117,7 @@ def on_leave(world: World, peer: Peer, message: Message) -> None:
     if member.gone:
         return
     member.left = leave
+    world.is_exposed = True
     world.changed()
     world.progressed()
     level: Literal["info", "warning"] = "info" if leave.reason == "done" else "warning"
@@ -128,7 +133,7 @@ def on_leave(world: World, peer: Peer, message: Message) -> None:
 
 def _go_on(world: World) -> None:
     """Somebody is not there any more: the job is done, or its rounds may be."""
-    if world.job is None or not elastic.is_over(world):
+    if world.job is None or world.collection is not None or not elastic.is_over(world):
         advance(world)
         return
     left = len(world.ranks) - len(world.finished)
@@ -165,8 +170,13 @@ def on_stop_requested(world: World, reason: str) -> None:
     if world.ending is not None:
         return
     world.ending = (f"the server was told to stop ({reason})", world.now_s + STOP_ROUND_S)
-    if not world.round.closed:
+    if not _is_amid(world):
         end_now(world)
+
+
+def _is_amid(world: World) -> bool:
+    """Whether something is under way that is to end before the process does."""
+    return bool(world.round.closed) or world.collection is not None
 
 
 def end_now(world: World) -> None:
@@ -190,7 +200,7 @@ def end_if_due(world: World) -> None:
     if world.ending is None or world.stopped:
         return
     nobody = all(member.gone or member.peer is None for member in world.members.values())
-    if not world.round.closed or nobody or world.now_s >= world.ending[1]:
+    if not _is_amid(world) or nobody or world.now_s >= world.ending[1]:
         end_now(world)
 
 
@@ -211,6 +221,8 @@ def on_tick(world: World) -> None:
     """Notice silence: forget strangers, name lost ranks and waits, give up in the end."""
     world.peers.forget_silent(world.now_s - STRANGER_S)
     eviction.look(world)
+    replaying.look(world)
+    keeping.try_again(world)
     _go_on(world)  # perhaps all were done already when this server went down
     if world.stopped:
         return
@@ -246,6 +258,8 @@ def _are_done_unheard(world: World) -> bool:
     """
     if world.is_elastic or world.replicas is not None or not world.finished:
         return False
+    if world.collection is not None:
+        return False  # the weights are not whole
     patience_s = max(BACK_S, world.settings.lease_s)
     others = [world.members.get(rank) for rank in world.ranks if rank not in world.finished]
     for member in others:
@@ -305,7 +319,10 @@ def _end_without(world: World, member: Member, how: str) -> None:
 
 def finish(world: World, exit_code: int, reason: EndReason, text: str) -> None:
     """Save, say BYE to everybody, stop."""
-    if world.has_weights:
+    if world.collection is not None:
+        why = "not all rounds are made again: the next start needs what these workers have kept"
+        world.log("not-saved", "error", version=world.version, text=why)
+    elif world.has_weights:
         is_whole = not _shards_ahead(world)
         if world.level != "off" and is_whole:
             keeping.announce(world, last=True)
@@ -345,11 +362,13 @@ def _say_bye(world: World, reason: EndReason, text: str) -> list[tuple[Send, Mem
 
 
 def current_wait(world: World) -> Wait | None:
-    """What the job stands still for, if anything: workers, the initial weights, or pushes."""
+    """What the job stands still for, if anything: workers, initial weights, pushes, the disk."""
     closed = world.round.all_closed or world.round.judging
     if world.stopped or (world.job is not None and closed):
         return None
     number, since_s = world.round.number, world.progress_s
+    if world.collection is not None or keeping.is_full(world):
+        return _wait_of_replay(world)
     size = world.world_size
     if size is None:
         return Wait("join", (), number, since_s)
@@ -367,6 +386,14 @@ def current_wait(world: World) -> Wait | None:
         open_groups = covers.owing(world, world.replicas)
         owing = tuple(rank for rank in owing if rank in open_groups)
     return Wait("push", owing, number, since_s) if owing else None
+
+
+def _wait_of_replay(world: World) -> Wait | None:
+    """For what workers have kept for a server that came back; or for room to keep more."""
+    if world.collection is None:
+        return Wait("disk", (), world.round.number, world.progress_s)
+    owing = world.collection.ranks
+    return Wait("payloads", owing, world.collection.first, world.progress_s) if owing else None
 
 
 def _not_come(world: World) -> tuple[int, ...]:
@@ -390,6 +417,8 @@ def wait_text(world: World) -> str:
     wait = current_wait(world)
     if wait is None:
         return world.above if world.job is not None and world.round.all_closed else ""
+    if wait.need == "disk":
+        return f"{keeping.full_words(world)}, for {wait.age_s(world.now_s):.0f} s"
     words = describe(
         wait,
         world_size=world.world_size,
@@ -399,7 +428,7 @@ def wait_text(world: World) -> str:
         branches=world.settings.branches,
         few=elastic.missing_words(world),
     )
-    is_known = world.has_weights and bool(world.members)
+    is_known = world.has_weights and bool(world.members) and world.collection is None
     if is_known and not any(member.incarnation for member in world.members.values()):
         words += (
             "; nobody has come since this server's start: if the job is done, stop it (SIGTERM), "

@@ -55,6 +55,8 @@ def advance(world: World, shards: Iterable[int] | None = None) -> None:
         return
     if world.round.all_closed or world.round.judging or not elastic.enough(world):
         return
+    if world.collection is not None or keeping.is_full(world):
+        return
     if world.job.is_whole:
         _close_whole(world)
         return

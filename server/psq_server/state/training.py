@@ -29,7 +29,7 @@ from psq_server.state.round import Contribution
 from psq_server.state.rounds import advance, reject_late, repeat_verdict
 from psq_server.state.world import World
 
-__all__ = ["on_init", "on_pull", "on_push", "on_weights_above"]
+__all__ = ["on_init", "on_pull", "on_push", "on_weights_above", "serve"]
 
 
 # ---- initial weights
@@ -103,6 +103,21 @@ def on_pull(world: World, peer: Peer, message: Message) -> None:
         )
         world.end_conversation(peer, ErrorCode.PROTOCOL, text)
         return
+    if world.collection is not None:
+        world.collection.parked[member.rank] = have
+        return
+    serve(world, member, peer, have)
+
+
+def serve(world: World, member: Member, peer: Peer, have: int) -> None:
+    """Send this worker what it lacks, and all that comes from now on.
+
+    Args:
+        world: everything.
+        member: the rank.
+        peer: who speaks for it.
+        have: the version that it has, of every shard at least; NO_VERSION: none.
+    """
     member.synced = True
     _send_lacking(world, member, peer, have)
 

@@ -17,14 +17,15 @@ __all__ = ["MAX_NAMED_RANKS", "Wait", "describe"]
 
 MAX_NAMED_RANKS: Final = 8
 
-Need = Literal["join", "weights", "push"]
+Need = Literal["join", "weights", "push", "payloads", "disk"]
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """`ranks` owe a JOIN, the initial weights, or a push of `round`.
+    """`ranks` owe a JOIN, the initial weights, a push of `round`, or what they said since `round`.
 
-    They are ascending; none means that nobody knows yet who will come.
+    They are ascending; none means that nobody knows yet who will come, or that it is the disk's
+    turn.
     """
 
     need: Need
@@ -95,4 +96,6 @@ def _need(wait: Wait, others_left: bool) -> str:  # noqa: FBT001 - private, name
         return "to join"
     if wait.need == "weights":
         return "to send the initial weights"
+    if wait.need == "payloads":
+        return f"to say again what it said in round {wait.round} and after"
     return f"to push round {wait.round}{' or leave' if others_left else ''}"

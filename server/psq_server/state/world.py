@@ -19,10 +19,11 @@ from psq_proto.frames import Buffer
 from psq_proto.messages import ControlBody, Error, ErrorCode, Fenced, MessageType, clip_text
 from psq_proto.session import HeaderFields, ServerSession, State
 from psq_server.state.branches import Branches
-from psq_server.state.events import Action, DurabilityLevel, Field, Level, Log, Send
+from psq_server.state.events import LOGGED, Action, DurabilityLevel, Field, Level, Log, Send
 from psq_server.state.job import Job
 from psq_server.state.ledger import Ledger
 from psq_server.state.members import Member, Peer, Peers
+from psq_server.state.past import Collection
 from psq_server.state.replicas import Replicas
 from psq_server.state.round import OpenRound
 
@@ -54,6 +55,7 @@ class Settings:
         disk_bytes: what is free where the weights will be saved; likewise. None: not saved.
         saves: whether this server is to save the weights in the end.
         durability: what of a job outlives this process; "auto" is "journal" for small rounds.
+        kept_bytes: at level "replay", of payloads that each worker keeps for this server at most.
         checkpoint_every: rounds from one checkpoint to the next; None: only time says.
         checkpoint_s: seconds from one checkpoint to the next.
     """
@@ -71,7 +73,8 @@ class Settings:
     memory_bytes: int | None = None
     disk_bytes: int | None = None
     saves: bool = False
-    durability: Literal["off", "auto", "checkpoint", "journal"] = "off"
+    durability: Literal["off", "auto", "checkpoint", "replay", "journal"] = "off"
+    kept_bytes: int = 256 << 20
     checkpoint_every: int | None = None
     checkpoint_s: float = 60.0
 
@@ -165,6 +168,12 @@ class World:
         self.checkpoint_at_s = now_s
         self.is_writing = False
         """Whether a checkpoint is being written."""
+        self.written_version = 0
+        """Of the newest checkpoint that is on disk, as far as this process knows."""
+        self.is_exposed = False
+        """At level "replay": a process that had kept its payloads may be gone, and they with it."""
+        self.collection: Collection | None = None
+        """The rounds that are to be made again before anything else happens: see `replaying`."""
         self.replay_s = 0.0
         """What reducing the rounds since the last checkpoint took: what a restart would take."""
         self.gathered = False
@@ -249,7 +258,7 @@ class World:
     @property
     def is_logged(self) -> bool:
         """Whether what happens now is to be durable before anybody hears of it."""
-        return self.level == "journal" and self.has_weights
+        return self.level in LOGGED and self.has_weights
 
     def changed(self) -> None:
         """What is known of a rank, or of anything else that is kept, is another from now on."""

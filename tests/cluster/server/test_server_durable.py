@@ -176,6 +176,89 @@ def test_a_server_killed_while_it_recovers_recovers_the_next_time(cluster, plain
     assert_same(run.end(), undisturbed(cluster, plain))
 
 
+REPLAY = ("--durability", "replay", "--checkpoint-every", "5")
+
+
+@pytest.mark.parametrize("recipe", ["server-adam", "qadam-1bit", "shared-direction", "onebit-adam"])
+def test_at_level_replay_the_workers_say_again_what_a_killed_server_lacks(cluster, plain, recipe):
+    run = Run(cluster, "killed", *kept(cluster, *REPLAY), recipe=recipe)
+    run.workers[0].wait_line("^step 9")
+    run.server.signal(signal.SIGKILL)
+    assert_killed(run.server)
+    run.again()
+    ended = run.end()
+    owed = re.search(
+        r"event=recovered version=(\d+) checkpoint=(\d+) .*owed=(\d+)", run.server.err()
+    )
+    assert owed, run.server.err()
+    assert int(owed[3]) == int(owed[1]) - int(owed[2])
+    assert ("event=replayed" in run.server.err()) == (int(owed[3]) > 0)
+    assert_same(ended, undisturbed(cluster, plain, recipe))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_so_they_do_in_another_kind_of_job(cluster, name):
+    job = dict(JOBS[name])
+    recipe = job.pop("recipe", "server-adam")
+    plain = Run(cluster, "plain", recipe=recipe, job=job).end()
+    point, only = "commit.durable:6", ("--durability", "replay")
+    run = Run(cluster, "killed", *kept(cluster, *only), recipe=recipe, job=job, PSQ_FAILPOINT=point)
+    assert_killed(run.server)
+    run.again()
+    assert_same(run.end(), plain)
+    assert "event=replayed" in run.server.err()
+
+
+@pytest.mark.parametrize("failpoint", KILLS[::3])
+def test_so_they_do_wherever_it_was_killed(cluster, plain, failpoint):
+    """The last of these is the end of the job, when workers have said goodbye."""
+    run = Run(cluster, "killed", *kept(cluster, *REPLAY), PSQ_FAILPOINT=failpoint)
+    assert_killed(run.server)
+    run.again()
+    assert_same(run.end(), undisturbed(cluster, plain))
+
+
+def test_so_they_do_although_it_is_killed_again_while_it_asks(cluster, plain):
+    run = Run(
+        cluster,
+        "killed",
+        *kept(cluster, "--durability", "replay"),
+        PSQ_FAILPOINT="commit.durable:8",
+    )
+    assert_killed(run.server)
+    for _ in range(2):
+        run.again(PSQ_FAILPOINT="commit.released:1")  # the first JOIN is on disk
+        assert_killed(run.server)
+    run.again()
+    assert_same(run.end(), undisturbed(cluster, plain))
+    assert "event=replayed" in run.server.err()
+
+
+def test_if_a_worker_died_with_what_it_said_the_rounds_are_lost_and_named(cluster):
+    words, open_gate = gate_before(cluster, 6)
+    only = ("--durability", "replay", "--checkpoint-every", "1000")
+    run = Run(cluster, "killed", *kept(cluster, *only), words=words)
+    for worker in run.workers:
+        worker.wait_line("^gate$")
+    run.server.signal(signal.SIGKILL)
+    assert_killed(run.server)
+    run.workers[1].signal(signal.SIGKILL)
+    run.workers[1].wait()
+    run.again()
+    another = cluster.worker(1, run.server.endpoint, *JOB, PSQ_RECIPE="server-adam")
+    open_gate()
+    assert run.workers[0].wait() == 1
+    said = r"ROLLBACK: the server is at round 0, and had told this worker of round (\d+)"
+    told = re.search(said, run.workers[0].err())
+    assert told, run.workers[0].err()
+    lost = re.search(r"event=lost rank=1 first=0 last=(\d+)", run.server.err())
+    assert lost, run.server.err()
+    assert int(told[1]) >= 4
+    assert int(lost[1]) + 1 >= int(told[1])
+    run.workers[0] = cluster.worker(0, run.server.endpoint, *JOB, PSQ_RECIPE="server-adam")
+    assert [run.workers[0].wait(), another.wait(), run.server.wait()] == [0, 0, 0]
+
+
 def test_a_rotten_checkpoint_is_passed_over_loudly_and_more_is_replayed(cluster, plain):
     run = Run(cluster, "killed", *kept(cluster), PSQ_FAILPOINT="commit.durable:9")
     assert_killed(run.server)
