@@ -102,6 +102,11 @@ class Outbox:
         """Whether anything is queued."""
         return bool(self._queues)
 
+    @property
+    def waiting_weights(self) -> bool:
+        """Whether some of that is weights."""
+        return any(queue.whole or queue.versions() for queue in self._queues.values())
+
     def holds(self, frame: Buffer) -> bool:
         """Whether this very buffer waits for anybody: then it must not be written to."""
         return id(frame) in self._held

@@ -309,3 +309,32 @@ def test_what_cannot_be_simulated_is_refused_in_words():
         Network(1e9, loss=0.9)
     with pytest.raises(ConfigError, match="no class labels"):
         simulate(config(task="char-lm", non_iid=0.5))
+
+
+def test_weights_that_are_asked_for_again_at_the_start_are_no_traffic_of_the_training():
+    """Two shards, and a link on which the first weights take seconds: some ask for them twice."""
+    quick, slow = (
+        simulate(
+            config(
+                task=Spots(180_000),
+                recipe="qadam-1bit",
+                steps=2,
+                batch_size=1,
+                network=Network(1e9, server_bit_s=rate, latency_s=LATENCY_S),
+            )
+        )
+        for rate in (1e9, 2e7)
+    )
+    assert slow.usage.virtual_s > 3 * quick.usage.virtual_s, "the link was not slow"
+    assert slow.bits_down == quick.bits_down
+    assert slow.bits_up == quick.bits_up
+    assert slow.usage.down_bytes == pytest.approx(quick.usage.down_bytes, rel=0.01)
+
+
+def test_ranks_that_compute_the_same_take_part_together():
+    """With the mean over groups, a job of four groups is one of four workers to the bit."""
+    coded, plain = (
+        simulate(config(recipe=name, workers=workers, participation=0.5, steps=16))
+        for name, workers in (("coded", 8), ("server-adam", 4))
+    )
+    assert flat(coded) == flat(plain)

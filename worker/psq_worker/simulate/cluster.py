@@ -15,6 +15,7 @@ from psq.errors import GaveUpError
 from psq.plan import Plan
 from psq.presets import preset
 from psq.rules import is_apart
+from psq_server.loop import FLUSH_S
 from psq_worker.simulate.attacks import Liars, spoil
 from psq_worker.simulate.build import (
     Pause,
@@ -235,18 +236,30 @@ class _Simulation:
             return
         self.waiting.append(worker)
         if len(self.waiting) == self.config.workers:
-            idle_s = max(port.out.free_s for port in self.server_ports)
-            self.events.at(idle_s + self.config.network.latency_s, self._begin)
+            self._begin_when_idle()
+
+    def _begin_when_idle(self) -> None:
+        """Begin once nothing of the start is on its way any more.
+
+        Who waited for long for its first weights has asked for them again, and gets them again.
+        """
+        if any(server.has_weights_under_way for server in self.servers):
+            self.events.at(self.events.now_s + FLUSH_S, self._begin_when_idle)
+        else:
+            self._begin()
 
     def batches(self, rank: int, start_step: int) -> Iterator[Batch]:
         """This rank's samples from a step on."""
         return self.samples.batches(self.plan.data_rank(rank), start_step)
 
     def takes_part(self, rank: int, round_: int) -> bool:
-        """Whether a rank says something in a round."""
-        config = self.config
+        """Whether a rank says something in a round: those that compute the same do so together."""
         drawn = takes_part(
-            rank, round_, share=config.participation, workers=config.workers, seed=self.job.seed
+            self.plan.data_rank(rank),
+            round_,
+            share=self.config.participation,
+            workers=self.plan.data_world_size,
+            seed=self.job.seed,
         )
         return drawn and not self._lies(rank, "silent")
 

@@ -193,6 +193,7 @@ class WorkerPort:
         self.queued += not lost
         sent_s = server.out.passes(server.events.now_s, wire_bytes(len(frame)))
         if not lost:
+            server.weights_under_way += is_weights(frame)
             view = memoryview(frame)
             server.events.at(sent_s + server.latency_s, lambda: self._come(view))
         return sent_s
@@ -213,6 +214,7 @@ class WorkerPort:
             self._take(frame)
 
     def _take(self, frame: memoryview) -> None:
+        self._server.weights_under_way -= is_weights(frame)
         if not self.closed:
             self.inbox.append(frame)
             self._wake()
@@ -223,6 +225,7 @@ class ServerPort:
 
     Attributes:
         wake: called when something has come, or a queue that was full has room again.
+        weights_under_way: frames of weights that have not come yet.
     """
 
     def __init__(
@@ -236,6 +239,7 @@ class ServerPort:
         self.out, self._in = (Port(network.server_rate_bit_s) for _ in range(2))
         self.closed = False
         self.sent_bytes = self.received_bytes = 0
+        self.weights_under_way = 0
         self.wake: Callable[[], None] = lambda: None
         self._loss, self._rng = network.loss, rng
         self._inbox: deque[tuple[bytes, memoryview]] = deque()
@@ -349,6 +353,12 @@ class ServerPort:
             self.received_bytes += wire_bytes(len(frame))
             self._inbox.append((peer, memoryview(frame)))
             self.wake()
+
+
+def is_weights(frame: Buffer) -> bool:
+    """Whether a frame says WEIGHTS."""
+    seen = glance(frame)
+    return seen is not None and seen.type == MessageType.WEIGHTS
 
 
 class WorkerPorts:

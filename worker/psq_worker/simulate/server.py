@@ -78,6 +78,11 @@ class VirtualServer(Loop):
         """Everything it has logged."""
         return self._log_text.getvalue()
 
+    @property
+    def has_weights_under_way(self) -> bool:
+        """Whether weights are on their way to anybody, or wait until they can be."""
+        return self._port.weights_under_way > 0 or self._outbox.waiting_weights
+
     def wake(self) -> None:
         """Something is to be done now."""
         if not self._woken:
