@@ -185,6 +185,11 @@ AGGREGATES: Final = (
                 "how late messages count: 1 / (1 + lateness), exp(-0.2 lateness), or in full",
                 choices=("inverse", "exponential", "none"),
             ),
+            Option(
+                "noise",
+                True,  # noqa: FBT003 - the default
+                "a gradient may change as much as the workers' own do, however short the way",
+            ),
             _count("window", 25, "coefficients of a worker that are remembered", high=1000),
         ),
         rule="psq.rules.kardam:Kardam",

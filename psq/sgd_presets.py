@@ -78,7 +78,7 @@ def _kardam(_: AdamConfig) -> Recipe:
     return Recipe(
         "kardam",
         Direction(),
-        Uplink("log:k=6"),
+        Uplink("log:k=6", error_feedback=False),
         Apply("sgd"),
         Downlink("weights", "uniform:bits=8", error_feedback=False),
         Aggregate("kardam"),
@@ -209,7 +209,8 @@ SGD_PRESETS: Final = (
         "after Kardam (1802.07928)",
         "it refuses honest workers as well where data differ much, needs more than 3 f of them, "
         "and keeps up to 12 bytes a parameter for each of them on the server",
-        "--consistency asp, --with aggregate.f=F, SGD's own learning rate",
+        "--consistency asp, --with aggregate.f=F; --with apply=adam at Adam's learning rate, or "
+        "with SGD its rate times the number of workers, as late messages are dampened",
     ),
     Preset(
         "average",

@@ -42,6 +42,7 @@ from psq.client.identity import Identity, Welcomed
 from psq.client.initial import InitialWeights
 from psq.client.offset import OffsetEstimate
 from psq.client.pending import pending_of, say_as_before
+from psq.client.rejections import Rejections
 from psq.client.replica import ReplicaVersions
 from psq.client.round import Round
 from psq.client.said import Said
@@ -121,6 +122,7 @@ class Machine:
         self.frames = PushFrames(plan, is_lent)
         self.round: Round | None = None
         self.notes: deque[str] = deque(maxlen=64)
+        self._rejections = Rejections(self.notes)
         self.offset = OffsetEstimate()
         self.damaged_frames = self.resets = 0
         self.answer: Range | None = None  # to the last DRAW
@@ -561,10 +563,8 @@ class Machine:
         lost = current.rejected()
         if verdict.outcome == "rejected":
             self._speech.drop_pushes()
-            self.notes.append(f"round {current.number} rejected: {verdict.reason}")
-        elif lost:
-            what = f"round {current.number}: {name_shards(lost)}"
-            self.notes.append(f"{what} rejected: {verdict.reason}")
+        if lost or verdict.outcome == "rejected":
+            self._rejections.note(current.number, lost, verdict)
 
     def _on_error(self, error: Error) -> None:
         if error.code == ErrorCode.WIRE:

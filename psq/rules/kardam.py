@@ -78,9 +78,12 @@ DAMPENING: Final[Mapping[str, Callable[[int], float]]] = MappingProxyType(
 
 @dataclass(slots=True)
 class _Worker:
-    """What is known of a worker: its last gradient, where it was taken, and its coefficients."""
+    """What is known of a worker: its last gradient, where it was taken, and its coefficients.
 
-    coefficients: deque[float]
+    Of each coefficient, beside it, the change of the gradient that it is made of.
+    """
+
+    coefficients: deque[tuple[float, float]]
     norm: float = 0.0
     version: int = -1
     gradient: Gradient = field(default_factory=dict)
@@ -110,6 +113,7 @@ class Kardam(AggregateRule):
             raise ConfigError(msg)
         self._dampen = DAMPENING[str(self.options["dampening"])]
         self._window = int(self.options["window"])
+        self._noise = bool(self.options["noise"])
         self._workers: dict[int, _Worker] = {}
         self._versions: dict[int, Weights] = {}
         self._accepted: deque[int] = deque(maxlen=2 * self._hostile)
@@ -166,7 +170,7 @@ class Kardam(AggregateRule):
         self._versions = {n: shelf.take_weights(key) for n, key in facts["versions"].items()}
         self._workers = {
             rank: _Worker(
-                deque(coefficients, maxlen=self._window),
+                deque(map(tuple, coefficients), maxlen=self._window),
                 norm,
                 version,
                 shelf.take_gradient(gradient),
@@ -205,7 +209,8 @@ class Kardam(AggregateRule):
         if worker.weights is not None:
             moved = _apart(weights, worker.weights)
             if moved > 0.0:
-                worker.coefficients.append(_differ(gradient, worker.gradient) / moved)
+                changed = _differ(gradient, worker.gradient)
+                worker.coefficients.append((changed / moved, changed))
         worker.version, worker.gradient, worker.weights = version, gradient, weights
 
     def _verdict(
@@ -233,23 +238,34 @@ class Kardam(AggregateRule):
         if rank in self._accepted:
             last = len(self._accepted)
             return f"frequency: rank {rank} is among the senders of the last {last} accepted", False
-        highest, before = self._highest(), self._moved_last
+        before = self._moved_last
+        moved = 0.0 if before is None else _apart(weights, before.weights)
+        highest = self._highest(moved)
         if highest is None or before is None:
             return "", False
-        moved, changed = _apart(weights, before.weights), _differ(gradient, before.gradient)
-        if changed <= highest * moved:
+        changed = _differ(gradient, before.gradient)
+        if changed <= highest:
             return "", True
         reason = (
             f"lipschitz: the gradient changed by {changed:.4g} where the weights moved by "
-            f"{moved:.4g}, with {highest * moved:.4g} or less it would have passed"
+            f"{moved:.4g}, with {highest:.4g} or less it would have passed"
         )
         return reason, False
 
-    def _highest(self) -> float | None:
-        """The (n - f)-th smallest coefficient of the workers; None while too few are known."""
-        known = sorted(max(w.coefficients) for w in self._workers.values() if w.coefficients)
+    def _highest(self, moved: float) -> float | None:
+        """How much a gradient may change where the weights moved so far.
+
+        The (n - f)-th smallest of what the workers' own changes allow; None while too few are
+        known.
+        """
+        known = sorted(self._allowed(w, moved) for w in self._workers.values() if w.coefficients)
         count = self.world_size - self._hostile
         return known[count - 1] if len(known) >= count else None
+
+    def _allowed(self, worker: _Worker, moved: float) -> float:
+        along = max(ratio for ratio, _ in worker.coefficients) * moved
+        noise = max(change for _, change in worker.coefficients) if self._noise else 0.0
+        return max(along, noise)
 
 
 class _Shelf:

@@ -80,6 +80,7 @@ CASES = {
     "dq-sgd": Case(),
     "dqgan": Case(),
     "kardam": Case(
+        ("uplink.error_feedback=true",),  # so that what is refused is seen to come back
         faulty=True,
         worlds=(1, 3, 4),
         bound=1e-3,

@@ -25,7 +25,7 @@ EPS32 = float(np.finfo(np.float32).eps)
 WORKERS = 4  # so that kardam refuses somebody
 NAMES = list(PRESETS)
 RECIPES = {name: preset(name) for name in NAMES}
-FED_BACK = [name for name in NAMES if RECIPES[name].uplink.error_feedback]
+FED_BACK = [name for name in NAMES if recipe_of(name, WORKERS).uplink.error_feedback]
 ANSWER_FED_BACK = [name for name in NAMES if RECIPES[name].downlink.error_feedback]
 
 

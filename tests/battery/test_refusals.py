@@ -110,7 +110,10 @@ OTHER = {  # not the default
     ("first", "steps"): 3,
     ("dq", "steps"): 6,
 }
-LATE_ONLY = {("kardam", "dampening")}  # of messages that are late; see tests/unit/rules/robust
+LATE_ONLY = {
+    ("kardam", "dampening"),
+    ("kardam", "noise"),
+}  # of messages that are late; see tests/unit/rules/robust
 OPTIONS = [
     (slot, part, option)
     for slot, part in PARTS

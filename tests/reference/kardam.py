@@ -2,8 +2,9 @@
 
 K_p = |g - g'| / |x - x'| of a worker's last two gradients, the largest of its last `window`; what a
 message has against the gradient that moved the weights last must not be over the (n - f)-th
-smallest K_p, and its sender not among those of the last 2 f accepted. n refusals in a row, and the
-next one is accepted. What the first filter did not pass is shortened to the median length. Refused
+smallest K_p (with noise: it may change as much as that worker's own did, however short the way),
+and its sender not among those of the last 2 f accepted. n refusals in a row, and the next one is
+accepted. What the first filter did not pass is shortened to the median length. Refused
 messages go back to the residual. Rounds in step: nothing is late.
 """
 
@@ -15,11 +16,11 @@ import numpy as np
 from reference.common import Job, Vector, Weights
 
 
-def train(job: Job, f: int, window: int = 25) -> Weights:
+def train(job: Job, f: int, window: int = 25, *, noise: bool = True) -> Weights:
     """Yield the server's weights."""
     x, before = job.x, job.rates[0]
     e = [job.zeros for _ in job.ranks]
-    judge = Judge(job.workers, f, window)
+    judge = Judge(job.workers, f, window, noise=noise)
     for t, lr in job.rounds():
         seen, said = job.down(x), []
         for i in job.ranks:
@@ -42,8 +43,8 @@ def train(job: Job, f: int, window: int = 25) -> Weights:
 class Judge:
     """What the server remembers."""
 
-    def __init__(self, workers: int, f: int, window: int) -> None:
-        self.n, self.f = workers, f
+    def __init__(self, workers: int, f: int, window: int, *, noise: bool) -> None:
+        self.n, self.f, self.noise = workers, f, noise
         self.coefficients = [deque(maxlen=window) for _ in range(workers)]
         self.senders, self.refusals = deque(maxlen=2 * f), 0
         self.gradients, self.weights, self.norms = [None] * workers, None, {}
@@ -62,7 +63,8 @@ class Judge:
         """One message's weight."""
         self.norms[rank] = length(g)
         if apart > 0.0:
-            self.coefficients[rank].append(length(g - self.gradients[rank]) / apart)
+            change = length(g - self.gradients[rank])
+            self.coefficients[rank].append((change / apart, change if self.noise else 0.0))
         self.gradients[rank] = g
         if len(self.norms) < 2 * self.f + 1:
             return None
@@ -79,11 +81,11 @@ class Judge:
 
     def is_smooth(self, g: Vector, x: Vector) -> bool | None:
         """Whether it changes as others do; None while too little is known."""
-        known = sorted(max(each) for each in self.coefficients if each)
-        if len(known) < self.n - self.f or self.moved is None:
+        if self.moved is None or sum(map(bool, self.coefficients)) < self.n - self.f:
             return None
         change, move = length(g - self.moved[0]), length(x - self.moved[1])
-        return change <= known[self.n - self.f - 1] * move
+        allowed = [max(max(k * move, c) for k, c in each) for each in self.coefficients if each]
+        return change <= sorted(allowed)[self.n - self.f - 1]
 
 
 def length(vector: Vector) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from psq_worker.board import Board
@@ -150,6 +152,22 @@ def test_bits_of_what_was_said_count_payloads_alone():
     for rank, nbytes in ((0, 500), (1, 1500)):
         board.add(summary(rank, payload_bytes=nbytes, said_numel=2000), 0.0)
     assert board.summary()["payload_bits"] == 4.0
+
+
+def test_the_curve_of_bits_has_the_mean_of_all_workers_by_steps():
+    board = Board(2)
+    for rank in (0, 1):
+        for step, nbytes in ((40, 1000), (80, 1500), (100, 1500)):
+            said = {"payload_bytes": nbytes + 100 * rank, "said_numel": 10 * step}
+            board.add(progress(rank, step, loss=1.0, **said), 0.0)
+    board.add(summary(0), 0.0)
+    curve = board.summary()["bits_curve"]
+    assert curve == [
+        {"step": 40, "bits": pytest.approx(8 * 2100 / 800)},
+        {"step": 80, "bits": pytest.approx(8 * 1000 / 800)},
+        {"step": 100, "bits": 0.0},
+    ]
+    assert json.loads(json.dumps(curve)) == curve
 
 
 def test_bits_per_parameter_are_those_of_the_wire():

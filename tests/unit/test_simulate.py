@@ -18,6 +18,7 @@ from psq_worker.simulate.attacks import Attack
 from psq_worker.simulate.cluster import dense_usage
 from psq_worker.simulate.data import Dirichlet, takes_part
 from psq_worker.simulate.faults import speeds_of
+from psq_worker.simulate.report import result_plain
 
 BANDWIDTH = 1e8
 LATENCY_S = 0.002
@@ -338,3 +339,17 @@ def test_ranks_that_compute_the_same_take_part_together():
         for name, workers in (("coded", 8), ("server-adam", 4))
     )
     assert flat(coded) == flat(plain)
+
+
+def test_the_bits_of_a_value_are_reported_by_step_where_workers_choose_them():
+    result = simulate(config(recipe="dq-sgd", steps=30, lr=0.05))
+    bits = [point.bits for point in result.points]
+    assert len(set(bits)) > 1, "the choice did not change"
+    assert sum(bits) / len(bits) == pytest.approx(result.bits_up, rel=1e-6)
+    curve = result_plain(result, None)["bits_curve"]
+    assert [part["step"] for part in curve] == list(range(1, 31))
+    assert [part["bits"] for part in curve] == bits
+    local = simulate(config(recipe="local-adam", steps=16))
+    assert [point.bits is None for point in local.points] == [
+        step % 8 != 0 for step in range(1, 17)
+    ]

@@ -6,15 +6,25 @@ Display, summary and picture read a `Board`; nothing else does.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from psq_worker.events import PHASES, Counts, Evaluation, Event, Progress, Started, Summary
 
-__all__ = ["FP32_BITS", "Board", "Point", "RankState", "metric_words", "saved_bytes"]
+__all__ = [
+    "FP32_BITS",
+    "Board",
+    "Point",
+    "RankState",
+    "bits_curve",
+    "metric_words",
+    "saved_bytes",
+]
 
 FP32_BITS: Final = 32
 QUIET_AFTER_S: Final = 2.0  # a worker silent for longer is shown as quiet
+CURVE_PARTS: Final = 60
 NEW_RATE_WEIGHT: Final = 0.3  # of the newest in the running mean of samples per second
 
 
@@ -162,7 +172,8 @@ class Board:
         are those of one worker, times those of one step, both averaged over the workers.
         Steps right after an evaluation are left out of the times, and so of `samples_per_s`.
         `exposed_s` is, per step, the waiting that no computing hid. `payload_bits` is what a value
-        that was pushed took in its payload, without headers; None where none was.
+        that was pushed took in its payload, without headers; None where none was. `bits_curve` is
+        the same by steps, for recipes that choose their codec as they go.
         """
         ends = [state.summary for state in self.ranks if state.summary is not None]
         if not ends:
@@ -194,6 +205,7 @@ class Board:
             "payload_bits": _bits(
                 sum(end.payload_bytes for end in ends), sum(end.said_numel for end in ends)
             ),
+            "bits_curve": bits_curve([(p.step, p.steps, p.bits) for p in self.points], steps),
             "step_s": step_s,
             "exposed_s": _per_timed_step(ends, sum(end.exposed_s for end in ends)),
             "consistency": first.consistency,
@@ -224,6 +236,25 @@ class Board:
 def _bits(payload_bytes: int, said_numel: int) -> float | None:
     """What a value took; None where none was said."""
     return 8 * payload_bytes / said_numel if said_numel > 0 else None
+
+
+def bits_curve(
+    points: Iterable[tuple[int, int, float | None]], steps: int
+) -> list[dict[str, float]]:
+    """What a value took over the steps: means over `CURVE_PARTS` equal parts, at their last step.
+
+    Args:
+        points: (step, steps that it is the mean of, bits), of any worker.
+        steps: of the job.
+    """
+    parts: dict[int, list[float]] = {}
+    for step, made, bits in points:
+        if bits is None:
+            continue
+        row = parts.setdefault((step - 1) * CURVE_PARTS // max(1, steps), [0.0, 0.0, 0.0])
+        row[0], row[1], row[2] = max(row[0], step), row[1] + made, row[2] + made * bits
+    return [{"step": int(last), "bits": total / made} for _, (last, made, total) in
+            sorted(parts.items())]  # fmt: skip
 
 
 def _progress_of(end: Summary, old: Progress) -> Progress:

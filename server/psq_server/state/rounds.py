@@ -118,7 +118,7 @@ def _on_judged(world: World, event: Judged) -> None:
     assert world.round.judging, event.round
     world.round.apply_judgement(event.weights, event.refused)
     for rank, reason in sorted(event.refused.items()):
-        world.log("rejected", "warning", rank=rank, round=event.round, reason=reason)
+        world.log_rejected(rank, event.round, reason)
     _close_taken(world)
 
 

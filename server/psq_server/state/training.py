@@ -378,7 +378,7 @@ def _refuse(world: World, member: Member, peer: Peer, header: Header, fault: str
     late = world.round.is_shut(header.shard)
     kind = "late" if late else "payload"
     world.round.refuse(member.rank, header.seq, header.shard, reason, kind=kind)
-    world.log("rejected", "warning", rank=member.rank, round=header.round, reason=reason)
+    world.log_rejected(member.rank, header.round, reason)
     mine = world.round.get(member.rank)
     if mine is None or len(mine.refused) <= MAX_LIST_ITEMS:
         return True

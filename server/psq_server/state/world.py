@@ -15,6 +15,7 @@ from psq.clock import DEADLINE_SAMPLES
 from psq.errors import FencedError, RemoteError, StaleFrameError
 from psq.keys import Authorized
 from psq.plan import Plan
+from psq.seldom import Seldom
 from psq_proto.frames import Buffer
 from psq_proto.messages import ControlBody, Error, ErrorCode, Fenced, MessageType, clip_text
 from psq_proto.session import HeaderFields, ServerSession, State
@@ -31,6 +32,8 @@ __all__ = ["MAX_COMPLAINTS", "Counts", "Settings", "World"]
 
 MAX_KINDS: Final = 32
 """Words for why contributions do not count; of rules that have more, the rest is "other"."""
+REJECTED_EVERY_S: Final = 10.0
+"""From one line about what is rejected of a rank to the next: some rules refuse all the time."""
 MAX_COMPLAINTS: Final = 8
 """Refusals of one connection that are answered and logged; later ones are only counted."""
 
@@ -151,6 +154,7 @@ class World:
         self.ending: tuple[str, float] | None = None
         """Told to stop while a round is half reduced: why, and until when it may end."""
         self.counts = Counts()
+        self._rejections = Seldom(REJECTED_EVERY_S)
         self.level: DurabilityLevel = "off"
         self.touched = False
         """What is known of the ranks has changed in the present event, outside a commit."""
@@ -254,6 +258,14 @@ class World:
         if kind not in known and len(known) >= MAX_KINDS:
             kind = "other"
         self.counts.rejected[rank, kind] += 1
+
+    def log_rejected(self, rank: int, number: int, reason: str) -> None:
+        """Something of this rank is refused: the first is logged, then one now and then."""
+        due = self._rejections.note(rank, self.now_s)
+        if due is None:
+            return
+        more = {"since_last": due.since, "total": due.total} if due.total > 1 else {}
+        self.log("rejected", "warning", rank=rank, round=number, reason=reason, **more)
 
     @property
     def is_logged(self) -> bool:

@@ -77,6 +77,20 @@ def test_a_refused_rank_has_said_nothing_and_is_told_why(judged):
     assert [line["rank"] for line in job.logged("rejected")] == [2]
 
 
+def test_a_rank_that_is_refused_in_every_round_is_logged_now_and_then_with_a_total(judged):
+    job, workers = judged()
+    job.judgement = ({}, {2: "krum: far", 3: "krum: far"})
+    for _ in range(40):
+        job.now_s += 0.5
+        for worker in workers:
+            worker.push_all()
+    assert job.state.counts.rejected == {(2, "krum"): 40, (3, "krum"): 40}
+    for rank in (2, 3):
+        lines = [line for line in job.logged("rejected") if line["rank"] == rank]
+        counts = [(line.get("since_last"), line.get("total")) for line in lines]
+        assert counts == [(None, None), (20, 21)]
+
+
 def test_a_refused_rank_goes_on_in_the_next_round(judged):
     job, workers = judged()
     for refused in ({2: "krum: far"}, {}, {2: "krum: far"}):

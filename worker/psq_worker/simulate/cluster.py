@@ -15,7 +15,6 @@ from psq.errors import GaveUpError
 from psq.plan import Plan
 from psq.presets import preset
 from psq.rules import is_apart
-from psq_server.loop import FLUSH_S
 from psq_worker.simulate.attacks import Liars, spoil
 from psq_worker.simulate.build import (
     Pause,
@@ -41,6 +40,8 @@ from psq_worker.tasks import Batch, Task, check_model, get_task
 
 __all__ = ["SimResult", "dense_usage", "simulate"]
 
+LOOK_S: Final = 0.001
+"""Between two looks at whether the first weights have come."""
 DENSE_STEPS: Final = 3
 """So many steps of dense fp32 tell what one takes: they are all alike, but for chance."""
 MAX_DENSE_STEPS: Final = 12
@@ -244,7 +245,7 @@ class _Simulation:
         Who waited for long for its first weights has asked for them again, and gets them again.
         """
         if any(server.has_weights_under_way for server in self.servers):
-            self.events.at(self.events.now_s + FLUSH_S, self._begin_when_idle)
+            self.events.at(self.events.now_s + LOOK_S, self._begin_when_idle)
         else:
             self._begin()
 
@@ -266,7 +267,14 @@ class _Simulation:
     def stepped(self, worker: VirtualWorker, loss: float | None, staleness: int) -> None:
         """A worker has done a step."""
         usage = self._usage(worker.rank)
-        self.trace.step(worker.rank, worker.steps_done, loss, staleness, usage)
+        self.trace.step(
+            worker.rank,
+            worker.steps_done,
+            loss,
+            staleness=staleness,
+            usage=usage,
+            said=worker.said,
+        )
         if worker.rank == 0 and self._learns and self.job.is_evaluated(worker.steps_done):
             scores = self.task.evaluate(self.gradients.replica(worker))
             self.trace.score(Score(worker.steps_done, dict(scores), usage))

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from psq import __version__
-from psq_worker.board import metric_words
+from psq_worker.board import bits_curve, metric_words
 from psq_worker.display import format_bytes, format_ms, format_score
 from psq_worker.picture import BLUE, GREY, ORANGE, STYLE
 from psq_worker.simulate.cluster import SimResult
@@ -59,6 +59,7 @@ def point_line(point: Point) -> dict[str, Any]:
             "loss": point.loss,
             **point.usage._asdict(),
             "staleness": point.staleness,
+            "bits": point.bits,
         }
     )
 
@@ -93,6 +94,7 @@ def result_plain(result: SimResult, dense: Usage | None) -> dict[str, Any]:
         "virtual_s_per_step": result.usage.virtual_s / max(1, steps),
         "bits_up": result.bits_up,
         "bits_down": result.bits_down,
+        "bits_curve": bits_curve([(p.step, 1, p.bits) for p in result.points], steps),
         "rejected": result.rejected,
         "skipped": result.skipped,
         "resent_frames": result.resent_frames,

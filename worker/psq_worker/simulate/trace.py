@@ -32,6 +32,7 @@ class Point:
         losses: of each of them, by rank.
         usage: when the last of them had done it; bytes of one when it had: the mean over all.
         staleness: the most rounds that a contribution of this step was old.
+        bits: what a value that was pushed took, the mean over all; None where none was.
     """
 
     step: int
@@ -39,6 +40,7 @@ class Point:
     losses: Mapping[int, float]
     usage: Usage
     staleness: int = 0
+    bits: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,8 @@ class _Step:
     losses: dict[int, float] = field(default_factory=dict)
     usages: list[Usage] = field(default_factory=list)
     staleness: int = 0
+    said_bytes: int = 0
+    said_numel: int = 0
 
 
 class Trace:
@@ -78,13 +82,33 @@ class Trace:
         self._open: dict[int, _Step] = {}
         self._done = dict.fromkeys(range(workers), 0)
 
-    def step(self, rank: int, done: int, loss: float | None, staleness: int, usage: Usage) -> None:
-        """A worker has done so many steps; of the last, its loss, if it computed one."""
+    def step(  # noqa: PLR0913 - what is known of a step
+        self,
+        rank: int,
+        done: int,
+        loss: float | None,
+        *,
+        staleness: int,
+        usage: Usage,
+        said: tuple[int, int],
+    ) -> None:
+        """A worker has done so many steps.
+
+        Args:
+            rank: which.
+            done: how many.
+            loss: of the last, if it computed one.
+            staleness: in rounds.
+            usage: since all began.
+            said: bytes of the payloads that it pushed in that step, and how many values they say.
+        """
         here = self._open.setdefault(done, _Step())
         if loss is not None:
             here.losses[rank] = loss
         here.usages.append(usage)
         here.staleness = max(here.staleness, staleness)
+        here.said_bytes += said[0]
+        here.said_numel += said[1]
         self._done[rank] = done
         self._close()
 
@@ -109,7 +133,8 @@ class Trace:
         mean = sum(losses.values()) / len(losses) if losses else math.nan
         seconds, ups, downs = zip(*known.usages, strict=True)
         usage = Usage(max(seconds), sum(ups) / len(ups), sum(downs) / len(downs))
-        point = Point(step, mean, losses, usage, known.staleness)
+        bits = 8 * known.said_bytes / known.said_numel if known.said_numel else None
+        point = Point(step, mean, losses, usage, known.staleness, bits)
         self.points.append(point)
         if self._on_point is not None:
             self._on_point(point)

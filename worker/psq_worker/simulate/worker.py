@@ -182,6 +182,12 @@ class VirtualWorker:
         """How many steps of every worker the job has behind it."""
         return self.exchange.client.version * self._job.round_steps + self._local_step
 
+    @property
+    def said(self) -> tuple[int, int]:
+        """Bytes of the payloads of this step, and how many values they say; none after a local one."""
+        pushed = not self._local_step
+        return (self.exchange.payload_bytes, self.exchange.said_numel) if pushed else (0, 0)
+
     def next_batch(self) -> Batch:
         """The samples of this step."""
         return next(self._batches)

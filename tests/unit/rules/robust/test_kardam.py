@@ -18,7 +18,7 @@ class Server:
     """One weight vector that accepted gradients move, as an asynchronous server's."""
 
     def __init__(self, bench, workers, spec="fp32", **options):
-        options = {"f": 1, "dampening": "none", "window": 25} | options
+        options = {"f": 1, "dampening": "none", "noise": False, "window": 25} | options
         self.rule = Kardam(options, layout=bench.layout, world_size=workers)
         self.bench, self.spec, self.lr = bench, spec, 0.1
         self.x = np.ones(NUMEL, np.float32)
@@ -49,7 +49,9 @@ class Server:
             for rank in range(workers):
                 self.push(rank, self.gradient())
         for worker in self.rule._workers.values():
-            worker.coefficients.append(2.0)  # as after a steeper stretch: 1 is not at the limit
+            worker.coefficients.append(
+                (2.0, 0.0)
+            )  # as after a steeper stretch: 1 is not at the limit
         self.rule._refusals = 0
         return self
 
@@ -87,16 +89,16 @@ def test_the_limit_is_the_coefficient_that_n_minus_f_workers_stay_within(serve):
     server = serve(workers=4).warm_up(4)
     for rank, coefficient in enumerate((0.5, 1.0, 2.0, 1e9)):
         server.rule._workers[rank].coefficients.clear()
-        server.rule._workers[rank].coefficients.extend([0.1, coefficient])
-    assert server.rule._highest() == 2.0
+        server.rule._workers[rank].coefficients.extend([(0.1, 0.0), (coefficient, 0.0)])
+    assert server.rule._highest(moved=1.0) == 2.0
 
 
 def test_a_worker_that_raises_its_own_coefficient_raises_no_limit(serve):
     server = serve().warm_up(4)
     for turn in range(20):
         server.push(3, server.gradient((-1.0) ** turn * 100.0))
-    assert max(server.rule._workers[3].coefficients) > 100.0
-    assert server.rule._highest() == 2.0
+    assert max(server.rule._workers[3].coefficients)[0] > 100.0
+    assert server.rule._highest(moved=1.0) == 2.0
     assert "lipschitz" in server.push(0, server.gradient(-5.0)).refused
 
 
@@ -221,3 +223,56 @@ def test_payloads_are_copied_as_their_buffers_are_used_again(serve):
 def test_too_few_workers_for_f_are_refused_in_words(serve):
     with pytest.raises(ConfigError, match="kardam with f=2 needs 7 workers or more, there are 6"):
         serve(workers=6, f=2)
+
+
+# ---- noise
+
+
+class Noisy:
+    """Gradients that are noise, all of about the same length, of workers that take turns."""
+
+    def __init__(self, server, workers):
+        self.server, self.workers = server, workers
+        self.rng = np.random.default_rng(5)
+
+    def gradient(self):
+        return self.rng.standard_normal(NUMEL).astype(np.float32)
+
+    def refused(self, turns):
+        """How many of so many turns of all are refused, with the words."""
+        found = []
+        for turn in range(turns * self.workers):
+            verdict = self.server.push(turn % self.workers, self.gradient())
+            found += [verdict.refused] if verdict.refused else []
+        return found
+
+
+def test_noise_passes_where_a_step_is_shorter_than_a_workers_way(serve):
+    """A worker's own two messages are as many steps apart as there are workers."""
+    counts, workers = {}, 16
+    for noise in (False, True):
+        words = Noisy(serve(workers, noise=noise), workers).refused(6)
+        counts[noise] = sum("lipschitz" in each for each in words)
+    assert counts[False] > 10
+    assert counts[True] <= 2, "but for the first, when the workers' changes are few"
+
+
+@pytest.mark.parametrize("size", [4.0, 100.0])
+def test_noise_is_no_excuse_for_what_is_longer_than_honest_messages(serve, size):
+    server = serve(4, noise=True)
+    honest = Noisy(server, 4)
+    honest.refused(5)
+    assert "lipschitz" in server.push(0, size * honest.gradient()).refused
+    assert not server.push(0, honest.gradient()).refused
+
+
+def test_f_loud_workers_do_not_raise_what_noise_may_be(serve):
+    server = serve(4, noise=True)
+    honest = Noisy(server, 4)
+    honest.refused(3)
+    for _ in range(10):
+        assert server.push(3, 100.0 * honest.gradient()).refused
+        for rank in range(3):
+            server.push(rank, honest.gradient())
+    changes = [max(change for _, change in w.coefficients) for w in server.rule._workers.values()]
+    assert server.rule._highest(moved=0.0) == sorted(changes)[2] < 40.0 < changes[3]
