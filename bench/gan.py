@@ -235,17 +235,19 @@ def draw_images(path: Path) -> None:
         if found is not None:
             at = found["curve"][-1]
             pictures = np.array(at["pictures"], np.uint8).reshape(-1, 28, 28)
-            words = f"{cell.method.name}\nstep {at['step']:,}: {at['distance']:.0f}"
+            words = f"{cell.method.name}\nstep {at['step']:,}, distance {at['distance']:.0f}"
             grids.append((words, pictures))
     rows = -(-len(grids) // 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(9.0, 3.5 * rows), squeeze=False)
+    figure, axes = plt.subplots(
+        rows, 3, figsize=(9.0, 3.5 * rows), squeeze=False, layout="constrained"
+    )
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.06)  # inches: titles have two lines
     for place in axes.flat:
         place.axis("off")
     for place, (words, pictures) in zip(axes.flat, grids, strict=False):
         tiles = pictures.reshape(8, 8, 28, 28).transpose(0, 2, 1, 3).reshape(224, 224)
         place.imshow(tiles, cmap="gray", vmin=0, vmax=255)
-        place.set_title(words, fontsize=9)
-    figure.tight_layout()
+        place.set_title(words, fontsize=9, loc="left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

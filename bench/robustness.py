@@ -52,6 +52,7 @@ SIGN = Case(codec="sign")
 VOTE = Case(codec="sign", lr=0.003)
 SLOW = Case(asynchronous=True, lr=0.02, steps=150)
 TRIM, KRUM = "aggregate=trimmed-mean", "aggregate=krum"
+KARDAM = ("aggregate=kardam", "aggregate.f=3", "aggregate.dampening=none")
 ROWS = (
     _row("mean, f = 1", 1),
     _row("mean, f = 3", 3),
@@ -75,11 +76,9 @@ ROWS = (
     _row("majority, f = 5", 5, "aggregate=majority", NO_FEEDBACK, base=VOTE),
     _row("mean, asynchronous, f = 3", 3, base=SLOW),
     _row(
-        "Kardam, asynchronous, f = 3",
-        3,
-        *("aggregate=kardam", "aggregate.f=3", "aggregate.dampening=none"),
-        base=SLOW,
+        "Kardam as published, asynchronous, f = 3", 3, *KARDAM, "aggregate.noise=false", base=SLOW
     ),
+    _row("Kardam, asynchronous, f = 3, no feedback", 3, *KARDAM, NO_FEEDBACK, base=SLOW),
 )
 ATTACKS: tuple[tuple[str, str, float | None], ...] = (
     ("none", "", None),

@@ -5,6 +5,7 @@ What travels between them is bytes, which `wire` hashes, both ways.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -228,7 +229,7 @@ class Cluster:
         return decode(specs, shard, answer.wire_id, answer.body)
 
     def resumed(self):
-        """Another cluster in this one's state: copied arrays and counters, and nothing else."""
+        """Another cluster in this one's state: what a checkpoint has, copied, and nothing else."""
         other = Cluster(
             self.plan, np.zeros(self.plan.layout.numel, np.float32), self.gradient, seed=self.seed
         )
@@ -242,6 +243,7 @@ class Cluster:
             for name, array in mine.items():
                 theirs[name][:] = array
         other.server.resume(self.server.counts())
+        other.server.remember(*copy.deepcopy(self.server.memory()))
         for mine, theirs in zip(self.workers, other.workers, strict=True):
             theirs.compressor.resume(mine.compressor.steps)
             theirs.steps = mine.steps

@@ -16,7 +16,6 @@ NAMES = list(PRESETS)
 ROUNDS = 14
 APART = {
     "dp-sign": "a worker that starts again draws other noise: its secret is in no checkpoint",
-    "kardam": "the filter remembers messages of before, keeps none of it, and learns anew",
 }
 
 

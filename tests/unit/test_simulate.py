@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from psq.errors import ConfigError, GaveUpError
 from psq.presets import PRESETS, preset
+from psq.torch.asked import Asked
 from psq_worker.simulate import Crash, Faults, Network, SimConfig, simulate
 from psq_worker.simulate.attacks import Attack
 from psq_worker.simulate.cluster import dense_usage
@@ -353,3 +354,20 @@ def test_the_bits_of_a_value_are_reported_by_step_where_workers_choose_them():
     assert [point.bits is None for point in local.points] == [
         step % 8 != 0 for step in range(1, 17)
     ]
+
+
+@pytest.mark.parametrize(
+    ("rule", "recipe"), [("bsp", "fp32-sgd"), ("asp", "kardam"), ("ssp:2", "fp32-sgd")]
+)
+def test_a_schedule_ends_with_each_workers_last_step_under_every_rule(rule, recipe, monkeypatch):
+    """Under asp four workers make four versions of a step each: the rate does not follow these."""
+    rates = []
+
+    def asked(rate):
+        rates.append(rate)
+        return Asked(rate)
+
+    monkeypatch.setattr("psq_worker.simulate.worker.Asked", asked)
+    made = config(recipe=recipe, consistency=rule, schedule="linear", steps=12, lr=0.12)
+    assert simulate(made).rounds >= 12
+    assert sorted(rates) == pytest.approx(sorted([0.12 * (1 - k / 12) for k in range(12)] * 4))

@@ -16,7 +16,7 @@ from psq.errors import ConfigError, StateError
 from psq_worker.simulate import Crash
 from psq_worker.simulate.attacks import Attack
 from psq_worker.simulate.command import run_simulate
-from psq_worker.simulate.report import summary_table
+from psq_worker.simulate.report import _mark_dense, summary_table
 from psq_worker.simulate.settings import config_of, parse_seconds
 from psq_worker.tasks import get_task
 
@@ -167,6 +167,20 @@ def test_the_table_has_both_columns_or_dashes(task, capsys):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is optional")
+@pytest.mark.parametrize(("dense_s", "lines"), [(12.0, 2), (500.0, 1)])
+def test_the_end_of_dense_fp32_is_told_and_does_not_squeeze_what_is_to_be_seen(dense_s, lines):
+    figure_module = pytest.importorskip("matplotlib.figure")
+    axes = figure_module.Figure().subplots(2, 1, sharex="col")
+    for axis in axes:
+        axis.plot([0.0, 10.0], [1.0, 0.5])
+    _mark_dense(axes, dense_s, 10.0)
+    assert [len(axis.lines) for axis in axes] == [lines, lines]
+    assert axes[0].get_xlim()[1] < 15.0
+    told = axes[0].get_title(loc="right")
+    assert told.startswith(f"dense fp32 ends at {dense_s:,.3g} s")
+    assert ("50 times as late" in told) == (dense_s == 500.0)
+
+
 def test_the_picture_is_drawn(task, tmp_path):
     run(task, picture="deep/picture.png")
     assert (tmp_path / "deep" / "picture.png").read_bytes().startswith(b"\x89PNG")

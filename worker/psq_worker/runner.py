@@ -38,6 +38,7 @@ from psq_worker.board import Board
 from psq_worker.events import Evaluation, Event, Progress, Started, Summary, format_event
 from psq_worker.job import Job, Record, job_for
 from psq_worker.loop import Stepper, train
+from psq_worker.pace import OwnPace, is_own, steps_behind
 from psq_worker.recipes import rate_warning, recipe_of
 from psq_worker.reporter import Reporter
 from psq_worker.tasks import Task, find_task
@@ -71,14 +72,23 @@ def run_task(given: Given, config: WorkerConfig) -> None:
         with use_given(Given(rest, given.file)):
             lr = job.lr_at if optimizer is None else None
             worker = psq.torch.Worker(model, lr=lr, optimizer=optimizer)
-        job = dataclasses.replace(job, start_step=min(worker.steps, job.steps))
+        begun = steps_behind(worker.plan, worker.steps)
+        job = dataclasses.replace(job, start_step=min(begun, job.steps))
         _say_theory(worker, job)
         _say_rate(config, recipe, job)
         watch = _Watch(config, emit, task.name, job, _description(task))
         with worker, watch.installed():
-            stepper = worker if optimizer is None else AdamSteps(worker, optimizer, job)
-            train(task, model, stepper, job, watch.on_record(task.metric))
+            train(task, model, _stepper(worker, optimizer, job), job, watch.on_record(task.metric))
         watch.end()
+
+
+def _stepper(
+    worker: psq.torch.Worker, optimizer: torch.optim.Optimizer | None, job: Job
+) -> Stepper:
+    """The worker, told the job's rates as it needs them."""
+    if optimizer is not None:
+        return AdamSteps(worker, optimizer, job)
+    return OwnPace(worker, job) if is_own(worker.plan) else worker
 
 
 def run_script(given: Given, config: WorkerConfig, script: str, arguments: tuple[str, ...]) -> None:

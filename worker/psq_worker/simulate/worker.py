@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 from psq.torch.asked import Asked
 from psq_worker.job import Job
+from psq_worker.pace import is_own, steps_behind
 from psq_worker.simulate.clock import Events
 from psq_worker.simulate.faults import Crash
 from psq_worker.simulate.link import VirtualExchange
@@ -154,7 +155,8 @@ class VirtualWorker:
         client = self.exchange.virtual_client
         if self.state == "joining" and client.ready:
             self.exchange.publish()
-            self.steps_done = min(self._steps, self._job.steps)
+            begun = steps_behind(self.exchange.client.plan, self._steps)
+            self.steps_done = min(begun, self._job.steps)
             self._batches = self._host.batches(self.rank, self.steps_done)
             self.state = "ready"
             self._host.ready(self)
@@ -184,7 +186,7 @@ class VirtualWorker:
 
     @property
     def said(self) -> tuple[int, int]:
-        """Bytes of the payloads of this step, and how many values they say; none after a local one."""
+        """Bytes of this step's payloads, and how many values they say; none after a local one."""
         pushed = not self._local_step
         return (self.exchange.payload_bytes, self.exchange.said_numel) if pushed else (0, 0)
 
@@ -218,7 +220,8 @@ class VirtualWorker:
 
     def _computed(self) -> None:
         """The gradients are there: say them."""
-        asked = Asked(self._job.lr_at(self._steps))
+        own = is_own(self.exchange.client.plan)
+        asked = Asked(self._job.lr_at(self.steps_done if own else self._steps))
         if self.sits_out:
             self._sit_out(asked)
             return
