@@ -30,8 +30,9 @@ class Health:
 
     Attributes:
         status: "waiting" (for workers to come), "running", "stalled" (a lost worker holds up the
-            job), "blocked" (the disk refuses what has to be durable), "stuck" (the server's own
-            loop stands still) or "stopping".
+            job), "blocked" (the disk refuses what has to be durable), "recovering" (workers say
+            again what the server lacks), "stuck" (the server's own loop stands still) or
+            "stopping".
         version: of the weights; -1 before the first.
         round: the open round.
         text: who is waited for, in words; empty when nobody is.

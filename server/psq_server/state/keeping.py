@@ -191,7 +191,7 @@ def full_words(world: World) -> str:
 def try_again(world: World) -> None:
     """Begin the checkpoint anew that rounds wait for, if it could not be written.
 
-    The workers know which version it is: none has been made since.
+    Workers are not told: their own copies would come too late.
     """
     if world.is_writing or not is_full(world) or world.round.closed or world.ending is not None:
         return
