@@ -26,6 +26,7 @@ from psq_proto.messages import NONE, Flags, MessageType
 from psq_server import gate, recovery
 from psq_server.commits import Commits
 from psq_server.state import durable, joining, keeping, presence, training
+from psq_server.state.ledger import Ledger
 from psq_server.state.members import Member
 from psq_server.state.round import Contribution, OpenRound
 from psq_server.state.world import World
@@ -195,6 +196,18 @@ def _keep_views(note: Callable[..., None]) -> Callable[..., None]:
                 kept.shards[shard] = (kept.shards[shard][0], self._frames.said(shard).data)
 
     return noted
+
+
+def _always_applied(settle: Callable[..., None]) -> Callable[..., None]:
+    def settled(self: Ledger, rank: int, seq: int, *, applied: bool) -> None:
+        del applied
+        settle(self, rank, seq, applied=True)
+
+    return settled
+
+
+def _restore_unvisited(restore: Callable[..., None]) -> Callable[..., None]:
+    return lambda self, plain: restore(self, {**plain, "visited": []})
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -367,6 +380,16 @@ PLANTED: Final[Mapping[str, Planted]] = {
         "a worker goes on from a copy, although later contributions of its rank count",
         _instead(joining, "may_continue", lambda old, join: True),
         {**SET_BACK, "durability": "journal", "keeps": 0.0, "worker_crashes": 3},
+    ),
+    "rejected-data-visited": Planted(
+        "the data of a contribution that does not count are not handed out again",
+        _around(Ledger, "settle", _always_applied),
+        {"data": 7, "judged": True, "servers": 1, "every": 1, "skips": False},
+    ),
+    "visited-forgotten": Planted(
+        "a server that comes back hands out again what was visited",
+        _around(Ledger, "restore", _restore_unvisited),
+        {**KEPT, "data": 12, "every": 1, "skips": False, "rounds": 6},
     ),
     "verdict-settled-twice": Planted(
         "a contribution stays open after its round",

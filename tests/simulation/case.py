@@ -48,6 +48,7 @@ class Case:
         min_workers: rounds go on without lost workers, with so many at least; 0: they wait.
         compute_s, say_s: how long a step takes, about, and from one shard to the next at most.
         copies: how likely a worker's own copy of what goes with a checkpoint can be written.
+        data: how many indices an epoch has, that are handed out; 0: none are.
         own_order: each worker says a step's shards in an order of its own.
         slow: which worker takes ten times as long; -1: none.
         calm_s: when the last fault has struck.
@@ -96,6 +97,7 @@ class Case:
     checkpoint_every: int = 0
     copies: float = 0.0
     own_order: bool = False
+    data: int = 0
 
     @classmethod
     def of(
@@ -121,12 +123,18 @@ class Case:
             every=case.every if case.consistency == "bsp" else 1,
             judged=case.judged and plain,
             min_workers=case.min_workers if case.servers == 1 else 0,
+            data=case.data if case.gives_data else 0,
         )
 
     @property
     def is_logged(self) -> bool:
         """Whether nobody hears of a round before it is on disk."""
         return self.durability in LOGGED
+
+    @property
+    def gives_data(self) -> bool:
+        """Whether every contribution that says anything says something to server 0."""
+        return not self.skips and (self.every == 1 or self.consistency != "bsp")
 
     @property
     def whole(self) -> bool:
@@ -182,7 +190,8 @@ def _later(case: Case) -> Case:
     if case.durability == "journal":
         level = rng.choice(("journal", "journal", "journal", "checkpoint"))
         case = replace(case, durability=level, copies=rng.choice((0.0, 0.5, 1.0)))
-    return case
+    size = rng.choice((5, 7, 12)) if rng.random() < 0.2 else 0
+    return replace(case, data=size if case.gives_data else 0)
 
 
 def _leave_payloads(case: Case) -> Case:

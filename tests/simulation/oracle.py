@@ -30,6 +30,7 @@ from .arithmetic import INITIAL, direction, is_refused, is_skipped, numbers, spl
 from .case import Case, plan_of, view_of
 from .clock import Violation
 from .copies import Copy
+from .visits import Data, Visits
 
 __all__ = ["Oracle", "Ticket", "reference"]
 
@@ -49,6 +50,7 @@ class Ticket:
         state: "open" until its worker hears of it, then "applied" or "returned"; "orphan" if its
             worker died and took its residual along; "void" if its worker began again before it, so
             that it must not count any more.
+        drawn: whether it was computed from data that server 0 had handed out.
         round: in which it was reduced, by the server as it is now; None: it was not.
     """
 
@@ -60,6 +62,7 @@ class Ticket:
     value: int
     state: str = "open"
     round: int | None = None
+    drawn: bool = False
 
 
 class Oracle:
@@ -102,11 +105,13 @@ class Oracle:
         self.doomed: set[int] = set()
         """The processes that computed from a version that never happened: they have to end."""
         self.losses = 0
+        self.visits = Visits(case.data)
         self.failed = ""
         self.contested: set[int] = set()
         """Ranks that two processes have held at once: who was pushed out may come back, without a
         residual."""
         self._said: dict[tuple[int, int, int], int] = {}
+        self._encoded: dict[int, tuple[int, int]] = {}
         self._sent: dict[tuple[int, int, int], bytes] = {}
         self._dirty: set[int] = set()
         self._void: set[tuple[int, int, tuple[int, int]]] = set()
@@ -141,14 +146,26 @@ class Oracle:
         self.residuals[owner][shard] += value
         self._dirty.add(shard)
 
-    def says(self, rank: int, owner: int, base: int, shard: int, value: int) -> Ticket:
-        """A worker encodes: this much of its residual goes into a payload."""
+    def says(  # noqa: PLR0913, PLR0917 - all that an encoding is
+        self,
+        rank: int,
+        owner: int,
+        base: int,
+        shard: int,
+        value: int,
+        data: Data | None = None,
+    ) -> Ticket:
+        """A worker encodes: this much of its residual goes into a payload, computed from these."""
         key = (owner, base, shard)
         if key in self._said:
             msg = f"rank {rank} encoded shard {shard} of round {base} twice"
             raise Violation(msg)
         ticket = Ticket(len(self.tickets) + 1, rank, owner, base, shard, value)
+        if self.case.data and self.owners[shard] == 0:
+            ticket.drawn = True
+            self.visits.computes((owner, base), data)
         self._said[key] = ticket.number
+        self._encoded[ticket.number] = (owner, base)
         self.tickets[ticket.number] = ticket
         self.loose[shard][ticket.number] = ticket
         self.residuals[owner][shard] -= value
@@ -293,6 +310,8 @@ class Oracle:
                 msg = f"{ticket} is reduced again, in round {round_}"
                 raise Violation(msg)
             ticket.round = round_
+            if ticket.drawn and not self.has_forgotten:
+                self.visits.counts(self._contribution(ticket), number)
             before = (before[0] + value, before[1] + number)
         if before != now:
             msg = f"server {server} made {now} of shard {shard}, of what was said {before}"
@@ -300,6 +319,19 @@ class Oracle:
         self.history[shard][round_ + 1] = now
         self.newest[shard] = round_ + 1
         self._dirty.add(shard)
+
+    def _contribution(self, ticket: Ticket) -> tuple[int, int]:
+        """Of which contribution it was encoded; whose residual it is may have changed since."""
+        return self._encoded[ticket.number]
+
+    def hands_out(self, epoch: int) -> None:
+        """Server 0 hands out the data of this epoch.
+
+        Raises:
+            Violation: of one before an index was left out.
+        """
+        if not self.has_forgotten:
+            self.visits.is_at(epoch)
 
     def committed(self, server: int, version: int, *, durable: bool) -> None:
         """A server has committed a version."""
@@ -352,6 +384,7 @@ class Oracle:
         for ticket in self.tickets.values():
             if ticket.shard in mine and ticket.round is not None and ticket.round >= version:
                 ticket.round = None
+                self.visits.is_void(self._contribution(ticket), ticket.number)
                 if ticket.state == "applied":
                     self._void_ticket(ticket)
         self._dirty.update(mine)
@@ -451,7 +484,9 @@ class Oracle:
     @property
     def is_undisturbed(self) -> bool:
         """Whether each version has to be that of the run without faults."""
-        return self.case.consistency == "bsp" and not self.case.min_workers and not self.losses
+        case = self.case
+        plain = case.consistency == "bsp" and not case.min_workers and not case.data
+        return plain and not self.losses
 
     def _check_undisturbed(self) -> None:
         for shard, versions in reference(self.case).items():

@@ -286,6 +286,8 @@ class Process:
         for action in self.commits.admit(actions):
             self._do(action)
         self.state.validate()
+        if self.server.index == 0 and self.alive:
+            self.server.oracle.hands_out(self.state._world.ledger.epoch)
 
     def _plan_ahead(self) -> None:
         while self.outbox.gone and self.alive:

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from psq.client import held
 from psq.client.channel import Channel
+from psq.client.data import Asking, Terms
 from psq.client.hooks import Hooks
 from psq.client.identity import Identity
 from psq.client.machine import Machine
 from psq.errors import FencedError, GaveUpError, PsqError
 from psq.plan import Plan
 from psq_proto.frames import Buffer, Header, decode_frame
-from psq_proto.messages import Flags, Leave, MessageType
+from psq_proto.messages import Flags, Leave, MessageType, Range
 
 from .arithmetic import INITIAL, RATE, direction, is_skipped, numbers, pack, split
 from .case import Case, view_of
@@ -31,15 +32,20 @@ from .clock import LocalClock, Schedule, Violation
 from .copies import Copies, Copy
 from .network import Network, WorkerLink
 from .oracle import Oracle
+from .visits import Data
 
 __all__ = ["Kept", "Worker"]
 
 HEARTBEAT_S: Final = 1.0
 LOOK_S: Final = 0.1
 SLOW: Final = 10
+BATCH: Final = 2
+PAUSE_S: Final = 0.05
 _TYPE_OFFSET: Final = 5
 
-Phase = Literal["offering", "joining", "computing", "saying", "finishing", "leaving", "gone"]
+Phase = Literal[
+    "offering", "joining", "drawing", "computing", "saying", "finishing", "leaving", "gone"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +121,9 @@ class Worker:
         self._base: tuple[tuple[Identity, ...], dict[int, tuple[int, int]]] | None = None
         self._timer_s = float("inf")
         self._step = 0
+        self._epoch = 0
+        self._data: Data | None = None
+        self._asking: Asking | None = None
         self._waits_s = 0.0
         if kept is None:
             oracle.begins(owner)
@@ -196,7 +205,10 @@ class Worker:
             self.schedule.at(self.stalled_until_s, self._pump)
             return
         try:
-            while not self._look():
+            if self.phase == "drawing" and not self._draw():
+                self._set_timer()
+                return
+            while self.phase != "drawing" and not self._look():
                 if not any(link.inbox for link in self.links):
                     self._set_timer()
                     return
@@ -220,7 +232,7 @@ class Worker:
         return self._is_over()
 
     def _tell_held(self, waited_s: float) -> None:
-        held.tell(self.machines, waited_s, in_step=self.case.consistency.startswith("bsp"))
+        held.tell(self.machines, waited_s, in_step=self._in_step)
 
     def _fail(self, error: PsqError) -> None:
         fenced = isinstance(error, FencedError)
@@ -254,6 +266,11 @@ class Worker:
     def _go_on(self) -> None:
         if self.phase == "leaving":
             self.stop("done")
+            return
+        if self.phase == "drawing":
+            assert self._asking is not None
+            assert self._asking.answer is not None
+            self._drawn(self._asking.answer)
             return
         if self.phase == "offering":
             self._take_up()
@@ -362,20 +379,80 @@ class Worker:
         return self.oracle.is_current(self.machines.index(machine), epoch)
 
     def _begin(self) -> None:
-        """Begin a step: it computes for a while, then says one shard after the other."""
-        in_step = self.case.consistency.startswith("bsp")
-        is_held = any(machine.round is not None for machine in self.machines)
+        """Begin a step, with data if any are handed out."""
+        if all(machine.round is None for machine in self.machines):
+            identities = tuple(machine.identity() for machine in self.machines)
+            self._base = (identities, dict(self.values))
+        if self.case.data:
+            self._ask()
+        else:
+            self._compute()
+
+    def _ask(self) -> None:
+        """Ask what to compute the next step from."""
+        terms = Terms(self.case.data, BATCH, self.case.seed)
+        self._asking = Asking(self.machines, self._epoch, terms, in_step=self._in_step)
+        self.phase, self._data = "drawing", None
+        self._pump()
+
+    def _draw(self) -> bool:
+        """Whether there is an answer, after all that has come; but for weights, which wait."""
+        assert self._asking is not None
+        while self._asking.answer is None:
+            self._asking.ask(self.clock.now_s())
+            for channel in self.channels:
+                channel.flush()
+            if not any(link.inbox for link in self.links):
+                return False
+            for channel in self.channels:
+                channel.take_answers()
+        return True
+
+    def _drawn(self, answer: Range) -> None:
+        """Do what `psq.torch.ElasticSampler` does with an answer."""
+        self.schedule.note("drawn", self.rank, answer)
+        self.phase = "computing"
+        if answer.state == "end":
+            self._epoch = answer.epoch
+            self._ask()
+        elif answer.state == "wait" and self.case.consistency == "asp":
+            self.schedule.after(PAUSE_S, self._ask_again)
+        elif answer.state != "drawn" and not self._in_step:
+            self.schedule.after(PAUSE_S, self._sit_out)
+        elif answer.state != "drawn":
+            self._sit_out()
+        else:
+            self._data = (answer.epoch, answer.ranges)
+            self._compute()
+
+    def _ask_again(self) -> None:
+        if self.alive:
+            self._ask()
+
+    def _sit_out(self) -> None:
+        """A step in which nothing is said."""
+        if not self.alive:
+            return
+        self._begin_rounds()
+        for channel in self.channels:
+            if channel.machine.round is not None:
+                channel.machine.skip()
+                channel.flush()
+        self._finish()
+
+    def _begin_rounds(self) -> None:
         self._step = self.version
         for server, machine in enumerate(self.machines):
             held = machine.round is not None  # it goes on after a crash
-            if held or machine.replica.version == self._step or not in_step:
+            if held or machine.replica.version == self._step or not self._in_step:
                 number = machine.begin(RATE).number
                 if self._is_current(machine):
                     self.oracle.computes(self.rank, server, number, self.number)
         self._check_replica()
-        if not is_held:
-            identities = tuple(machine.identity() for machine in self.machines)
-            self._base = (identities, dict(self.values))
+
+    def _compute(self) -> None:
+        """Compute for a while, then say one shard after the other."""
+        self._begin_rounds()
         self.phase = "computing"
         self._unsaid = list(self.values)
         if self.case.own_order:
@@ -383,6 +460,10 @@ class Worker:
         slow = SLOW if self.case.slow == self.rank else 1
         self.schedule.after(self.rng.uniform(0.5, 1.5) * self.case.compute_s * slow, self._say)
         self._set_timer()
+
+    @property
+    def _in_step(self) -> bool:
+        return self.case.consistency.startswith("bsp")
 
     def _check_replica(self) -> None:
         for machine in filter(self._is_current, self.machines):
@@ -399,6 +480,10 @@ class Worker:
             self._say_shard(self._unsaid.pop(0))
             self.schedule.after(self.rng.uniform(0.0, self.case.say_s), self._say)
             return
+        self._finish()
+
+    def _finish(self) -> None:
+        """All is said: wait for what becomes of it."""
         self.phase, self._waits_s = "finishing", self.clock.now_s()
         self._pump()
 
@@ -426,7 +511,7 @@ class Worker:
     def _encode(self, machine: Machine, shard: int, base: int) -> None:
         said, rest = split(self.residual[shard])
         self.residual[shard] = rest
-        ticket = self.oracle.says(self.rank, self.owner, base, shard, said)
+        ticket = self.oracle.says(self.rank, self.owner, base, shard, said, self._data)
         self.said[shard] = ticket.number
         payload = machine.frames.payload(shard)
         payload[:] = np.frombuffer(pack(said, ticket.number), np.uint8)

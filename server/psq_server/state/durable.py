@@ -25,7 +25,7 @@ from psq.errors import StateError
 from psq.plan import Plan
 from psq_proto.frames import HEADER_BYTES, Buffer
 from psq_proto.messages import Leave, Verdict
-from psq_server.state import joining, keeping
+from psq_server.state import drawing, joining, keeping
 from psq_server.state.members import TRANSIENT, Member, Resolved
 from psq_server.state.past import Collection, Past
 from psq_server.state.round import OpenRound
@@ -269,8 +269,16 @@ def restore(
     world.start_version = world.checkpoint_version = world.version
     keeping.note_start(world)
     world.written_version = world.version if rest.checkpoint is None else rest.checkpoint
+    _hand_back(world)
     world.note_opened()
     world.out, world.touched = [], False
+
+
+def _hand_back(world: World) -> None:
+    """Whoever is gone will not say again what it had said of the open round: its data go back."""
+    for member in world.members.values():
+        if member.evicted or member.gone:
+            drawing.release(world, member, "was gone when this server came back")
 
 
 def _put_back(world: World, name: str, plain: Plain) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from psq import clock
 from psq.clock import BSP
 from psq.plan import Plan
 from psq_server.state.members import Member
@@ -37,6 +38,7 @@ __all__ = [
     "first_round",
     "gather",
     "is_lost",
+    "is_nobodys",
     "is_over",
     "missing_words",
     "note_returned",
@@ -87,8 +89,25 @@ def present(world: World) -> frozenset[int]:
 def absent(world: World) -> frozenset[int]:
     """The ranks that the open round goes on without, finished ones beside."""
     if not world.is_elastic:
-        return frozenset()
+        return frozenset(r for r, member in world.members.items() if _is_told(world, member))
     return frozenset(rank for rank in world.ranks if _is_absent(world, rank))
+
+
+def is_nobodys(world: World) -> bool:
+    """Whether nobody who is there may say anything of the open round any more.
+
+    Data that they held for it went back when they were given up: what they say next is of the next
+    round, so this one has to end with nothing.
+    """
+    said = world.round.complete
+    return bool(present(world)) and not clock.members(
+        world.ranks, world.finished, said, absent(world)
+    )
+
+
+def _is_told(world: World, member: Member) -> bool:
+    """Whether a rank's word of the open round is resolved already."""
+    return member.resolved is not None and member.resolved.seq >= world.round.number
 
 
 def _is_absent(world: World, rank: int) -> bool:
@@ -126,8 +145,7 @@ def missing_words(world: World) -> str:
 def first_round(world: World, member: Member) -> int:
     """The first round that needs a rank that joins, or is heard again, now."""
     number = world.round.number
-    is_told = member.resolved is not None and member.resolved.seq >= number
-    return number + 1 if world.round.closed or is_told else number
+    return number + 1 if world.round.closed or _is_told(world, member) else number
 
 
 def is_over(world: World) -> bool:

@@ -310,6 +310,18 @@ def _drop_unclaimed(world: World, rank: int, join: Join, *, same: bool) -> None:
         world.log("dropped", "warning", rank=rank, round=world.round.number)
 
 
+def _counts_already(world: World, old: Member | None, rank: int, join: Join) -> bool:
+    """Whether something of the open round counts that the joiner has not said yet.
+
+    It goes on from a copy that is older than that: to say it again would make it count twice.
+    """
+    closing = world.round.closing.get(rank)
+    mine = closing or world.round.get(rank)
+    if old is None or mine is None or not _is_same(old, join) or join.pending == mine.base:
+        return False
+    return closing is not None or bool(mine.counted)
+
+
 def _is_same(old: Member, join: Join) -> bool:
     """Whether the joiner is the very process that spoke for the rank before."""
     return old.lineage == join.lineage
@@ -320,7 +332,7 @@ def _admit(
 ) -> tuple[Member, Literal["continue", "reset"]]:
     """The rank's new standing, and "continue" or "reset"."""
     rank, incarnation = peer.session.rank, peer.session.incarnation
-    resumes = may_continue(old, join)
+    resumes = may_continue(old, join) and not _counts_already(world, old, rank, join)
     same = resumes and old is not None and _is_same(old, join)
     _drop_unclaimed(world, rank, join, same=same)
     if rank == 0 and not world.has_weights:

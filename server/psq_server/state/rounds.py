@@ -57,6 +57,9 @@ def advance(world: World, shards: Iterable[int] | None = None) -> None:
         return
     if world.collection is not None or keeping.is_full(world):
         return
+    if elastic.is_nobodys(world):
+        _close_empty(world)
+        return
     if world.job.is_whole:
         _close_whole(world)
         return
@@ -67,6 +70,17 @@ def advance(world: World, shards: Iterable[int] | None = None) -> None:
         for shard in world.round.shards:  # those that nobody pushes
             if shard not in world.round.closed:
                 _close(world, shard)
+
+
+def _close_empty(world: World) -> None:
+    """Close what is open without a word."""
+    if world.need_job().is_whole:
+        world.round.take(())
+        _close_taken(world)
+        return
+    for shard in world.round.shards:
+        if shard not in world.round.closed:
+            _close(world, shard)
 
 
 def _close(world: World, shard: int) -> None:
