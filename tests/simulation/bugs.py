@@ -381,6 +381,15 @@ PLANTED: Final[Mapping[str, Planted]] = {
         _instead(joining, "may_continue", lambda old, join: True),
         {**SET_BACK, "durability": "journal", "keeps": 0.0, "worker_crashes": 3},
     ),
+    "copy-before-what-counts": Planted(
+        "a worker goes on from a copy, although a shard of its open contribution counts",
+        _instead(joining, "_counts_already", lambda *_: False),
+        {
+            **{**KEPT, "server_crashes": 0, "consistency": "bsp", "judged": False},
+            **{"copies": 1.0, "checkpoint_every": 1, "worker_crashes": 3, "keeps": 0.0},
+            "say_s": 0.3,
+        },
+    ),
     "rejected-data-visited": Planted(
         "the data of a contribution that does not count are not handed out again",
         _around(Ledger, "settle", _always_applied),

@@ -18,6 +18,16 @@ SET_BACK: dict[str, object] = {
     "server_crashes": 2,
     "worker_crashes": 2,
 }
+HANDED_OUT: dict[str, object] = {
+    "data": 12,
+    "skips": False,
+    "every": 1,
+    "durability": "journal",
+    "cuts": 2,
+    "server_crashes": 1,
+    "worker_crashes": 3,
+    "min_workers": 1,
+}
 FOUND: tuple[tuple[int, dict[str, object]], ...] = (
     (3, {"flips": 2, "cuts": 0, "jumps": 0, "stalls": 0, "worker_crashes": 0}),  # a damaged PLAN
     (165, {"servers": 2, "cuts": 4, "takeovers": 1, "keeps": 1.0}),  # no rollback, though said so
@@ -30,6 +40,8 @@ FOUND: tuple[tuple[int, dict[str, object]], ...] = (
     (172, SET_BACK),  # a server that was set back had overtaken a worker
     (17610, {"durability": "checkpoint"}),  # a worker computed from what it was not told of
     (391, SET_BACK),  # likewise, with a quorum
+    (12, HANDED_OUT),  # a round in which nobody might speak any more stayed open
+    (278, HANDED_OUT),  # data of a rank that was gone, held for what a crash had taken
 )
 """What once failed (the choices that a seed stands for have changed since)."""
 

@@ -116,7 +116,8 @@ class Worker:
         self._wanted: dict[int, int] = {}
         self._unsaid: list[int] = []
         self._kept = kept
-        self._older = copies.found()
+        self._has_folder = rank not in oracle.contested  # else another process holds it
+        self._older = copies.found() if self._has_folder else []
         self._wanted_copies: dict[int, int] = {}
         self._base: tuple[tuple[Identity, ...], dict[int, tuple[int, int]]] | None = None
         self._timer_s = float("inf")
@@ -338,12 +339,12 @@ class Worker:
 
     def _copy(self) -> None:
         """Keep what goes with a checkpoint, and say what is kept by now."""
-        for done in self.copies.news():
+        for done in self.copies.news() if self._has_folder else ():
             for server in done.servers:
                 self.machines[server].confirm(done.version, 0)
         version, wanted = self.version, self._wanted_copies
         servers = tuple(sorted(s for s in wanted if wanted[s] == version))
-        if not servers:
+        if not servers or not self._has_folder:
             return
         identities = tuple(replace(m.identity(), versions={}) for m in self.machines)
         tickets = len(self.oracle.tickets)
@@ -569,6 +570,7 @@ class Worker:
         if fate != "done" and not keeps:
             self.oracle.loses(self.owner)
         self.schedule.note("worker is gone", self.rank, self.owner, fate)
-        self.copies.end()
+        if self._has_folder:
+            self.copies.end()
         for link in self.links:
             link.close()

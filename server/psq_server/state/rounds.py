@@ -51,16 +51,12 @@ def advance(world: World, shards: Iterable[int] | None = None) -> None:
         world: everything.
         shards: the shards about which something was said; None: all.
     """
-    if world.job is None or not world.has_weights:
-        return
-    if world.round.all_closed or world.round.judging or not elastic.enough(world):
-        return
-    if world.collection is not None or keeping.is_full(world):
+    if not _may_close(world):
         return
     if elastic.is_nobodys(world):
         _close_empty(world)
         return
-    if world.job.is_whole:
+    if world.need_job().is_whole:
         _close_whole(world)
         return
     for shard in world.round.owed if shards is None else shards:
@@ -70,6 +66,15 @@ def advance(world: World, shards: Iterable[int] | None = None) -> None:
         for shard in world.round.shards:  # those that nobody pushes
             if shard not in world.round.closed:
                 _close(world, shard)
+
+
+def _may_close(world: World) -> bool:
+    """Whether anything may be reduced now, if enough is said."""
+    if world.job is None or not world.has_weights or not elastic.enough(world):
+        return False
+    if world.round.all_closed or world.round.judging:
+        return False
+    return world.collection is None and not keeping.is_full(world)
 
 
 def _close_empty(world: World) -> None:

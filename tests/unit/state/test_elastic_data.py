@@ -10,7 +10,7 @@ import pytest
 from psq.errors import RemoteError
 from psq.presets import preset
 from psq_proto.messages import Verdict
-from psq_server.state import PeerGone, Tick, parse_branches
+from psq_server.state import PeerGone, ServerState, Tick, parse_branches
 from psq_server.state.elastic import RECONNECT_S
 from psq_server.state.ledger import MAX_SPANS, Ledger, Terms, count, merge, take
 
@@ -125,6 +125,54 @@ def test_a_complete_contribution_of_a_rank_that_is_lost_has_visited_its_range(el
     lose(job, third)
     push_all((first, second))
     assert job.world.ledger.visited == ((0, 30),)
+
+
+@pytest.mark.parametrize("consistency", ["bsp", "bsp,quorum=2", "ssp:2"])
+def test_a_round_in_which_nobody_may_say_anything_any_more_ends_with_nothing(elastic, consistency):
+    job, workers = elastic(consistency=consistency)
+    for worker in workers:
+        assert worker.draw().state == "drawn"
+    for worker in workers:
+        lose(job, worker)
+    assert job.version == 0, "nobody is there"
+    back = [job.connect(w.rank).join(lineage=10 + w.rank, pending=0) for w in workers[:2]]
+    job.tick(0.1)
+    assert job.version == 1
+    assert [worker.draw(0).state for worker in back] == ["late", "late"]
+    for worker in back:
+        worker.pull(0)
+    push_all(back, 1)
+    job.tick(0.1)
+    assert job.version == 2
+
+
+def test_who_gave_its_data_back_is_not_waited_for_in_that_round(cluster, plan_of):
+    job = cluster(plan_of(2))
+    first, second = job.started()
+    assert second.draw().state == "drawn"
+    second.leave("error")
+    again = job.connect(1).join(lineage=11, pending=0)
+    assert again.draw(0).state == "late"
+    first.push_all()
+    assert job.version == 1, "its word of this round is resolved already"
+
+
+def test_what_a_lost_rank_had_said_is_gone_with_the_server_and_its_range_goes_back(elastic):
+    job, (first, second, third) = elastic(durability="journal")
+    first.draw()
+    second.draw()
+    second.push_all()
+    lose(job, second)
+    assert 1 in job.world.ledger.held
+    captured = job.state.capture()
+    frames = dict.fromkeys(job.world.versions, (b"",))
+    settings = job.state.settings
+    state = ServerState.restore(settings, captured, 0.0, shards=job.world.versions, frames=frames)
+    state.validate()
+    assert 1 not in state._world.ledger.held
+    assert state._world.members[1].resolved.verdict.outcome == "rejected"
+    assert 0 in state._world.ledger.held, "who is there says it again"
+    del third
 
 
 def test_another_process_in_a_ranks_place_frees_the_range_unless_something_of_it_counts(elastic):

@@ -408,3 +408,22 @@ def test_what_strangers_hear_is_marked_as_theirs(cluster):
     assert marks[first] == [(True, True), (False, False)], "COOKIE, WELCOME"
     assert marks[asks] == [(True, True), (True, True)], "COOKIE, JOB"
     assert marks[wrong] == [(False, True)], "ERROR"
+
+
+def test_who_begins_before_what_counts_already_begins_anew(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.push(0)
+    second.push(0)  # reduced at once
+    first.push(1)
+    again = job.connect(1).join(lineage=11, last_resolved=-1, pending=-1)
+    assert again.take(Welcome)[-1].mode == "reset", "a copy from before that would say it again"
+
+
+def test_who_knows_of_what_counts_already_goes_on(cluster):
+    job = cluster()
+    first, second = job.started()
+    first.push(0)
+    second.push(0)
+    again = job.connect(1).join(lineage=11, last_resolved=-1, pending=0)
+    assert again.take(Welcome)[-1].mode == "continue"
