@@ -355,7 +355,7 @@ PLANTED: Final[Mapping[str, Planted]] = {
     "not-asked-again": Planted(
         "what a server asked for once, and did not get, it waits for for ever",
         _instead(presence.replaying, "on_beat", _nothing),
-        {**RECALLS, "flips": 30, "checkpoint_every": 0},
+        {**RECALLS, "flips": 30, "checkpoint_every": 0, "data": 0},
         seeds=300,
     ),
     "evicted-and-counted": Planted(

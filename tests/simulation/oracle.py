@@ -102,8 +102,8 @@ class Oracle:
         """The lowest version that a server came back at, after it had answered for a later one."""
         self.known: dict[tuple[int, int], int] = {}
         """The newest version of a server's that a process computed from."""
-        self.doomed: set[int] = set()
-        """The processes that computed from a version that never happened: they have to end."""
+        self.doomed: set[tuple[int, int]] = set()
+        """Processes, and the server whose version they computed from never happened: they must end."""
         self.losses = 0
         self.visits = Visits(case.data)
         self.failed = ""
@@ -266,7 +266,7 @@ class Oracle:
 
     def computes(self, rank: int, server: int, version: int, process: int) -> None:
         """A worker computes from these weights: they are committed, no crash takes them back."""
-        if process in self.doomed:
+        if (process, server) in self.doomed:
             msg = f"rank {rank} goes on, although it had computed from a version that is gone"
             raise Violation(msg)
         self.known[process, server] = version
@@ -395,7 +395,7 @@ class Oracle:
         self.promised[server] = self.durable[server] = version
         self.losses += 1
         self.doomed |= {
-            p for (p, s), knows in self.known.items() if s == server and knows > version
+            each for each, knows in self.known.items() if each[1] == server and knows > version
         }
 
     def check_rollback(self, rank: int, words: str) -> None:
