@@ -103,7 +103,7 @@ class Oracle:
         self.known: dict[tuple[int, int], int] = {}
         """The newest version of a server's that a process computed from."""
         self.doomed: set[tuple[int, int]] = set()
-        """(process, server): it computed from a version of its that never happened, and has to end."""
+        """(process, server): it computed from a version that never happened, and has to end."""
         self.losses = 0
         self.visits = Visits(case.data)
         self.failed = ""
