@@ -202,8 +202,8 @@ ADAM_PRESETS: Final = (
         "d. In the first 8 steps and every 128th the gradient itself goes both ways in three bits, "
         "which refreshes v. The default.",
         "psq's own; relatives are 2102.02888 and 2202.06009",
-        "every node keeps v, sqrt(v) and d, and all must take every step (bsp); where gradients "
-        "grow many times between two refreshes the unit is out of date",
+        "every node keeps v, sqrt(v) and d, and all must take every step (bsp); v comes of few "
+        "gradients, so at rates near the largest that Adam bears set choice.first=64 both ways",
         "Adam's own learning rate",
     ),
     Preset(
