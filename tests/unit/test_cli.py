@@ -197,7 +197,7 @@ def test_doctor_ends_with_what_it_found(call, monkeypatch):
     code, out, _ = call(psq, "doctor", "--json")
     found = json.loads(out)
     assert (code, found["ok"]) == (0, True)
-    assert {"name", "verdict", "found", "advice"} == set(found["checks"][0])
+    assert {"name", "verdict", "found", "advice", "code"} == set(found["checks"][0])
     monkeypatch.setenv("PSQ_RANK", "-1")
     code, out, _ = call(psq, "doctor")
     assert code == 78

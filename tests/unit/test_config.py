@@ -87,6 +87,10 @@ def run_flags(cls: type[Any], words: list[str], environ: dict[str, str]) -> Reso
     return seen[0]
 
 
+GOES_WITH = {"grace": {"PSQ_MIN_WORKERS": "1"}}
+"""What a setting makes no sense without."""
+
+
 @pytest.mark.parametrize(("table", "item"), EVERY_SETTING)
 def test_every_setting_can_be_said_by_flag_variable_file_and_argument(
     table: str, item: Setting, tmp_path: Path
@@ -95,13 +99,14 @@ def test_every_setting_can_be_said_by_flag_variable_file_and_argument(
     file = tmp_path / "psq.toml"
     file.write_text(f"[{table}]\n{item.key} = {toml_text(value)}\n")
     words = [item.flag] if item.kind is bool else [item.flag, str(value)]
+    others = GOES_WITH.get(item.key, {})
 
     said = [
-        (run_flags(cls, words, {}), item.flag),
-        (ask(cls, environ={item.env: str(value)}), item.env),
-        (ask(cls, file=str(file)), f"{file} [{table}] {item.key}"),
-        (ask(cls, environ={CONFIG_ENV: str(file)}), f"{file} [{table}] {item.key}"),
-        (ask(cls, arguments={item.field: value}), f"argument {item.field}"),
+        (run_flags(cls, words, others), item.flag),
+        (ask(cls, environ={**others, item.env: str(value)}), item.env),
+        (ask(cls, environ=others, file=str(file)), f"{file} [{table}] {item.key}"),
+        (ask(cls, environ={**others, CONFIG_ENV: str(file)}), f"{file} [{table}] {item.key}"),
+        (ask(cls, environ=others, arguments={item.field: value}), f"argument {item.field}"),
     ]
 
     for resolved, origin in said:
