@@ -531,7 +531,8 @@ class Machine:
         current = self.round
         if current is not None and self._answers > current.fence:
             self._settle(current, status)
-        self._pull_if_behind(status, self._known if current is None else current.target)
+        # Without a round it lacks what it began with: version 0, or what it was taken up for.
+        self._pull_if_behind(status, max(0, self._known) if current is None else current.target)
 
     def _settle(self, current: Round, status: Status) -> None:
         """Act on a STATUS that knows of everything this round has sent."""

@@ -310,6 +310,16 @@ def test_weights_that_do_not_come_are_pulled():
     assert talk.flush() == [MessageType.PULL]
 
 
+def test_first_weights_that_do_not_come_are_pulled_again():
+    talk = Talk()
+    talk.welcome()
+    assert MessageType.PULL in talk.flush()
+    for _ in range(2):  # the first may be older than the answer to PULL
+        talk.beat()
+        talk.say(MessageType.STATUS, Status(0, 0))
+    assert MessageType.PULL in talk.flush()
+
+
 def test_a_lost_verdict_is_asked_for_by_saying_one_shard_again():
     talk = Talk(plan=THREE).join().push()
     for shard in range(3):
