@@ -203,7 +203,7 @@ ADAM_PRESETS: Final = (
         "which refreshes v. The default.",
         "psq's own; relatives are 2102.02888 and 2202.06009",
         "every node keeps v, sqrt(v) and d, and all must take every step (bsp); v comes of few "
-        "gradients, so at rates near the largest that Adam bears set choice.first=64 both ways",
+        "gradients, so at rates near the largest that Adam bears refresh it in the first 64 steps",
         "Adam's own learning rate",
     ),
     Preset(

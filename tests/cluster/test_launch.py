@@ -85,6 +85,7 @@ SUMMARY_SCHEMA = {
         "staleness": {"const": {"mean": 0.0, "max": 0}},
         "exposed_s": {"type": "number", "exclusiveMinimum": 0},
         "payload_bits": {"const": 104.0},  # a scale and 512 codes of 4 bits, for 20 values
+        "bits_curve": {"const": [{"step": step, "bits": 104.0} for step in (1, 6, 12)]},
         "steps": {"const": 12},
         "numel": {"const": 20},
         "samples": {"const": 2 * 12 * 8},

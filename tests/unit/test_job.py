@@ -63,10 +63,10 @@ def test_a_learning_rate_may_follow_a_schedule_of_a_family_or_of_the_user_s_own(
 @pytest.mark.parametrize(
     ("schedule", "words"),
     [
-        ("power:1", "constant or linear, or a factor"),
+        ("power:1", "constant, linear, cosine, or a factor"),
         ("power:-1:0.5", "asks for the learning rate -0.5 in step 0"),
         ("one-minus-power:1.5:0", "asks for the learning rate -0.25 in step 0"),
-        ("cosine", "no schedule 'cosine' here; there are: .*power"),
+        ("sawtooth", "no schedule 'sawtooth' here; there are: .*power"),
     ],
 )
 def test_a_schedule_that_gives_no_rate_is_refused(schedule, words):
@@ -75,10 +75,11 @@ def test_a_schedule_that_gives_no_rate_is_refused(schedule, words):
 
 
 def test_a_schedule_that_is_none_is_refused_with_the_settings():
-    with pytest.raises(ConfigError, match="schedule: expected constant or linear, or a factor"):
+    words = "schedule: expected constant, linear, cosine, or a factor"
+    with pytest.raises(ConfigError, match=words):
         WorkerConfig(schedule="power:1")
-    with pytest.raises(ConfigError, match="schedule: no schedule 'cosine' here"):
-        WorkerConfig(schedule="cosine")
+    with pytest.raises(ConfigError, match=f"{words}; no schedule 'sawtooth' here"):
+        WorkerConfig(schedule="sawtooth")
 
 
 def test_a_part_that_needs_more_workers_is_refused_before_anything_starts():
