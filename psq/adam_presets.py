@@ -242,7 +242,7 @@ ADAM_PRESETS: Final = (
         "after gradient coding (1612.03301) and CodedReduce (1902.01981), by repetition",
         "every gradient is computed twice, and members of a group must be bit-equal: the same "
         "data, seed and kind of machine",
-        "a world size that the replicas divide, and bsp",
+        "a world size that the replicas divide, bsp and one server",
     ),
     Preset(
         "fp32",

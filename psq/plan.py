@@ -392,6 +392,11 @@ def _check_replicas(plan: Plan) -> None:
             f"it needs bsp, got {plan.consistency}: ranks of a group stand in for each other only "
             "while they compute every round from the same weights"
         )
+    elif plan.servers > 1:
+        fault = (
+            f"it needs one server, got {plan.servers}: a rank that is late for one and not for "
+            "another would say other bytes than its twins"
+        )
     elif plan.recipe.direction.kind == "gaussian":
         fault = "noise that is each worker's secret makes replicas differ"
     if fault:

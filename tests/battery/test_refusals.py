@@ -346,7 +346,7 @@ DEMANDS = {  # who refuses it, and in which words
     demand_turns: (NO_FEEDBACK | IN_STEP | WHOLE, "every"),
     demand_lateness: (IN_STEP | {"coded"}, "needs bsp, got ssp:1"),
     demand_no_rounds: (IN_STEP | {"coded"}, "needs bsp, got asp"),
-    demand_two_servers: (WHOLE, "one server"),
+    demand_two_servers: (WHOLE | {"coded"}, "one server"),
     demand_another_codec: (VOTES, "aggregate=majority reads sign only"),
     demand_a_groups_codec: (VOTES, "aggregate=majority reads sign only"),
     demand_feedback: (VOTES | {"ef21"}, "set uplink.error_feedback=false"),

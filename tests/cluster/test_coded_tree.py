@@ -1,4 +1,4 @@
-"""Groups that compute the same, below aggregators and over several servers: real processes.
+"""Groups that compute the same, below aggregators: real processes.
 
 root        --children 0-3,4-7
 aggregator  --children 0,1,2,3     groups 0 1 and 2 3
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 WORKERS = 8
-STEPS = 8
+STEPS = 6
 STRAGGLERS = (0, 3, 4, 7)
 """One of each group; of two groups it is the rank that would speak."""
 GATE_STEP = 3
@@ -24,39 +24,32 @@ GATE_STEP = 3
 
 @dataclass
 class Job:
-    """A tree for each server, and the workers below it."""
+    """A tree, and the workers below it."""
 
     cluster: object
     folder: object
-    roots: list = field(default_factory=list)
+    root: object = None
     aggregators: list = field(default_factory=list)
 
-    def open(self, servers, *, tree):
-        for _ in range(servers):
-            children = ("--children", "0-3,4-7") if tree else ()
-            root = self.cluster.server("--json", "--lease", "5", *children)
-            below = [
-                self.cluster.server(
-                    "--parent", root.endpoint, "--children", words, "--json", "--lease", "5"
-                )
-                for words in (("0,1,2,3", "4,5,6,7") if tree else ())
-            ]
-            self.roots.append(root)
-            self.aggregators.append(below)
+    def open(self):
+        self.root = self.cluster.server("--json", "--lease", "5", "--children", "0-3,4-7")
+        self.aggregators = [
+            self.cluster.server(
+                "--parent", self.root.endpoint, "--children", words, "--json", "--lease", "5"
+            )
+            for words in ("0,1,2,3", "4,5,6,7")
+        ]
         return self
 
     def start(self, rank, *options):
-        below = [each[rank // 4] if each else root
-                 for root, each in zip(self.roots, self.aggregators, strict=True)]  # fmt: skip
         out = str(self.folder / f"rank{rank}.npz")
         words = ["--world-size", str(WORKERS), "--steps", str(STEPS), "--out", out]
-        words += ["--hidden", "200"]  # shards for two servers
-        connect = ",".join(server.endpoint for server in below)
+        connect = self.aggregators[rank // 4].endpoint
         return self.cluster.worker(rank, connect, *words, *options, PSQ_RECIPE="coded")
 
     def close(self):
         """What every server said in the end."""
-        programs = [*self.roots, *(each for below in self.aggregators for each in below)]
+        programs = [self.root, *self.aggregators]
         assert [program.wait() for program in programs] == [0] * len(programs)
         return [json.loads(program.out().splitlines()[-1]) for program in programs]
 
@@ -103,21 +96,17 @@ def run_in_time(job):
     return job.weights()
 
 
-@pytest.mark.parametrize(
-    ("servers", "tree"), [(1, True), (2, False), (2, True)], ids=["tree", "two servers", "both"]
-)
 def test_a_straggler_in_each_group_is_ignored_and_the_weights_are_those_of_a_run_without(
-    job, cluster, servers, tree
+    job, cluster
 ):
-    late = run_with_stragglers(job.open(servers, tree=tree))
+    late = run_with_stragglers(job.open())
     said = job.close()
     assert [each["rounds"] for each in said] == [STEPS] * len(said)
     assert sum(each["cold"] for each in said) == 0, "stragglers said what their twins had said"
-    below = said[servers:] if tree else said
-    for each in below:
-        mine = len(STRAGGLERS) // (2 if tree else 1)
+    for each in said[1:]:
+        mine = len(STRAGGLERS) // 2
         assert each["pushes"]["twin"] >= mine * (STEPS - GATE_STEP), "they were late"
-    other = Job(cluster, cluster.folder).open(servers, tree=tree)
+    other = Job(cluster, cluster.folder).open()
     prompt = run_in_time(other)
     other.close()
     assert prompt.keys() == late.keys()
@@ -126,7 +115,7 @@ def test_a_straggler_in_each_group_is_ignored_and_the_weights_are_those_of_a_run
 
 
 def test_the_loss_of_a_group_below_an_aggregator_ends_the_job_and_names_it(job):
-    job.open(1, tree=True)
+    job.open()
     gates = {rank: job.folder / f"gate{rank}" for rank in (6, 7)}
     for gate in gates.values():
         os.mkfifo(gate)
@@ -139,8 +128,8 @@ def test_the_loss_of_a_group_below_an_aggregator_ends_the_job_and_names_it(job):
         workers[rank].wait_line("^gate$")
         workers[rank].signal(9)
         assert workers[rank].wait() == -9
-    assert job.aggregators[0][1].wait() == 75
-    assert "ranks 6 and 7 compute the same" in job.aggregators[0][1].err()
-    assert job.roots[0].wait() == 75
-    assert re.search(r"aggregator of ranks 4-7, left .*ranks 6 and 7", job.roots[0].err())
+    assert job.aggregators[1].wait() == 75
+    assert "ranks 6 and 7 compute the same" in job.aggregators[1].err()
+    assert job.root.wait() == 75
+    assert re.search(r"aggregator of ranks 4-7, left .*ranks 6 and 7", job.root.err())
     assert workers[0].wait() == 75
