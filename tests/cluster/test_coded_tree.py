@@ -68,25 +68,32 @@ def job(cluster):
 
 
 def run_with_stragglers(job):
-    """One of each group stands still before its fourth step, until the others have done all."""
-    gates = {rank: job.folder / f"gate{rank}" for rank in STRAGGLERS}
+    """One of each group stands still before its fourth step, until the others have done all.
+
+    These others begin when the stragglers stand: who comes when the first round is over is cold.
+    """
+    quick = [rank for rank in range(WORKERS) if rank not in STRAGGLERS]
+    gates = {rank: job.folder / f"gate{rank}" for rank in range(WORKERS)}
     for gate in gates.values():
         os.mkfifo(gate)
-    workers = [
-        job.start(rank, *(("--gate", str(gates[rank]), "--gate-step", str(GATE_STEP))
-                          if rank in gates else ()))
-        for rank in range(WORKERS)
-    ]  # fmt: skip
-    for rank in gates:
-        workers[rank].wait_line("^gate$")
-    quick = [rank for rank in range(WORKERS) if rank not in gates]
+    workers = {}
+    for ranks, step in (((0, *quick), 0), (STRAGGLERS[1:], GATE_STEP)):
+        for rank in ranks:
+            stop = GATE_STEP if rank == 0 else step
+            words = ("--gate", str(gates[rank]), "--gate-step", str(stop))
+            workers[rank] = job.start(rank, *words)
+        for rank in set(ranks) - {0}:
+            workers[rank].wait_line("^gate$")
+    workers[0].wait_line("^gate$")
+    for rank in quick:
+        gates.pop(rank).write_bytes(b"go")
     for rank in quick:
         workers[rank].wait_line(f"^step {STEPS - 1}$")
     for rank in gates:
         assert f"step {GATE_STEP}" not in workers[rank].out(), "it was not held up"
     for gate in gates.values():
         gate.write_bytes(b"go")
-    assert [worker.wait() for worker in workers] == [0] * WORKERS
+    assert [workers[rank].wait() for rank in range(WORKERS)] == [0] * WORKERS
     return job.weights()
 
 
